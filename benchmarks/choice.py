@@ -1,0 +1,158 @@
+"""What a benchmark of the model is run on: the options that those benchmarks share, read once."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.record import BenchmarkError
+from export.manifest import Backend, Manifest, installed_version
+from export.repository import versions
+from export.spec import MIN_SIZE, SIZE_MULTIPLE, Precision
+
+DIFFUSERS = "diffusers"
+BACKENDS = (DIFFUSERS, *(backend.value for backend in Backend))
+REPOSITORY = Path("build") / "benchmark-models"
+LARGEST = 2048
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The model, the engines, the shapes and the device."""
+
+    checkpoint: Path | None  # None: random weights of the published config
+    backends: tuple[str, ...]
+    models: dict[str, Path]  # versions that are there already, by backend
+    repository: Path  # where other engines are built, and found again
+    device: str
+    sizes: tuple[str, ...]  # WIDTHxHEIGHT; engines with profiles are built for the first
+    batches: tuple[int, ...] = (1,)
+
+    @property
+    def precision(self) -> Precision:
+        """As `zserve export` chooses it."""
+        return Precision.BF16 if self.device.startswith("cuda") else Precision.FP32
+
+    @property
+    def compiled(self) -> tuple[str, ...]:
+        """The backends that need engines."""
+        return tuple(b for b in self.backends if b not in (DIFFUSERS, Backend.EAGER))
+
+    @property
+    def max_batch(self) -> int:
+        """Images that may share a step: as `zserve export` has it, or more."""
+        return max(4, *self.batches)
+
+    @property
+    def max_size(self) -> int:
+        """Longest side in pixels."""
+        return max(LARGEST, *(side for size in self.sizes for side in pixels(size)))
+
+    def settings(self) -> dict[str, str]:
+        """For the record."""
+        checkpoint = "random weights of the published config" if self.checkpoint is None else str(self.checkpoint)
+        return {"checkpoint": checkpoint, "precision": self.precision, "device": self.device}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that `read` reads."""
+    from export.devices import default_device
+
+    g = parser.add_argument_group("model")
+    weights = g.add_mutually_exclusive_group()
+    weights.add_argument(
+        "--checkpoint", type=Path, default=Path("demo/checkpoint"), help="diffusers folder (default: %(default)s)"
+    )
+    weights.add_argument(
+        "--random-weights",
+        action="store_true",
+        help="the published config of Z-Image-Turbo with random weights: its speed without a download; needs a GPU",
+    )
+    g.add_argument(
+        "--model", type=Path, action="append", default=[],
+        help="an exported model's folder, such as models/z-image-demo; may be repeated (default: exported when needed)",
+    )  # fmt: skip
+    g.add_argument(
+        "--backend", choices=BACKENDS, action="append",
+        help="a row; may be repeated (default: diffusers, eager and what is compiled for this device)",
+    )  # fmt: skip
+    g.add_argument("--repository", type=Path, default=REPOSITORY, help="where engines are built (default: %(default)s)")
+    g.add_argument("--device", default=default_device(), help="cpu, cuda, cuda:1 ... (default: %(default)s)")
+    g.add_argument(
+        "--size", type=size, action="append", help="WIDTHxHEIGHT; may be repeated (default: 256x256; CUDA: 1024x1024)"
+    )
+
+
+def read(options: argparse.Namespace) -> Choice:
+    """The choice that `options` make.
+
+    Raises:
+        BenchmarkError: a model is missing, or the device cannot run what is asked for.
+    """
+    cuda = options.device.startswith("cuda")
+    _check_device(options.device, cuda, options.random_weights)
+    models = {backend: folder for model in options.model for backend, folder in [_newest(model)]}
+    chosen = tuple(options.backend or (DIFFUSERS, Backend.EAGER.value, *(models or _compiled(options))))
+    return Choice(
+        checkpoint=None if options.random_weights else options.checkpoint,
+        backends=tuple(dict.fromkeys(chosen)),
+        models=models,
+        repository=options.repository,
+        device=options.device,
+        sizes=tuple(options.size or (["1024x1024"] if cuda else ["256x256"])),
+        batches=tuple(getattr(options, "batch", None) or (1,)),
+    )
+
+
+def _check_device(device: str, cuda: bool, random_weights: bool) -> None:
+    import torch
+
+    if cuda and not torch.cuda.is_available():
+        raise BenchmarkError(f"--device {device}: this machine has no CUDA device; cpu is accepted")
+    if random_weights and not cuda:
+        raise BenchmarkError(
+            "--random-weights needs a GPU with 24 GB or more: the published config takes 20.5 GB in bf16. Without it "
+            "the demo checkpoint is measured, on any machine"
+        )
+
+
+def _compiled(options: argparse.Namespace) -> tuple[str, ...]:
+    """What can be built and run on the device; TensorRT builds from files alone."""
+    if not options.device.startswith("cuda"):
+        return (Backend.AOTINDUCTOR.value, Backend.ONNXRUNTIME.value)
+    tensorrt = (Backend.TENSORRT.value,) if installed_version("tensorrt") and not options.random_weights else ()
+    return (Backend.AOTINDUCTOR.value, *tensorrt)
+
+
+def _newest(model: Path) -> tuple[str, Path]:
+    """The backend and the folder of a model's newest version."""
+    numbers = versions(model)
+    if not numbers:
+        raise BenchmarkError(f"--model {model}: no version of a model is there; `zserve export` makes one")
+    folder = model / str(numbers[-1])
+    backends = sorted({e.backend.value for e in Manifest.read(folder).engines})
+    if len(backends) > 1:
+        raise BenchmarkError(f"--model {model}: its engines are of several backends ({', '.join(backends)}); one is")
+    return (backends or [Backend.EAGER.value])[0], folder
+
+
+def pixels(text: str) -> tuple[int, int]:
+    """Width and height of a size."""
+    width, height = text.split("x")
+    return int(width), int(height)
+
+
+def size(text: str) -> str:
+    """A size from the command line."""
+    sides = text.split("x")
+    if len(sides) != 2 or not all(s.isdecimal() and int(s) >= MIN_SIZE and int(s) % SIZE_MULTIPLE == 0 for s in sides):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: WIDTHxHEIGHT is accepted, multiples of {SIZE_MULTIPLE} from {MIN_SIZE} on, such as 256x256"
+        )
+    return text
+
+
+def positive(text: str) -> int:
+    """A count from the command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: a whole number from 1 on is accepted")
+    return int(text)

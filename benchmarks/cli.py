@@ -1,0 +1,80 @@
+"""`zserve bench NAME`: one question a benchmark. `zserve bench NAME --help` states it, and how it is answered.
+
+A table for people comes first; the last line is the whole record as one JSON object.
+"""
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from benchmarks.record import BenchmarkError, provenance, write
+from client import GenerationFailedError
+from export.errors import ExportError
+from server.errors import ZServeError
+
+# A module each, of the same name. It has `add_arguments(parser)` and `run(options)`, which prints its table and
+# returns the record's own part; its docstring is its --help. Imported only when asked for.
+BENCHMARKS = {
+    "components": "each component on each engine, by size and batch",
+    "image": "a whole image in one process, by stage",
+    "service": "through gRPC: one at a time against diffusers, closed loop, open loop",
+    "quality": "whether compiling changes the picture, by engine and precision",
+    "startup": "from starting the process to the first image",
+    "memory": "host and device memory, stage by stage",
+    "scheduling": "the planner against first in, first out, under load",
+    "simulation": "the same policy on up to 8 simulated GPUs",
+    "planner": "what one decision of the planner costs",
+    "soak": "whether a worker stays as it is over hundreds of requests",
+    "preview": "what a preview costs beside a step",
+    "protocol": "perf_analyzer against this server and NVIDIA's",
+    "image_transfer": "what an image costs from the worker to the client, by format",
+    "full_size_export": "time and memory that exporting the published model takes",
+    "compare": "two records, row by row",
+    "check": "whether engines are still as much faster as a committed record says",
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one benchmark; returns the exit status."""
+    if not argv or argv[0] in ("-h", "--help"):
+        width = max(map(len, BENCHMARKS))
+        print(__doc__, *(f"    {name:<{width}}  {text}" for name, text in BENCHMARKS.items()), sep="\n")
+        return 0
+    name, *arguments = argv
+    if name not in BENCHMARKS:
+        print(f"zserve bench: no benchmark {name!r}; there are {', '.join(BENCHMARKS)}", file=sys.stderr)
+        return 2
+    return _run(name, importlib.import_module(f"benchmarks.{name}"), arguments)
+
+
+def _run(name: str, module: ModuleType, arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog=f"zserve bench {name}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    parser.add_argument("--output", type=Path, help="write the record here too")
+    parser.add_argument("--plot", type=Path, help="draw it into this .svg or .png")
+    options = parser.parse_args(arguments)
+    try:
+        if options.plot:
+            from benchmarks.plots import check_plot
+
+            check_plot(name, options.plot)
+        record = {"benchmark": name, **provenance(), **module.run(options)}
+    except (BenchmarkError, ExportError, ZServeError, GenerationFailedError) as error:
+        print(f"zserve bench {name}: {error}", file=sys.stderr)
+        return 1
+    if options.output:
+        write(options.output, record)
+    if options.plot:
+        from benchmarks.plots import draw
+
+        draw(record, options.plot)
+    print(json.dumps(record, ensure_ascii=False))
+    return 1 if record.get("failed") else 0

@@ -1,0 +1,65 @@
+"""How do two records of one benchmark differ, row by row?
+
+Method: rows with the same case are set side by side; of percentiles the p50 is taken. Records of different benchmarks
+are refused; of different machines or settings they are compared, and that is said.
+
+Units: those of the records; ratio is B over A, so of milliseconds under 1 is faster.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import BenchmarkError, Record, case_name, figures, print_table, read, row
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Both records."""
+    parser.add_argument("a", type=Path, help="the record to compare with")
+    parser.add_argument("b", type=Path, help="the record that is compared")
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Prints the table; a row of the record has the ratios of one row."""
+    a, b = read(options.a), read(options.b)
+    rows = compare(a, b)
+    for key in ("machine", "versions", "settings"):
+        if a.get(key) != b.get(key):
+            print(f"{key} differ: {_difference(a.get(key), b.get(key))}")
+    lines = [(case_name(r["case"]), name, *values) for r in rows for name, values in r["figures"].items()]
+    print_table(("row", "figure", "A", "B", "B / A"), lines)
+    return {"compared": [str(options.a), str(options.b)], "rows": rows, "missing": missing(a, b)}
+
+
+def compare(a: Record, b: Record) -> list[dict[str, Any]]:
+    """The figures (a, b, ratio) of every case that both have.
+
+    Raises:
+        BenchmarkError: they are of different benchmarks, or have no case in common.
+    """
+    if a["benchmark"] != b["benchmark"]:
+        raise BenchmarkError(
+            f"A is of {a['benchmark']} and B of {b['benchmark']}; records of one benchmark are compared"
+        )
+    theirs = {case_name(r["case"]): figures(r) for r in b["rows"]}
+    rows = []
+    for mine in a["rows"]:
+        found = theirs.get(case_name(mine["case"]))
+        if found is not None:
+            shared = {n: [v, found[n], found[n] / v if v else None] for n, v in figures(mine).items() if n in found}
+            rows.append(row(mine["case"], figures=shared))
+    if not rows:
+        raise BenchmarkError("the records have no row in common; compare runs with the same sizes, batches and engines")
+    return rows
+
+
+def missing(a: Record, b: Record) -> list[str]:
+    """The cases that only one has."""
+    names = [{case_name(r["case"]) for r in record["rows"]} for record in (a, b)]
+    return sorted(names[0] ^ names[1])
+
+
+def _difference(a: Any, b: Any) -> str:
+    if not (isinstance(a, dict) and isinstance(b, dict)):
+        return f"{a} and {b}"
+    return ", ".join(f"{k}: {a.get(k)} and {b.get(k)}" for k in {**a, **b} if a.get(k) != b.get(k))

@@ -1,0 +1,117 @@
+"""What does a whole image cost in one process, engine by engine, and where does the time go?
+
+Method: `diffusers` is its own eager pipeline called as in its documentation; the other rows are the server's own
+executor over their engines: encode, 8 steps, decode, pixels in host memory. All draw the same prompts from the same
+seeds, another prompt in every repetition so that no cache helps, one row after the other in each repetition and each
+repetition beginning with another. Every image is held against diffusers' own, the first before anything is timed;
+every engine is named and its forwards are counted. With --batch k, k images share every step.
+
+Units: milliseconds from the prompt to the pixels of all images, by the host's clock; stages on the device (CUDA events
+for diffusers; the executor waits after every step anyway); `other` is what no stage took. x is how many times as fast,
+repetition by repetition. PSNR in dB. No CUDA device has run this yet.
+"""
+
+import argparse
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks import choice, rows
+from benchmarks.choice import DIFFUSERS
+from benchmarks.diffusers_row import DiffusersRow, Pixels
+from benchmarks.engine_row import EngineRow
+from benchmarks.record import Row, percentiles, print_table, row
+from benchmarks.subject import Subject, open_subject
+from export.manifest import Backend
+from export.spec import Component
+
+STEPS = 8
+OTHER = "other"
+STAGES = (*Component, OTHER)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The benchmark's options."""
+    rows.add_arguments(parser, repetitions=10)
+    parser.add_argument("--steps", type=choice.positive, default=STEPS, help="denoiser forwards (default: %(default)s)")
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Measures and prints the table. A row is a size, a batch and an engine."""
+    subject, pipeline = open_subject(choice.read(options))
+    benchmark, chosen = Images(subject, DiffusersRow(pipeline, subject.device), options), subject.choice
+    measured = [r for size in chosen.sizes for batch in chosen.batches for r in benchmark.measure(size, batch)]
+    header = ("size", "batch", "engine", "p50 ms", "p90 ms", "p99 ms", *STAGES, "x diffusers", "x eager", "PSNR")
+    print_table(header, [_line(r) for r in measured])
+    return {"settings": {**rows.settings(chosen, options), "steps": options.steps}, "rows": measured}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The images of one call, and its milliseconds, as a whole and by stage."""
+
+    images: list[Pixels]
+    milliseconds: float
+    stages: dict[str, float]
+
+
+class Images:
+    """Draws the same images through every row."""
+
+    def __init__(self, subject: Subject, diffusers: DiffusersRow, options: argparse.Namespace) -> None:
+        self._precision, self._options = subject.manifest.precision, options
+        self._diffusers = diffusers  # the reference, a row or not
+        self._rows: dict[str, DiffusersRow | EngineRow] = {
+            backend: diffusers if backend == DIFFUSERS else EngineRow(subject, backend)
+            for backend in subject.choice.backends
+        }
+
+    def measure(self, size: str, batch: int) -> list[Row]:
+        """One row a backend."""
+        drawn: dict[str, list[Drawn]] = {name: [] for name in self._rows}
+        closeness: dict[str, list[dict[str, Any]]] = {name: [] for name in self._rows}
+        names = list(self._rows)
+        for number, prompt in enumerate(rows.prompts(self._options.warm_up + self._options.repetitions)):
+            first, what = number % len(names), ([prompt] * batch, size, number)
+            made = {name: self._draw(self._rows[name], *what) for name in names[first:] + names[:first]}
+            expected = made.get(DIFFUSERS) or self._draw(self._diffusers, *what)
+            for name, one in made.items():
+                closeness[name].append(rows.compare_images(one.images, expected.images, self._precision))
+                drawn[name].append(one)
+        kept = {name: every[self._options.warm_up :] for name, every in drawn.items()}
+        return [self._row({"size": size, "batch": batch, "engine": n}, kept, closeness[n]) for n in names]
+
+    def _row(self, case: dict[str, Any], drawn: dict[str, list[Drawn]], closeness: list[dict[str, Any]]) -> Row:
+        name = case["engine"]
+        taken = {n: [d.milliseconds for d in every] for n, every in drawn.items()}
+        return row(
+            case,
+            ms=percentiles(taken[name]),
+            stages_ms={stage: percentiles([d.stages[stage] for d in drawn[name]]) for stage in STAGES},
+            images_per_second=1e3 * case["batch"] / percentiles(taken[name])["p50"],
+            speedup=rows.speedups(taken, name),
+            forwards=self._options.steps,
+            engines=self._engines(name),
+            psnr_db=min((c["psnr_db"] for c in closeness if c["psnr_db"] is not None), default=None),
+            largest_difference=max(c["largest_difference"] for c in closeness),
+        )
+
+    def _engines(self, name: str) -> dict[str, str]:
+        drawer = self._rows[name]
+        if isinstance(drawer, DiffusersRow):
+            return {component.value: DIFFUSERS for component in Component}
+        return {use.component.value: use.backend.value for use in drawer.executor.engines()}
+
+    def _draw(self, drawer: DiffusersRow | EngineRow, prompts: list[str], size: str, seed: int) -> Drawn:
+        before, began = drawer.calls[Component.DENOISER], time.perf_counter()
+        images, stages = drawer.draw(prompts, size=size, steps=self._options.steps, seed=seed)
+        milliseconds = 1e3 * (time.perf_counter() - began)
+        rows.check_count("the denoiser", drawer.calls[Component.DENOISER] - before, self._options.steps)
+        return Drawn(images, milliseconds, {**stages, OTHER: milliseconds - sum(stages.values())})
+
+
+def _line(r: Row) -> list[object]:
+    ms, faster, stages = r["ms"], r["speedup"], r["stages_ms"]
+    ratios = [faster[name]["p50"] if name in faster else None for name in (DIFFUSERS, Backend.EAGER)]
+    shown = (ms["p50"], ms["p90"], ms["p99"], *(stages[s]["p50"] for s in STAGES))
+    return [*r["case"].values(), *shown, *ratios, r["psnr_db"] or "equal"]

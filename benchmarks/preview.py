@@ -1,0 +1,86 @@
+"""What does a preview cost beside a step?
+
+Method: the demo model's compiled engines in this process, no server. For each size one sequence; for each of N pairs
+one step and then one preview of it, alternating, so that a drift of the machine's speed meets both. Then the preview is
+encoded as JPEG, which the worker does in a thread pool beside the next step: given for completeness. The denoiser has
+to be the compiled one.
+
+Units: milliseconds; `share` is preview over step, pair by pair.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.record import percentiles, print_table, row
+from benchmarks.serving import add_model
+from benchmarks.simulation import a_request
+from export.devices import current_target, default_device
+from export.manifest import Manifest
+from export.spec import Component
+from server.config import FallbackPolicy, cpu_threads
+from server.engines.eager import EagerModules
+from server.engines.load import EngineLoader
+from server.worker.executor import Executor, make_sequences
+from server.worker.images import encode_preview
+
+SIZES = (256, 512, 1024)
+PROMPT = (1,) * 20  # token ids; which ones costs nothing
+STEPS = 50
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The benchmark's options."""
+    add_model(parser)
+    parser.add_argument("-n", type=int, default=30, help="pairs a size, at most 50 (default: %(default)s)")
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Measures and prints the table."""
+    executor = load(options.model, default_device())
+    rows = [row({"size": f"{size}x{size}"}, **measure(executor, size, options.n)) for size in SIZES]
+    columns = ("step_ms", "preview_ms", "jpeg_ms", "share")
+    lines = [[r["case"]["size"], *(r[c]["p50"] for c in columns[:3]), f"{r['share']['p50']:.2%}"] for r in rows]
+    print_table(("size", *columns), lines)
+    return {"settings": {"pairs": options.n}, "rows": rows}
+
+
+def load(folder: Path, device: str) -> Executor:
+    """The engines of a version, all of them compiled."""
+    torch.set_num_threads(1)  # as in a worker
+    manifest = Manifest.read(folder)
+    modules = EagerModules(Path(manifest.checkpoint.path), manifest.precision, device)
+    loader = EngineLoader(folder, manifest, current_target(device), modules, cpu_threads(1), FallbackPolicy.REFUSE)
+    return Executor(loader.load_all(), manifest, device, prompt_cache_size=1)
+
+
+def measure(executor: Executor, size: int, pairs: int) -> dict[str, Any]:
+    """Steps and previews in turn, at one size."""
+    request = replace(a_request(size, size), num_inference_steps=STEPS)
+    (sequence,) = make_sequences(request, (PROMPT,), key=0, shift=3.0, now=0.0)
+    executor.encode(sequence).result()
+    executor.denoise([sequence])
+    executor.preview(sequence, 1)
+    steps, previews, jpegs = [], [], []
+    for done in range(min(pairs, STEPS)):
+        sequence.step = done
+        steps.append(timed(lambda: executor.denoise([sequence])))
+        pixels = executor.preview(sequence, done + 1)
+        previews.append(timed(lambda n=done + 1: executor.preview(sequence, n)))  # type: ignore[misc]
+        jpegs.append(timed(lambda p=pixels: encode_preview(p)))  # type: ignore[misc]
+    assert not sequence.engines[Component.DENOISER].fallback_reason, "the compiled engine is what is measured"
+    share = [preview / step for preview, step in zip(previews, steps, strict=True)]
+    columns = {"step_ms": steps, "preview_ms": previews, "jpeg_ms": jpegs, "share": share}
+    return {name: percentiles(values) for name, values in columns.items()}
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Milliseconds."""
+    began = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - began)

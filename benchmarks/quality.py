@@ -1,0 +1,208 @@
+"""Does compiling change my picture?
+
+Method: every engine and precision that runs on this machine is exported from the demo checkpoint (valid exports are
+reused) and draws the same prompts from the same seeds through the server's own image path, one by one, in 8 steps,
+without guidance. Its pictures are compared with those of eager PyTorch in fp32, which equals diffusers. Then the same
+engine draws them again: with the prompts it has kept encoded, in batches of 4, and in 9 steps, each time compared with
+its own pictures of the first time. An engine that cannot be built here, or falls back, is a line with the reason.
+
+Units: `right` counts pictures that show what was asked for (demo/score.py); PSNR in dB and SSIM (1 is equal) are the
+worst and the median picture's; `grey` is the largest difference of any channel of any pixel, of 255. In the JSON
+object, the last line, the share that is right has its 95 % interval and PSNR is null where pictures are equal. The
+contact sheet shows the differences from eager fp32 magnified 32 times.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import record
+from benchmarks.likeness import Likeness, likeness
+from benchmarks.quality_sheet import contact_sheet
+from demo.evaluate import LARGE, Share
+from demo.scenes import Scene, sample_scenes
+from demo.score import score
+from export.devices import current_target, default_device
+from export.manifest import Backend, Manifest
+from export.repository import versions
+from export.spec import Precision
+from server.config import FallbackPolicy, cpu_threads
+from server.engines.eager import EagerModules
+from server.engines.load import EngineLoader
+from server.errors import EngineLoadError
+from verify.images import Painter, Pixels, Size
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+SEED = 31
+STEPS, OTHER_STEPS, BATCH = 8, 9, 4
+SHOWN = 3  # pictures on the contact sheet
+SMALL: Size = (256, 256)
+GRIDS: dict[str, tuple[Size, ...]] = {"quick": (SMALL,), "full": (SMALL, (512, 512), *LARGE)}
+HEAD = (
+    f"{'size':<10}{'engine':<18}{'against':<16}{'right':>9}{'PSNR':>8}{'median':>8}{'SSIM':>9}{'median':>8}{'grey':>6}"
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way of running the model."""
+
+    backend: Backend
+    precision: Precision
+
+    def __str__(self) -> str:
+        return f"{self.backend} {self.precision}"
+
+
+REFERENCE = Variant(Backend.EAGER, Precision.FP32)
+COMPILED = {  # backends, and the precisions they are built in
+    "cpu": {Backend.ONNXRUNTIME: (Precision.FP32,), Backend.AOTINDUCTOR: tuple(Precision)},
+    "cuda": {
+        Backend.AOTINDUCTOR: tuple(Precision),
+        Backend.TENSORRT: (Precision.BF16,),
+        Backend.TENSORRT_RTX: (Precision.BF16,),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison; where there is none, `not_run` says why."""
+
+    size: str
+    engine: str
+    against: str
+    right: Share | None = None
+    likeness: Likeness | None = None
+    not_run: str = ""
+
+    def record(self) -> record.Row:
+        """As it is written down."""
+        figures = asdict(self)
+        case = {key: figures.pop(key) for key in ("size", "engine", "against")}
+        return record.row(case, **figures)
+
+    def __str__(self) -> str:
+        start = f"{self.size:<10}{self.engine:<18}{self.against:<16}"
+        if self.likeness is None or self.right is None:
+            return f"{start}not run: {self.not_run}"
+        like, right = self.likeness, f"{self.right.right} of {self.right.count}"
+        psnr = "".join("   equal" if db is None else f"{db:8.1f}" for db in (like.worst_psnr, like.median_psnr))
+        ssim = f"{like.worst_ssim:9.4f}{like.median_ssim:8.4f}"
+        return f"{start}{right:>9}{psnr}{ssim}{like.largest_difference:6}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The benchmark's own options."""
+    parser.add_argument("--grid", choices=GRIDS, default="quick", help="sizes: 256x256, or all (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=16, help="pictures a size (default: %(default)s)")
+    parser.add_argument("--device", default=default_device(), help="default: %(default)s")
+    parser.add_argument("--only", action="append", help="an engine such as 'onnxruntime fp32' (default: all)")
+    models = ROOT / "build" / "quality-models"
+    parser.add_argument("--repository", type=Path, default=models, help="of the exports (default: %(default)s)")
+    parser.add_argument("--sheets", type=Path, default=RESULTS, help="folder of the sheet (default: %(default)s)")
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Measures, prints the table and writes the contact sheet; returns the record."""
+    print(HEAD, flush=True)
+    scenes = sample_scenes(options.images, SEED)
+    reference: dict[Size, list[Pixels]] = {}
+    rows: list[Row] = []
+    shown: dict[str, list[Pixels]] = {}
+    for variant in variants(options):
+        for row, size, pictures in measure(variant, scenes, reference, options):
+            print(row, flush=True)
+            rows.append(row)
+            if size == SMALL:
+                shown.setdefault(str(variant), pictures[:SHOWN])
+    options.sheets.mkdir(parents=True, exist_ok=True)
+    contact_sheet(shown).save(options.sheets / f"{name(options)}.png")
+    settings = {"device": options.device, "steps": STEPS, "prompts": [scene.prompt for scene in scenes]}
+    return {"settings": settings, "rows": [row.record() for row in rows]}
+
+
+def name(options: argparse.Namespace) -> str:
+    """Of the record and of the sheet."""
+    return f"quality_{options.device.partition(':')[0]}"
+
+
+def variants(options: argparse.Namespace) -> list[Variant]:
+    """The reference first, then all that may run on the device, or those asked for."""
+    compiled = COMPILED[options.device.partition(":")[0]]
+    built = [Variant(backend, precision) for backend, precisions in compiled.items() for precision in precisions]
+    others = [Variant(Backend.EAGER, Precision.BF16), *built]
+    known = [str(variant) for variant in others]
+    unknown = set(options.only or ()) - set(known)
+    if unknown:
+        raise SystemExit(f"--only {', '.join(sorted(unknown))}: {', '.join(known)} are accepted")
+    return [REFERENCE, *(v for v in others if not options.only or str(v) in options.only)]
+
+
+Measured = tuple[Row, Size | None, list[Pixels]]
+
+
+def measure(
+    variant: Variant, scenes: list[Scene], reference: dict[Size, list[Pixels]], options: argparse.Namespace
+) -> Iterator[Measured]:
+    """The rows of one variant, each with the pictures; the reference's own become those of the others."""
+    try:
+        painter = load(variant, options)
+    except EngineLoadError as error:
+        yield Row("", str(variant), "", not_run=str(error)), None, []
+        return
+    for size in GRIDS[options.grid]:
+        yield from _measure(variant, painter, scenes, size, reference)
+
+
+def _measure(
+    variant: Variant, painter: Painter, scenes: list[Scene], size: Size, reference: dict[Size, list[Pixels]]
+) -> Iterator[Measured]:
+    prompts = [scene.prompt for scene in scenes]
+
+    def row(against: str, pictures: list[Pixels], expected: list[Pixels]) -> Measured:
+        told = f"{size[0]}x{size[1]}", str(variant), against
+        if problem := painter.problem():
+            return Row(*told, not_run=problem), size, pictures
+        right = Share.of([score(p, scene).all_correct for p, scene in zip(pictures, scenes, strict=True)])
+        return Row(*told, right, likeness(pictures, expected)), size, pictures
+
+    painter.forget()
+    alone = painter.draw(prompts, size, steps=STEPS)
+    yield row("eager fp32", alone, reference.setdefault(size, alone))
+    encoded = painter.encoded
+    cached = painter.draw(prompts, size, steps=STEPS)
+    assert painter.encoded == encoded, "a prompt was encoded again"
+    yield row("cached prompts", cached, alone)
+    painter.forget()
+    yield row(f"batches of {BATCH}", painter.draw(prompts, size, steps=STEPS, at_once=BATCH), alone)
+    yield row(f"{OTHER_STEPS} steps", painter.draw(prompts, size, steps=OTHER_STEPS), alone)
+
+
+def load(variant: Variant, options: argparse.Namespace) -> Painter:
+    """The variant's engines, exported first.
+
+    Raises:
+        EngineLoadError: they cannot be built or loaded here.
+    """
+    model = f"demo-{variant.backend}-{variant.precision}"
+    command = [
+        sys.executable, "-m", "zserve", "export", "--checkpoint", "demo/checkpoint", "--repository",
+        str(options.repository), "--name", model, "--backend", variant.backend, "--precision", variant.precision,
+        "--device", options.device, "--default-size", "256x256",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines() or [f"the export ended with status {done.returncode}"]
+        raise EngineLoadError(said[-1])
+    folder = options.repository / model / str(versions(options.repository / model)[-1])
+    manifest = Manifest.read(folder)
+    modules = EagerModules(Path(manifest.checkpoint.path), manifest.precision, options.device)
+    target = current_target(options.device)
+    engines = EngineLoader(folder, manifest, target, modules, cpu_threads(1), FallbackPolicy.REFUSE).load_all()
+    return Painter(manifest, engines, options.device)

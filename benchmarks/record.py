@@ -1,0 +1,155 @@
+"""What a benchmark leaves behind: rows of figures, and where they came from.
+
+A record is one JSON object: `benchmark`, machine, versions, commit, date, the benchmark's own `settings`, and `rows`.
+A row's `case` says what was measured; percentiles and numbers beside it are figures, texts are facts about them.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Row = dict[str, Any]
+Record = dict[str, Any]
+
+LIBRARIES = ("torch", "diffusers", "transformers", "onnxruntime", "tensorrt", "tensorrt_rtx", "grpcio", "zserve")
+PERCENTS = (10, 50, 90, 95, 99)
+
+
+class BenchmarkError(Exception):
+    """What was asked for cannot be measured, or what ran is not what was to be measured; the message says which."""
+
+
+def machine() -> dict[str, Any]:
+    """CPU, cores and GPU of this machine."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def provenance() -> dict[str, Any]:
+    """Machine, library versions, commit (with "+" when files were changed since) and date."""
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "*.toml")
+    return {
+        "machine": machine(),
+        "versions": {name: _version(name) for name in LIBRARIES},
+        "commit": _git("rev-parse", "HEAD") + ("+" if changed else ""),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    return done.stdout.strip()
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """p10, p50, p90, p95, p99 (by linear interpolation) and n, the count of `values`.
+
+    Raises:
+        BenchmarkError: there are none.
+    """
+    if not values:
+        raise BenchmarkError("nothing was measured, so there are no percentiles")
+    cuts = np.percentile(values, PERCENTS)
+    return {f"p{percent}": round(float(cut), 4) for percent, cut in zip(PERCENTS, cuts, strict=True)} | {
+        "n": len(values)
+    }
+
+
+def ratios(slow: Sequence[float], fast: Sequence[float]) -> dict[str, float]:
+    """Percentiles of how many times as fast `fast` was, repetition by repetition of the same run."""
+    return percentiles([a / b for a, b in zip(slow, fast, strict=True)])
+
+
+def row(case: Mapping[str, str | int | float], **columns: Any) -> Row:
+    """One row: what was measured, and its figures and facts."""
+    return {"case": dict(case), **columns}
+
+
+def case_name(case: Mapping[str, Any]) -> str:
+    """A case in one line, the same for equal cases."""
+    return ", ".join(f"{key} {value}" for key, value in case.items())
+
+
+def figures(measured: Row) -> dict[str, float]:
+    """The figures of a row by dotted name: numbers, and of percentiles the p50."""
+    return dict(_figures("", {key: value for key, value in measured.items() if key != "case"}))
+
+
+def _figures(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    if isinstance(value, Mapping):
+        inner = {"": value["p50"]} if "p50" in value else value
+        for key, part in inner.items():
+            yield from _figures(".".join(filter(None, (name, key))), part)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield name, float(value)
+
+
+def write(path: Path, record: Record) -> None:
+    """Writes a record for `read`, and for people."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def read(path: Path) -> Record:
+    """A record with rows.
+
+    Raises:
+        BenchmarkError: no such file, or it is no such record.
+    """
+    try:
+        record = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise BenchmarkError(f"{path} cannot be read ({error}); give a file that --output wrote") from error
+    if not isinstance(record, dict) or not record.get("benchmark") or not isinstance(record.get("rows"), list):
+        raise BenchmarkError(f"{path} is no record with rows; give a file that `zserve bench NAME --output` wrote")
+    return record
+
+
+def print_table(header: Sequence[str], lines: Iterable[Sequence[object]]) -> None:
+    """Columns as wide as they must be; numbers to the right."""
+    cells = [list(header), *([_cell(value) for value in line] for line in lines)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    for number, texts in enumerate(cells):
+        print("  ".join(_aligned(text, width) for text, width in zip(texts, widths, strict=True)).rstrip())
+        if number == 0:
+            print("  ".join("-" * width for width in widths))
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def _aligned(text: str, width: int) -> str:
+    return text.rjust(width) if text[:1].isdigit() or text in "-" else text.ljust(width)

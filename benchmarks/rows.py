@@ -1,0 +1,63 @@
+"""What `components` and `image` share: their options, and how rows are held against each other."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks import choice
+from benchmarks.choice import DIFFUSERS, Choice
+from benchmarks.diffusers_row import Pixels
+from benchmarks.record import BenchmarkError, ratios
+from demo.scenes import sample_scenes
+from export.manifest import Backend
+from export.spec import IMAGE_PSNR, Precision
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, repetitions: int) -> None:
+    """Model, engines, shapes and repetitions."""
+    choice.add_arguments(parser)
+    parser.add_argument("--batch", type=choice.positive, action="append", help="images at once; may be repeated (1)")
+    parser.add_argument(
+        "-n", "--repetitions", type=choice.positive, default=repetitions, help="that count (default: %(default)s)"
+    )
+    parser.add_argument("--warm-up", type=choice.positive, default=2, help="that do not count (default: %(default)s)")
+
+
+def settings(chosen: Choice, options: argparse.Namespace) -> dict[str, Any]:
+    """What the rows have in common."""
+    return {**chosen.settings(), "warm_up": options.warm_up, "repetitions": options.repetitions}
+
+
+def prompts(count: int) -> list[str]:
+    """Different prompts, so that no cache can help."""
+    return list(dict.fromkeys(scene.prompt for scene in sample_scenes(2 * count + 8, seed=99)))[:count]
+
+
+def speedups(taken: Mapping[str, Sequence[float]], backend: str) -> dict[str, dict[str, float]]:
+    """How many times as fast as diffusers and as eager, repetition by repetition."""
+    others = [name for name in (DIFFUSERS, Backend.EAGER.value) if name in taken and name != backend]
+    return {other: ratios(taken[other], taken[backend]) for other in others}
+
+
+def check_count(what: str, made: int, expected: int) -> None:
+    """Raises `BenchmarkError` where more or less was run than was timed."""
+    if made != expected:
+        raise BenchmarkError(f"{what} ran {made} times, and {expected} were asked for")
+
+
+def compare_images(images: Sequence[Pixels], expected: Sequence[Pixels], precision: Precision) -> dict[str, Any]:
+    """Least PSNR in dB (None: all are equal) and largest difference in grey levels.
+
+    Raises:
+        BenchmarkError: they are further apart than engines may be.
+    """
+    a, b = np.stack(images).astype(float), np.stack(expected).astype(float)
+    error = ((a - b) ** 2).mean(axis=(1, 2, 3)).max()
+    psnr = float(10 * np.log10(255**2 / error)) if error else None
+    if psnr is not None and not psnr >= IMAGE_PSNR[precision]:
+        raise BenchmarkError(
+            f"the image is another one: {psnr:.1f} dB from the reference, {IMAGE_PSNR[precision]:.0f} are accepted"
+        )
+    return {"psnr_db": psnr, "largest_difference": int(np.abs(a - b).max())}

@@ -1,0 +1,208 @@
+"""Is the compiled path through gRPC faster than diffusers, what does the server itself cost, and what does it carry?
+
+Method: for each backend a server in a process of its own, with one worker. One at a time: for each of N different
+prompts, the server and diffusers' eager pipeline (same checkpoint, in this process) draw the same seed, the one after
+the other in alternating order, so that a drift of the machine's speed meets both; then the same prompts as JPEG.
+Closed loop: so many clients, each of which asks again when it has its answer. Open loop: Poisson arrivals at a share of
+the best closed-loop rate, independent of how the server fares; clients send the deadline as their call's, and give up
+then. Every image of the first part is held against diffusers', every answer has to name the engine and 8 forwards.
+
+Units: milliseconds at the client, from the call to the last event; `overhead` is the call less what the three
+components took; requests a second; `goodput` counts what was answered within the deadline; x is how many times as fast
+as diffusers, pair by pair. No CUDA device has run this yet.
+"""
+
+import argparse
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from benchmarks import choice, rows
+from benchmarks.choice import DIFFUSERS, Choice, pixels
+from benchmarks.diffusers_row import DiffusersRow
+from benchmarks.engines import saved_checkpoint, version_folder
+from benchmarks.load import Mix, Size, poisson, summary
+from benchmarks.record import Row, percentiles, print_table, ratios, row
+from benchmarks.serving import repository, server_process
+from benchmarks.subject import load_pipeline
+from benchmarks.traffic import Manners, Traffic, check_answer
+from client import Drawing, ZImageClient
+from export.manifest import Backend
+
+STEPS = 8
+WARM_UP = 2
+PATIENCE = 5.0  # deadline of the open loop, in times of one request alone
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The benchmark's options."""
+    choice.add_arguments(parser)
+    parser.add_argument("-n", type=choice.positive, default=40, help="prompts one at a time (default: %(default)s)")
+    parser.add_argument("--clients", type=choice.positive, action="append", help="may be repeated (default: 1 2 4 8)")
+    parser.add_argument("--load", type=float, action="append", help="may be repeated (default: 0.5 0.8 0.95 1.2)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each load (default: %(default)s)")
+    parser.add_argument("--deadline", type=float, help="seconds (default: 5 times the median of one at a time)")
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Measures and prints the tables. A row is a load and an engine."""
+    chosen = choice.read(options)
+    chosen = replace(chosen, checkpoint=saved_checkpoint(chosen))
+    pipeline = load_pipeline(chosen)
+    measured: list[Row] = []
+    for backend in _served(chosen, options):
+        versions = version_folder(chosen, Backend(backend))
+        with (
+            repository(versions, chosen.sizes, max_batch=chosen.max_batch) as models,
+            server_process(models, chosen.device) as server,
+        ):
+            service = Service(chosen, options, backend, server.url)
+            measured += service.one_at_a_time(DiffusersRow(pipeline, pipeline.device))
+            measured += asyncio.run(service.under_load(measured[-1]["ms"]["p50"] / 1e3))
+    _show(measured)
+    sizes = {"size": chosen.sizes[0], "sizes_under_load": chosen.sizes, "seconds": options.seconds}
+    return {"settings": {**chosen.settings(), **sizes, "steps": STEPS, "warm_up": WARM_UP}, "rows": measured}
+
+
+def _served(chosen: Choice, options: argparse.Namespace) -> Sequence[str]:
+    """Without a choice, the compiled engine that `zserve export` would make here."""
+    if options.backend or options.model:
+        return [b for b in chosen.backends if b != DIFFUSERS and (options.backend or b in chosen.models)]
+    return [Backend.AOTINDUCTOR if chosen.device.startswith("cuda") else Backend.ONNXRUNTIME]
+
+
+@dataclass(frozen=True)
+class Service:
+    """Measures one server."""
+
+    chosen: Choice
+    options: argparse.Namespace
+    backend: str
+    url: str
+
+    def one_at_a_time(self, diffusers: DiffusersRow) -> list[Row]:
+        """The row of diffusers, then the server's."""
+        prompts = rows.prompts(WARM_UP + self.options.n)
+        with ZImageClient(self.url) as client:
+            pairs = [self._pair(client, diffusers, prompt, number) for number, prompt in enumerate(prompts)]
+            jpegs = [self._call(client, prompt, 1000 + number, "jpeg") for number, prompt in enumerate(prompts)]
+        kept = {name: [pair[name] for pair in pairs[WARM_UP:]] for name in pairs[0]}
+        case: dict[str, str | int] = {"load": "one at a time", "clients": 1}
+        return [
+            row({**case, "engine": DIFFUSERS}, ms=percentiles(kept[DIFFUSERS]), forwards=STEPS),
+            row(
+                {**case, "engine": self.backend},
+                ms=percentiles(kept["server"]),
+                overhead_ms=percentiles(kept["overhead"]),
+                stages_ms={stage: percentiles(kept[stage]) for stage in ("encode", "denoise", "decode")},
+                jpeg_ms=percentiles([ms for ms, _ in jpegs[WARM_UP:]]),
+                jpeg_overhead_ms=percentiles([_overhead(ms, drawing) for ms, drawing in jpegs[WARM_UP:]]),
+                speedup={DIFFUSERS: ratios(kept[DIFFUSERS], kept["server"])},
+                largest_difference=int(max(pair["difference"] for pair in pairs)),
+                forwards=STEPS,
+            ),
+        ]
+
+    async def under_load(self, alone: float) -> list[Row]:
+        """Closed loops, then open ones at shares of the best rate; `alone` is the seconds of one request."""
+        traffic = Traffic(self.url, self.backend, rows.prompts(400), STEPS)
+        sizes, seconds = [pixels(size) for size in self.chosen.sizes], self.options.seconds
+        closed = []
+        for clients in self.options.clients or (1, 2, 4, 8):
+            outcomes = await traffic.closed_loop(clients, seconds, sizes)
+            figures = _figures(summary(outcomes, seconds))
+            closed.append(row({"load": "closed", "clients": clients, "engine": self.backend}, **figures))
+        best = max(r["throughput"] for r in closed)
+        deadline = self.options.deadline or PATIENCE * alone
+        return [*closed, *[await self._open(traffic, load, best, sizes, deadline) for load in self._loads()]]
+
+    def _loads(self) -> Sequence[float]:
+        return self.options.load or (0.5, 0.8, 0.95, 1.2)
+
+    async def _open(self, traffic: Traffic, load: float, best: float, sizes: list[Size], deadline: float) -> Row:
+        mix = Mix(dict.fromkeys(sizes, 1.0), unit=deadline, clients={"all": (1.0, 0, 1.0)})
+        arrivals = list(poisson(load * best, self.options.seconds, mix, seed=11))
+        outcomes = await traffic.open_loop(arrivals, Manners.TELL)
+        figures = _figures(summary(outcomes, self.options.seconds))
+        case: dict[str, str | float] = {"load": "open", "share": load, "engine": self.backend}
+        return row(case, **figures, rate=load * best, deadline_ms=1e3 * deadline)
+
+    def _pair(self, client: ZImageClient, diffusers: DiffusersRow, prompt: str, number: int) -> dict[str, float]:
+        """Both draw one prompt; who begins alternates."""
+        if number % 2:
+            expected, eager_ms = self._diffusers(diffusers, prompt, number)
+            server_ms, drawing = self._call(client, prompt, number, "raw")
+        else:
+            server_ms, drawing = self._call(client, prompt, number, "raw")
+            expected, eager_ms = self._diffusers(diffusers, prompt, number)
+        got = np.asarray(drawing.images[0].pillow())
+        timings = drawing.completed.timings
+        return {
+            "server": server_ms,
+            DIFFUSERS: eager_ms,
+            "overhead": _overhead(server_ms, drawing),
+            "encode": timings.encode_ms,
+            "denoise": timings.denoise_ms,
+            "decode": timings.decode_ms,
+            "difference": rows.compare_images([got], expected, self.chosen.precision)["largest_difference"],
+        }
+
+    def _diffusers(self, diffusers: DiffusersRow, prompt: str, seed: int) -> tuple[list[Any], float]:
+        began = time.perf_counter()
+        images, _ = diffusers.draw([prompt], size=self.chosen.sizes[0], steps=STEPS, seed=seed)
+        return images, 1e3 * (time.perf_counter() - began)
+
+    def _call(self, client: ZImageClient, prompt: str, seed: int, image_format: str) -> tuple[float, Drawing]:
+        """Milliseconds of one call, and its answer, checked."""
+        width, height = pixels(self.chosen.sizes[0])
+        began = time.perf_counter()
+        drawing = client.draw(
+            prompt, seed=seed, width=width, height=height, num_inference_steps=STEPS, image_format=image_format
+        )
+        milliseconds = 1e3 * (time.perf_counter() - began)
+        check_answer(drawing.completed, self.backend, STEPS)
+        return milliseconds, drawing
+
+
+def _overhead(milliseconds: float, drawing: Drawing) -> float:
+    """Of a call, what no component took."""
+    t = drawing.completed.timings
+    return milliseconds - t.encode_ms - t.denoise_ms - t.decode_ms
+
+
+def _figures(outcome: dict[str, Any]) -> dict[str, Any]:
+    return {"ms": outcome["latency_ms"], **{k: outcome[k] for k in ("throughput", "goodput", "requests", "seconds")}}
+
+
+def _show(measured: list[Row]) -> None:
+    header = (
+        "load",
+        "clients or share",
+        "engine",
+        "p50 ms",
+        "p90 ms",
+        "p99 ms",
+        "images/s",
+        "goodput/s",
+        "overhead",
+        "x diffusers",
+    )
+    print_table(header, [_line(r) for r in measured])
+
+
+def _line(r: Row) -> list[object]:
+    case, ms = r["case"], r["ms"] or {}
+    overhead, faster = r.get("overhead_ms"), r.get("speedup")
+    return [
+        case["load"],
+        case.get("clients", case.get("share")),
+        case["engine"],
+        *(ms.get(p) for p in ("p50", "p90", "p99")),
+        *(r.get(key) for key in ("throughput", "goodput")),
+        overhead and overhead["p50"],
+        faster and faster[DIFFUSERS]["p50"],
+    ]

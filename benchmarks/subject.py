@@ -1,0 +1,197 @@
+"""What is measured: diffusers' pipeline as its users run it, and the components over the same weights by engine."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import published
+from benchmarks.choice import Choice
+from benchmarks.engines import built_in_memory, version_folder
+from benchmarks.record import BenchmarkError
+from export.checkpoint import open_checkpoint
+from export.devices import current_target
+from export.manifest import Backend, CheckpointRecord, Manifest, PreviewProjection, checkpoint_record, source_hash
+from export.modules import build_components
+from export.modules.load import TORCH_DTYPES
+from export.spec import Component, ComponentSpec, Precision, component_specs
+from server.config import FallbackPolicy, cpu_threads
+from server.engines.base import Shapes
+from server.engines.eager import EagerModules
+from server.engines.load import EngineLoader
+from server.engines.served import ServedComponent
+
+if TYPE_CHECKING:
+    from diffusers import ZImagePipeline
+
+
+class Counted:
+    """An engine that counts its calls, and gives up where another one would answer for it."""
+
+    def __init__(self, served: ServedComponent, expected: Backend) -> None:
+        self._served, self.backend, self.calls = served, expected, 0
+        self._check(served.use.backend, served.use.fallback_reason)
+
+    def fits(self, shapes: Shapes) -> bool:
+        """Everything is tried: what does not fit is to fail, not to be measured on eager."""
+        return True
+
+    def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """See `Engine`.
+
+        Raises:
+            BenchmarkError: another engine answered.
+        """
+        output, use = self._served.run(inputs)
+        self._check(use.backend, use.fallback_reason)
+        self.calls += 1
+        return output
+
+    def close(self) -> None:
+        """See `Engine`."""
+        self._served.close()
+
+    def _check(self, backend: Backend, reason: str) -> None:
+        if backend is not self.backend or reason:
+            raise BenchmarkError(f"{self.backend} is to be measured, and {backend} answers: {reason or 'no engine'}")
+
+
+class SharedModules(EagerModules):
+    """The components over a pipeline that is in memory: diffusers, eager and what borrows weights share one copy."""
+
+    def __init__(self, pipeline: "ZImagePipeline", precision: Precision, device: str) -> None:
+        super().__init__(Path(), precision, device)
+        built = build_components(pipeline)  # whose own tables are still on the CPU; the weights stay where they are
+        self._modules: dict[Component, nn.Module] = {c: m.to(self.device) for c, m in built.items()}
+
+
+Engines = dict[Component, Counted]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model on one device, through every engine that is to be measured."""
+
+    choice: Choice
+    manifest: Manifest  # of the model alone, without engines
+    engines: Mapping[str, Engines]  # by backend
+
+    @property
+    def device(self) -> torch.device:
+        """Where all of it is."""
+        return torch.device(self.choice.device)
+
+    @property
+    def specs(self) -> dict[Component, ComponentSpec]:
+        """Of the components."""
+        return component_specs(self.manifest.checkpoint.dimensions)
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder whose `tokenizer` turns prompts into ids."""
+        return self.choice.checkpoint or published.TOKENIZER.parent
+
+    def served(self, backend: str) -> dict[Component, ServedComponent]:
+        """The components as the server's executor takes them, with nothing to fall back on."""
+        return {c: ServedComponent(self.specs[c], engine, _no_fallback) for c, engine in self.engines[backend].items()}
+
+
+def open_subject(choice: Choice) -> "tuple[Subject, ZImagePipeline]":
+    """Loads diffusers' pipeline, and eager and the engines of all chosen backends over the same weights.
+
+    Raises:
+        BenchmarkError: an engine is not there, is of another model, or would fall back.
+        ExportError, ZServeError: the checkpoint is broken, or an engine cannot be built or loaded.
+    """
+    pipeline = load_pipeline(choice)
+    modules = SharedModules(pipeline, choice.precision, choice.device)
+    return _open(choice, modules, (Backend.EAGER, *choice.compiled)), pipeline
+
+
+def open_served(choice: Choice, backend: str) -> Subject:
+    """Loads the engines of one backend alone, as a worker does; raises like `open_subject`."""
+    modules = (
+        SharedModules(load_pipeline(choice), choice.precision, choice.device)
+        if choice.checkpoint is None
+        else EagerModules(choice.checkpoint, choice.precision, choice.device)
+    )
+    return _open(choice, modules, (backend,))
+
+
+def _open(choice: Choice, modules: EagerModules, backends: Sequence[str]) -> Subject:
+    torch.set_num_threads(cpu_threads(1))
+    model = describe(choice)
+    engines = {str(b): _load_backend(choice, model, modules, Backend(b)) for b in backends}
+    return Subject(choice, model, engines)
+
+
+def describe(choice: Choice) -> Manifest:
+    """The model as a manifest without engines."""
+    if choice.checkpoint is None:
+        checkpoint = CheckpointRecord("random weights", "random", published.dimensions(), published.SHIFT)
+    else:
+        checkpoint = checkpoint_record(open_checkpoint(choice.checkpoint))
+    return Manifest(
+        name="benchmark",
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        checkpoint=checkpoint,
+        precision=choice.precision,
+        max_batch=choice.max_batch,
+        max_size=choice.max_size,
+        default_size=choice.sizes[0],
+        engines=(),
+        preview=PreviewProjection(((0.0, 0.0, 0.0),) * checkpoint.dimensions.latent_channels, (0.0, 0.0, 0.0)),
+        source=source_hash(),
+    )
+
+
+def load_pipeline(choice: Choice) -> "ZImagePipeline":
+    """diffusers' pipeline, without progress bars.
+
+    Raises:
+        CheckpointError: the checkpoint is not whole.
+    """
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    if choice.checkpoint is None:
+        pipeline = published.random_pipeline(choice.device, choice.precision)
+    else:
+        whole, dtype = open_checkpoint(choice.checkpoint).path, TORCH_DTYPES[choice.precision]
+        pipeline = diffusers.ZImagePipeline.from_pretrained(whole, dtype=dtype, low_cpu_mem_usage=False)
+        pipeline = pipeline.to(choice.device)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _load_backend(choice: Choice, model: Manifest, modules: EagerModules, backend: Backend) -> Engines:
+    if backend is Backend.EAGER:
+        return _load(Path(), model, modules)
+    if choice.checkpoint is None:
+        manifest = built_in_memory(choice, model, modules, backend)
+        return _load(choice.repository / manifest.name / "1", manifest, modules)
+    folder = version_folder(choice, backend)
+    manifest = Manifest.read(folder)
+    if (manifest.checkpoint.fingerprint, manifest.precision) != (model.checkpoint.fingerprint, model.precision):
+        raise BenchmarkError(
+            f"{folder} is {manifest.precision} from {manifest.checkpoint.path}, and is to be compared with "
+            f"{model.precision} from {model.checkpoint.path}: give the --checkpoint that it was exported from"
+        )
+    return _load(folder, manifest, modules)
+
+
+def _load(folder: Path, manifest: Manifest, modules: EagerModules) -> Engines:
+    target = current_target(str(modules.device))
+    loader = EngineLoader(folder, manifest, target, modules, cpu_threads(1), FallbackPolicy.REFUSE)
+    records = {record.component: record.backend for record in manifest.engines}
+    return {c: Counted(served, records.get(c, Backend.EAGER)) for c, served in loader.load_all().items()}
+
+
+def _no_fallback() -> NoReturn:
+    raise BenchmarkError("the engine failed, and eager is not to be measured in its place")

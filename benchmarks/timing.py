@@ -1,0 +1,98 @@
+"""Clocks: what a stage takes on the device, and calls that are measured side by side."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+
+Call = Callable[[], object]
+
+
+class Stopwatch(Protocol):
+    """Marks along what a device does."""
+
+    def mark(self) -> Any:
+        """Now, in the device's order of work."""
+
+    def milliseconds(self, begin: Any, end: Any) -> float:
+        """Between two marks; waits until the device has passed both."""
+
+
+class HostStopwatch:
+    """For the CPU, where a call that has returned is done."""
+
+    def mark(self) -> float:
+        """See `Stopwatch`."""
+        return time.perf_counter()
+
+    def milliseconds(self, begin: float, end: float) -> float:
+        """See `Stopwatch`."""
+        return 1e3 * (end - begin)
+
+
+class CudaStopwatch:
+    """Events on the current stream, so that measuring a stage does not make the host wait after it.
+
+    Written against torch 2.11 to 2.13 and not yet run on a GPU.
+    """
+
+    def mark(self) -> torch.cuda.Event:
+        """See `Stopwatch`."""
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def milliseconds(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        """See `Stopwatch`."""
+        end.synchronize()
+        return float(begin.elapsed_time(end))
+
+
+def stopwatch(device: torch.device) -> Stopwatch:
+    """The one that fits `device`."""
+    return CudaStopwatch() if device.type == "cuda" else HostStopwatch()
+
+
+class Stages:
+    """Milliseconds by stage of one run, read when it is over."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stopwatch = stopwatch(device)
+        self._marks: list[tuple[str, Any, Any]] = []
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """What happens inside belongs to `name`; a stage may come several times."""
+        begin = self._stopwatch.mark()
+        yield
+        self._marks.append((name, begin, self._stopwatch.mark()))
+
+    def milliseconds(self) -> dict[str, float]:
+        """By stage."""
+        total: dict[str, float] = {}
+        for name, begin, end in self._marks:
+            total[name] = total.get(name, 0.0) + self._stopwatch.milliseconds(begin, end)
+        return total
+
+
+def side_by_side(
+    calls: Mapping[str, Call], *, warm_up: int, repetitions: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Milliseconds of every call in every repetition.
+
+    Each repetition makes all calls, and each begins with another, so that a drift of the machine's speed meets all.
+    """
+    watch = stopwatch(device)
+    names = list(calls)
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    for repetition in range(-warm_up, repetitions):
+        first = repetition % len(names)
+        for name in names[first:] + names[:first]:
+            begin = watch.mark()
+            calls[name]()
+            milliseconds = watch.milliseconds(begin, watch.mark())
+            if repetition >= 0:
+                taken[name].append(milliseconds)
+    return taken

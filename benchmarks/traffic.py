@@ -1,0 +1,85 @@
+"""Sends the load of `benchmarks.load` to a server, and notes how each request went."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from benchmarks.load import Arrival, Outcome, Size
+from benchmarks.record import BenchmarkError
+from client import AsyncZImageClient, GenerationFailedError
+from client.messages import ImageRequest
+from protos.zserve.v1 import image_generation_pb2 as pb
+
+
+class Manners(Enum):
+    """What clients tell the server about themselves."""
+
+    TELL = "priority and deadline"
+    WAIT = "nothing: they wait, and an answer past their patience is not good"
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Clients of one server, who check which engine answers them."""
+
+    url: str
+    backend: str
+    prompts: Sequence[str]
+    steps: int = 8
+
+    async def closed_loop(self, clients: int, seconds: float, sizes: Sequence[Size]) -> list[Outcome]:
+        """So many clients, each of which asks again when it has its answer."""
+        outcomes: list[Outcome] = []
+        began = time.monotonic()
+
+        async def one(number: int) -> None:
+            while (at := time.monotonic() - began) < seconds:
+                arrival = Arrival(at, "closed", sizes[number % len(sizes)], 0, None)
+                await self._ask(client, len(outcomes) + number, arrival.size, 0)
+                outcomes.append(Outcome(arrival, time.monotonic() - began - at))
+
+        async with AsyncZImageClient(self.url) as client:
+            await asyncio.gather(*(one(number) for number in range(clients)))
+        return outcomes
+
+    async def open_loop(self, arrivals: Sequence[Arrival], manners: Manners) -> list[Outcome]:
+        """Every request at its time, whatever has become of those before."""
+        began = time.monotonic()
+        tell = manners is Manners.TELL
+
+        async def one(number: int, arrival: Arrival) -> Outcome:
+            await asyncio.sleep(began + arrival.at - time.monotonic())
+            started = time.monotonic()
+            async with AsyncZImageClient(self.url, timeout=arrival.patience if tell else None) as client:
+                try:
+                    await self._ask(client, number, arrival.size, arrival.priority if tell else 0)
+                except GenerationFailedError:
+                    return Outcome(arrival, None)
+            return Outcome(arrival, time.monotonic() - started)
+
+        return await asyncio.gather(*(one(number, arrival) for number, arrival in enumerate(arrivals)))
+
+    async def _ask(self, client: AsyncZImageClient, number: int, size: Size, priority: int) -> None:
+        prompt = self.prompts[number % len(self.prompts)]
+        request = ImageRequest(
+            prompt, width=size[0], height=size[1], seed=number, priority=priority,
+            image_format="raw", num_inference_steps=self.steps,
+        )  # fmt: skip
+        drawing = await client.draw(**vars(request))
+        check_answer(drawing.completed, self.backend, self.steps)
+
+
+def check_answer(completed: pb.Completed, backend: str, forwards: int) -> None:
+    """Raises `BenchmarkError` where another engine answered, or the denoiser ran more or less often."""
+    check_engines(completed, backend)
+    if completed.denoiser_forwards != forwards:
+        raise BenchmarkError(f"the denoiser ran {completed.denoiser_forwards} times, and {forwards} were asked for")
+
+
+def check_engines(completed: pb.Completed, backend: str) -> None:
+    """Raises `BenchmarkError` where another engine answered."""
+    others = [e for e in completed.engines if e.fallback_reason or e.backend != backend]
+    if others or not completed.engines:
+        raise BenchmarkError(f"{backend} is to be measured, and others answered: {others}")

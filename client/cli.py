@@ -1,0 +1,164 @@
+"""`zserve generate`: draw images through a running server."""
+
+import argparse
+import asyncio
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from client.calls import DEFAULT_URL, AsyncZImageClient
+from client.messages import FORMATS, Drawing, GenerationFailedError, ImageRequest
+from client.names import output_paths
+from client.progress import StepBar
+
+EXTENSIONS = {"png": "png", "jpeg": "jpg", "webp": "webp", "raw": "png"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One prompt and where its images go."""
+
+    number: int
+    request: ImageRequest
+    paths: list[Path]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(prog="zserve generate", description=__doc__)
+    p.add_argument("prompt", nargs="*", help="what to draw; several may be given")
+    p.add_argument("-f", "--file", help="read one prompt a line from this file; - for standard input")
+    p.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("out"),
+        help="a file for one prompt, else a folder for files named after their prompts (default: %(default)s)",
+    )
+    p.add_argument("--url", default=DEFAULT_URL, help="the server's HOST:PORT (default: %(default)s)")
+    p.add_argument("--model", default="", help="which model, where the server has several")
+    p.add_argument("--negative-prompt", default="", help="what to avoid; needs --guidance")
+    p.add_argument("--size", type=_size, default=(None, None), help="WIDTHxHEIGHT (default: the model's)")
+    p.add_argument("--steps", type=_natural, help="denoiser forwards (default: the model's)")
+    p.add_argument("--guidance", type=float, help="guidance scale (default: the model's)")
+    p.add_argument("--seed", type=_natural, help="the same seed draws the same image (default: a new one)")
+    p.add_argument("--images", type=_natural, default=1, help="images a prompt, with consecutive seeds (default: 1)")
+    p.add_argument("--format", choices=list(FORMATS), help="default: by the output's ending, else png")
+    p.add_argument("--quality", type=_natural, default=90, help="1 to 100, of jpeg and webp (default: %(default)s)")
+    p.add_argument("--previews", type=_natural, default=0, metavar="K", help="also save a small preview every K steps")
+    p.add_argument("--priority", type=_natural, default=0, help="1 is the highest (default: the model's)")
+    p.add_argument("--truncate", action="store_true", help="cut prompts past 512 tokens instead of refusing them")
+    p.add_argument("--concurrency", type=_natural, default=4, help="requests at a time (default: %(default)s)")
+    p.add_argument("--timeout", type=float, help="seconds for each request (default: none)")
+    return p
+
+
+def main(argv: Sequence[str]) -> int:
+    """Draws everything; the exit status is 1 when any prompt failed."""
+    arguments = parser().parse_args(argv)
+    try:
+        jobs = _jobs(arguments, _prompts(arguments))
+        return asyncio.run(_draw_all(jobs, arguments))
+    except (OSError, ValueError) as error:
+        print(f"zserve generate: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("zserve generate: interrupted; what was not finished is cancelled", file=sys.stderr)
+        return 130
+
+
+def _prompts(arguments: argparse.Namespace) -> list[str]:
+    prompts: list[str] = list(arguments.prompt)
+    if arguments.file == "-":
+        prompts += sys.stdin.read().splitlines()
+    elif arguments.file:
+        prompts += Path(arguments.file).read_text("utf-8").splitlines()
+    prompts = [p for p in prompts if p.strip()]
+    if not prompts:
+        raise ValueError("no prompt; give one as an argument, or a file of them with --file")
+    return prompts
+
+
+def _jobs(arguments: argparse.Namespace, prompts: list[str]) -> list[Job]:
+    image_format = arguments.format or _format_of(arguments.output)
+    paths = output_paths(prompts, arguments.output, EXTENSIONS[image_format], arguments.images)
+    width, height = arguments.size
+    return [
+        Job(
+            number,
+            ImageRequest(
+                prompt=prompt,
+                model=arguments.model,
+                negative_prompt=arguments.negative_prompt,
+                width=width,
+                height=height,
+                num_inference_steps=arguments.steps,
+                guidance_scale=arguments.guidance,
+                seed=arguments.seed,
+                num_images=arguments.images,
+                image_format=image_format,
+                quality=arguments.quality,
+                preview_interval=arguments.previews,
+                priority=arguments.priority,
+                truncate=arguments.truncate,
+            ),
+            where,
+        )
+        for number, (prompt, where) in enumerate(zip(prompts, paths, strict=True))
+    ]
+
+
+async def _draw_all(jobs: list[Job], arguments: argparse.Namespace) -> int:
+    bar = StepBar(images=len(jobs) * arguments.images)
+    turn = asyncio.Semaphore(max(1, arguments.concurrency))
+    async with AsyncZImageClient(arguments.url, timeout=arguments.timeout) as client:
+
+        async def draw(job: Job) -> bool:
+            async with turn:
+                return await _draw(client, job, bar)
+
+        succeeded = await asyncio.gather(*(draw(job) for job in jobs))
+    bar.close()
+    return 0 if all(succeeded) else 1
+
+
+async def _draw(client: AsyncZImageClient, job: Job, bar: StepBar) -> bool:
+    """Draws one prompt and saves its images; a failure is told and does not stop the others."""
+    events = []
+    try:
+        async for event in client.generate(job.request):
+            bar.see(job.number, event)
+            if event.WhichOneof("event") == "preview":
+                preview = event.preview
+                target = job.paths[preview.image_index]
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.with_suffix(f".step{preview.step:02}.jpg").write_bytes(preview.data)
+            events.append(event)
+    except GenerationFailedError as error:
+        bar.message(f"{job.request.prompt[:60]}: {error}")
+        return False
+    drawing = Drawing.from_events(events)
+    for image, path in zip(drawing.images, job.paths, strict=True):
+        image.save(path)
+        bar.message(f"{path}  seed {image.seed}  {drawing.completed.timings.total_ms:.0f} ms")
+    return True
+
+
+def _format_of(output: Path) -> str:
+    endings = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+    return endings.get(output.suffix.lower(), "png")
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: a whole number is accepted")
+    return int(text)
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r}: WIDTHxHEIGHT is accepted, for example 1024x768")
+    return int(match[1]), int(match[2])

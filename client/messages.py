@@ -1,0 +1,150 @@
+"""What a client sends and gets, and their wire forms. Shared by both clients."""
+
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import grpc
+
+from protos.zserve.v1 import image_generation_pb2 as pb
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PillowImage
+
+FORMATS = {
+    "png": pb.IMAGE_FORMAT_PNG,
+    "jpeg": pb.IMAGE_FORMAT_JPEG,
+    "webp": pb.IMAGE_FORMAT_WEBP,
+    "raw": pb.IMAGE_FORMAT_RAW,
+}
+FORMAT_NAMES = {number: name for name, number in FORMATS.items()}
+
+
+class GenerationFailedError(Exception):
+    """The server answered with an error.
+
+    Attributes:
+        code: the gRPC status, for example INVALID_ARGUMENT for a value the model does not accept.
+        details: what was wrong, what is accepted and what to do, in the server's words.
+    """
+
+    def __init__(self, code: grpc.StatusCode, details: str) -> None:
+        super().__init__(f"{code.name}: {details}")
+        self.code, self.details = code, details
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """One request. What is None is left to the model's defaults; sizes are in pixels, multiples of 16."""
+
+    prompt: str
+    model: str = ""  # may be empty where the server has one model
+    negative_prompt: str = ""
+    width: int | None = None
+    height: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int | None = None  # drawn by the server when None
+    num_images: int = 1
+    image_format: str = "png"  # png, jpeg, webp or raw
+    quality: int = 90  # of jpeg and webp
+    preview_interval: int = 0  # a preview every so many steps
+    priority: int = 0  # 1 is the highest; 0 is the model's default
+    request_id: str = ""
+    truncate: bool = False  # cut a prompt past 512 tokens instead of being refused
+
+    def to_message(self) -> pb.GenerateRequest:
+        """The wire form.
+
+        Raises:
+            ValueError: a value that the wire form cannot carry, such as a negative seed or an unknown format.
+        """
+        if self.image_format not in FORMATS:
+            raise ValueError(f"image_format: {self.image_format!r} is not accepted; {', '.join(FORMATS)} are")
+        for name in ("width", "height", "num_inference_steps", "seed", "num_images", "quality", "priority"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name}: {value} is not accepted; it must not be negative")
+        optional = {
+            name: getattr(self, name)
+            for name in ("width", "height", "num_inference_steps", "guidance_scale", "seed")
+            if getattr(self, name) is not None
+        }
+        return pb.GenerateRequest(
+            model=self.model,
+            prompt=self.prompt,
+            negative_prompt=self.negative_prompt,
+            num_images=self.num_images,
+            image_format=FORMATS[self.image_format],
+            quality=self.quality,
+            preview_interval=self.preview_interval,
+            priority=self.priority,
+            request_id=self.request_id,
+            long_prompt=pb.LONG_PROMPT_TRUNCATE if self.truncate else pb.LONG_PROMPT_REFUSE,
+            **optional,
+        )
+
+
+@dataclass(frozen=True)
+class GeneratedImage:
+    """A finished image; `data` is a file of `format`, or 8-bit RGB rows for "raw"."""
+
+    data: bytes
+    format: str
+    width: int
+    height: int
+    seed: int
+    index: int
+
+    @classmethod
+    def from_message(cls, message: pb.Image) -> "GeneratedImage":
+        """From the wire form."""
+        return cls(
+            message.data,
+            FORMAT_NAMES[message.format],
+            message.width,
+            message.height,
+            message.seed,
+            message.index,
+        )
+
+    def pillow(self) -> "PillowImage":
+        """As a Pillow image."""
+        from PIL import Image
+
+        if self.format == "raw":
+            return Image.frombytes("RGB", (self.width, self.height), self.data)
+        return Image.open(io.BytesIO(self.data)).convert("RGB")
+
+    def save(self, path: str | Path) -> None:
+        """Writes the file, with the folders it needs; raw pixels are written in the format of the path's ending."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if self.format == "raw":
+            self.pillow().save(path)
+        else:
+            path.write_bytes(self.data)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Everything one request gave: its images by index, and the server's account of it."""
+
+    request_id: str
+    images: tuple[GeneratedImage, ...]
+    completed: pb.Completed
+
+    @classmethod
+    def from_events(cls, events: Iterable[pb.GenerateEvent]) -> "Drawing":
+        """From all events of a call that succeeded."""
+        images, completed, request_id = [], pb.Completed(), ""
+        for event in events:
+            request_id = event.request_id
+            match event.WhichOneof("event"):
+                case "image":
+                    images.append(GeneratedImage.from_message(event.image))
+                case "completed":
+                    completed = event.completed
+        return cls(request_id, tuple(sorted(images, key=lambda i: i.index)), completed)

@@ -1,0 +1,75 @@
+"""What a backend must be able to do for the export stage."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from export.manifest import PlanRecord, PlanWeights, Target, Verbosity
+from export.onnx import GraphSource, export_program
+from export.profiles import ShapeProfile
+from export.spec import ComponentSpec
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What the operator chose for the engines; all but `targets` is for TensorRT."""
+
+    targets: tuple[Target, ...] = ()
+    weights: PlanWeights = PlanWeights.INSIDE
+    verbosity: Verbosity = Verbosity.LAYER_NAMES
+
+
+@dataclass(frozen=True)
+class BuildInputs:
+    """Everything a builder may need of a component."""
+
+    source: GraphSource
+    spec: ComponentSpec
+    profiles: tuple[ShapeProfile, ...]
+    repository: Path  # where another model may have what this one needs
+    module: Callable[[], nn.Module]  # reads the weights into memory, so only builders that need them there call it
+
+    def program(self) -> ExportedProgram:
+        """The component traced with its weights and dynamic shapes."""
+        return export_program(self.module(), self.spec, self.source.dimensions, self.source.limits)
+
+
+@dataclass(frozen=True)
+class Built:
+    """A built engine: its own file first, then those that it needs beside it."""
+
+    files: tuple[Path, ...]
+    plan: PlanRecord | None = None
+
+
+class Runner(Protocol):
+    """A loaded engine, for checking."""
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor: ...
+
+
+class Builder(Protocol):
+    """Builds engine files of one backend and loads them again to be checked."""
+
+    libraries: tuple[str, ...]  # whose versions go into the manifest
+
+    def check(self) -> None:
+        """Called before anything is built.
+
+        Raises:
+            UnsupportedError: this backend cannot build here, or not with its options.
+        """
+
+    def build(self, inputs: BuildInputs, folder: Path) -> Built:
+        """Writes the engine's files into `folder`.
+
+        Raises:
+            BuildError: the backend could not.
+        """
+
+    def load(self, path: Path, module: nn.Module, spec: ComponentSpec) -> Runner:
+        """Loads the engine at `path`; `module` lends its weights to a backend that keeps none."""

@@ -1,0 +1,45 @@
+"""Runs a TensorRT plan for checking: plainly, one call after another. The server's engine is the fast one."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from export.errors import BuildError
+from export.plans import Foreign, OpenPlan, bind
+from export.spec import ComponentSpec
+
+
+class PlanRunner:
+    """A plan on the current CUDA device."""
+
+    def __init__(self, trt: Foreign, path: Path, spec: ComponentSpec) -> None:
+        self._plan = OpenPlan(trt, path, spec)
+        # Else it would hold the memory that the largest shape of all profiles needs.
+        self._context = self._plan.context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        self._spec = spec
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        context = self._context
+        self._plan.select(context, self._profile(inputs))
+        held = {name: tensor.contiguous() for name, tensor in inputs.items()}
+        output = bind(context, self._spec, held)
+        scratch = torch.empty(context.update_device_memory_size_for_shapes(), dtype=torch.uint8, device="cuda")
+        context.set_device_memory(scratch.data_ptr(), scratch.numel())
+        self._plan.execute(context)
+        torch.cuda.synchronize()
+        return output
+
+    def _profile(self, inputs: Mapping[str, Tensor]) -> int:
+        engine = self._plan.engine
+        for index in range(engine.num_optimization_profiles):
+            bounds = {name: engine.get_tensor_profile_shape(name, index) for name in inputs}
+            if all(_within(tuple(t.shape), bounds[name]) for name, t in inputs.items()):
+                return index
+        raise BuildError(f"no profile of {self._spec.component} takes {[tuple(t.shape) for t in inputs.values()]}")
+
+
+def _within(shape: tuple[int, ...], bounds: Foreign) -> bool:
+    low, _, high = bounds
+    return all(a <= size <= b for a, size, b in zip(low, shape, high, strict=True))

@@ -1,0 +1,165 @@
+"""TensorRT plans, of both flavours: their Python APIs are the same but for the name they are imported by.
+
+`tensorrt_rtx` builds ahead of time for the GPUs it is told, on any machine; `tensorrt` builds for the GPU it runs on.
+A plan is strongly typed: the graph itself carries the precision.
+"""
+
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from export.build.base import BuildInputs, BuildOptions, Built, Runner
+from export.build.plan_graph import fit_for_tensorrt
+from export.build.plan_runner import PlanRunner
+from export.build.shared_plans import find_plan
+from export.devices import current_target
+from export.errors import BuildError, UnsupportedError
+from export.manifest import BINDING_LIBRARIES, Backend, PlanRecord, PlanWeights, Verbosity, sha256, target_name
+from export.onnx import outline_graph
+from export.plans import Foreign, described, import_flavour, logger
+from export.repository import take
+from export.spec import ComponentSpec
+
+TIMING_CACHE = "tensorrt.timing_cache"
+OLDEST_NATIVE = (10, 14)  # whose parser knows ONNX's Attention
+
+
+class TensorRtBuilder:
+    """One `.plan` a component with all its profiles; stripped of weights, the graph and the weights lie beside it."""
+
+    def __init__(self, backend: Backend, options: BuildOptions) -> None:
+        (self._library,) = BINDING_LIBRARIES[backend]
+        self._backend = backend
+        self._options = options
+        self.libraries: tuple[str, ...] = (self._library, "onnx", "onnxscript", "torch")
+
+    def check(self) -> None:
+        trt = import_flavour(self._library)
+        if self._backend is Backend.TENSORRT:
+            _check_native(trt, self._options)
+        else:
+            _check_ahead_of_time(trt, self._options)
+
+    def build(self, inputs: BuildInputs, folder: Path) -> Built:
+        plan = folder / f"{inputs.spec.component}.plan"
+        graph, weights = plan.with_suffix(".onnx"), plan.with_suffix(".safetensors")
+        outlined = outline_graph(inputs.source, inputs.spec)
+        outlined.attach(inputs.source, weights)
+        attention = fit_for_tensorrt(outlined.model)
+        ir.save(outlined.model, graph)
+        record = PlanRecord(
+            profiles=inputs.profiles,
+            weights=self._options.weights,
+            verbosity=self._options.verbosity,
+            graph=sha256(graph),
+            fused_attention=attention.fused,
+            decomposed_attention=attention.decomposed,
+        )
+        if self._options.weights is PlanWeights.STRIPPED:
+            shared = find_plan(inputs.repository, record, self._options.targets)
+            if shared is None:
+                self.write_plan(graph, inputs, plan)
+            else:
+                take([shared], folder)
+            return Built((plan, graph, weights), record)
+        self.write_plan(graph, inputs, plan)
+        graph.unlink()
+        weights.unlink()
+        return Built((plan,), record)
+
+    def load(self, path: Path, module: nn.Module, spec: ComponentSpec) -> Runner:
+        return PlanRunner(import_flavour(self._library), path, spec)
+
+    def write_plan(self, graph: Path, inputs: BuildInputs, path: Path) -> None:
+        """Compiles the ONNX file `graph` into `path`."""
+        trt = import_flavour(self._library)
+        log = logger(trt)
+        log.errors.clear()
+        builder = trt.Builder(log)
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(network, log)
+        if not parser.parse_from_file(str(graph)):
+            raise BuildError(f"{self._backend} cannot read the graph of {inputs.spec.component}: {log.said()}")
+        _check_tensors(trt, network, inputs.spec)
+        config = self._config(trt, builder, inputs)
+        cache = path.parent.parent / TIMING_CACHE  # beside the versions, so that the next one is built faster
+        if self._backend is Backend.TENSORRT:
+            _use_timing_cache(config, cache)
+        plan = builder.build_serialized_network(network, config)
+        if plan is None:
+            raise BuildError(f"{self._backend} could not build {inputs.spec.component}: {log.said()}")
+        with path.open("wb") as f:
+            f.write(plan)
+        if self._backend is Backend.TENSORRT:
+            cache.write_bytes(config.get_timing_cache().serialize())
+
+    def _config(self, trt: Foreign, builder: Foreign, inputs: BuildInputs) -> Foreign:
+        config = builder.create_builder_config()
+        config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and not what fp32 promises
+        if self._options.verbosity is Verbosity.DETAILED:
+            config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        if self._options.weights is PlanWeights.STRIPPED:
+            config.set_flag(trt.BuilderFlag.STRIP_PLAN)
+            config.set_flag(trt.BuilderFlag.REFIT)  # with any weights, not just with those stripped
+        if self._backend is Backend.TENSORRT_RTX:
+            names = [target_name(t).upper() for t in self._options.targets]
+            config.num_compute_capabilities = len(names)
+            for index, name in enumerate(names):
+                config.set_compute_capability(getattr(trt.ComputeCapability, name), index)
+        for profile in inputs.profiles:
+            shapes = builder.create_optimization_profile()
+            for name, bounds in profile.input_shapes(inputs.spec):
+                shapes.set_shape(name, *bounds)
+            config.add_optimization_profile(shapes)
+        return config
+
+
+def _check_native(trt: Foreign, options: BuildOptions) -> None:
+    if tuple(map(int, trt.__version__.split(".")[:2])) < OLDEST_NATIVE:
+        raise UnsupportedError(
+            f"TensorRT {trt.__version__} cannot read attention as one node; "
+            f"{'.'.join(map(str, OLDEST_NATIVE))} is the oldest that can: pip install --upgrade tensorrt"
+        )
+    if not torch.cuda.is_available():
+        raise UnsupportedError(
+            "--backend tensorrt builds on the GPU that is to run the engine, and this machine has none; run this "
+            "there, or build for RTX GPUs from here: --backend tensorrt_rtx --target sm89"
+        )
+    here = current_target("cuda")
+    if options.targets != (here,):
+        raise UnsupportedError(f"--backend tensorrt builds for the GPU it runs on, {here}; leave --target out")
+
+
+def _check_ahead_of_time(trt: Foreign, options: BuildOptions) -> None:
+    known = [name for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
+    for target in options.targets:
+        if target_name(target).upper() not in known:
+            raise UnsupportedError(
+                f"TensorRT-RTX {trt.__version__} does not build for {target}; it builds for "
+                f"{', '.join(name.lower() for name in known)}. For other NVIDIA GPUs use --backend tensorrt there"
+            )
+    if options.weights is PlanWeights.STRIPPED and (len(options.targets) > 1 or not torch.cuda.is_available()):
+        # Seen with 1.7.1, and documented in "CPU-Only AOT and TensorRT-RTX Engines", section "Weightless Engines".
+        raise UnsupportedError(
+            "TensorRT-RTX builds plans without weights for one target and on a machine with a GPU only; leave out "
+            "--strip-weights, or run this there with one --target"
+        )
+
+
+def _check_tensors(trt: Foreign, network: Foreign, spec: ComponentSpec) -> None:
+    """The parser could have renamed, dropped or fixed something; the engine is run by the spec alone."""
+    found = [network.get_input(i) for i in range(network.num_inputs)]
+    found += [network.get_output(i) for i in range(network.num_outputs)]
+    has = [(t.name, t.dtype, tuple(t.shape)) for t in found]
+    wanted = [described(trt, tensor) for tensor in (*spec.inputs, spec.output)]
+    if has != wanted:
+        raise BuildError(f"the network of {spec.component} has tensors {has}; its spec says {wanted}")
+
+
+def _use_timing_cache(config: Foreign, file: Path) -> None:
+    """What earlier builds measured; another GPU's or version's measurements are refused and made anew."""
+    kept = file.read_bytes() if file.is_file() else b""
+    if not config.set_timing_cache(config.create_timing_cache(kept), False):
+        config.set_timing_cache(config.create_timing_cache(b""), False)

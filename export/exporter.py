@@ -1,0 +1,229 @@
+"""The export stage from end to end: checkpoint -> checked engines -> a published version."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+
+from torch import nn
+
+from export.build import Builder, BuildInputs, builder_for
+from export.checkpoint import Checkpoint
+from export.devices import current_target
+from export.errors import BuildError, UnsupportedError
+from export.estimate import check_resources, estimate
+from export.manifest import (
+    EngineRecord,
+    FileRecord,
+    Manifest,
+    Parity,
+    checkpoint_record,
+    installed_version,
+    source_hash,
+)
+from export.modules import load_components
+from export.onnx import GraphSource
+from export.parity import Checker, ParityCheck
+from export.preview import fit_preview
+from export.repository import Existing, new_version, take, versions, write_config
+from export.request import ExportRequest
+from export.reuse import is_whole, matching_manifest, reusable_engines
+from export.spec import Component, ComponentSpec, component_specs
+
+# How long building a component takes beside the others, for the time left on the progress bar.
+SHARES = {Component.PROMPT_ENCODER: 2, Component.DENOISER: 5, Component.IMAGE_DECODER: 3}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A version in the repository; `reused` names the engines that were not built again."""
+
+    folder: Path
+    manifest: Manifest
+    reused: frozenset[Component]
+
+
+Report = Callable[[str, int], None]  # a stage's name as it begins, and the share of the work done before it
+
+
+def export_model(request: ExportRequest, report: Report) -> Exported:
+    """Publishes a version with an engine for every component, reusing those of earlier exports that still hold.
+
+    An export that ends before its time keeps the engines it had finished for the next one of the same request.
+
+    Raises:
+        ExportError: the checkpoint is broken, or an engine could not be built or differs from eager. Nothing is
+            published then.
+    """
+    report("checking the checkpoint", 0)
+    checkpoint = request.source.open()
+    check_size(request, checkpoint)
+    builder = builder_for(request.backend, request.options)
+    if builder is not None:
+        builder.check()
+    published = _published(request, checkpoint)
+    if published is not None:
+        return published
+    check_resources(estimate(request, checkpoint), request.repository)
+    with new_version(request.model, request.version, request.existing) as folder:
+        version = _Version(request, checkpoint, folder, report)
+        exported = version.assemble(builder)
+        write_config(request.model, request.serving)
+        report("publishing", sum(SHARES.values()))
+    number = request.version or versions(request.model)[-1]
+    return replace(exported, folder=request.model / str(number))
+
+
+def _published(request: ExportRequest, checkpoint: Checkpoint) -> Exported | None:
+    """The newest version, if it is what is asked for."""
+    newest = _newest(request)
+    if newest is None or request.version is not None:
+        return None
+    manifest = matching_manifest(newest, request, checkpoint)
+    engines = reusable_engines(newest, request, checkpoint)
+    if manifest is None or not is_whole(engines, request.backend):
+        return None
+    return Exported(newest, manifest, frozenset(engines))
+
+
+def _newest(request: ExportRequest) -> Path | None:
+    """The folder of the newest version, unless nothing there is to be kept."""
+    numbers = versions(request.model)
+    return request.model / str(numbers[-1]) if numbers and request.existing is Existing.KEEP else None
+
+
+def check_size(request: ExportRequest, checkpoint: Checkpoint) -> None:
+    """Raises `UnsupportedError` where the checkpoint's position tables do not reach the sizes asked for."""
+    largest = max(request.serving.max_size, *request.serving.default_pixels)
+    if largest > checkpoint.max_size:
+        raise UnsupportedError(
+            f"the checkpoint draws up to {checkpoint.max_size} pixels a side, and {largest} is asked for; "
+            f"give --max-size {checkpoint.max_size} or less"
+        )
+
+
+@dataclass(frozen=True)
+class _Version:
+    """One version being put together in `folder`."""
+
+    request: ExportRequest
+    checkpoint: Checkpoint
+    folder: Path
+    report: Report
+
+    def assemble(self, builder: Builder | None) -> Exported:
+        """Fills the folder; its manifest always holds what is finished so far."""
+        self.report("fitting the preview projection", 0)
+        empty = self._empty_manifest()
+        kept = self._keep_what_holds()
+        manifest = self._write(empty, kept)
+        if builder is not None:
+            jobs = _Jobs(self, builder, frozenset(Component) - kept.keys())
+            for record in jobs.build():
+                manifest = self._write(manifest, {e.component: e for e in (*manifest.engines, record)})
+        return Exported(self.folder, manifest, frozenset(kept))
+
+    def _empty_manifest(self) -> Manifest:
+        request = self.request
+        return Manifest(
+            name=request.name,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            checkpoint=checkpoint_record(self.checkpoint),
+            precision=request.precision,
+            max_batch=request.serving.max_batch,
+            max_size=request.serving.max_size,
+            default_size=request.serving.default_size,
+            engines=(),
+            preview=fit_preview(self.checkpoint.path),
+            source=source_hash(),
+        )
+
+    def _keep_what_holds(self) -> dict[Component, EngineRecord]:
+        """Engines of an interrupted export of this request, then of the newest version; all else in the folder goes."""
+        kept: dict[Component, EngineRecord] = {}
+        if self.request.existing is Existing.KEEP:
+            kept = reusable_engines(self.folder, self.request, self.checkpoint)
+        wanted = {file.name for record in kept.values() for file in record.files}
+        for path in self.folder.iterdir():
+            if path.name not in wanted:
+                path.unlink()
+        newest = _newest(self.request)
+        if newest is not None:
+            for component, record in reusable_engines(newest, self.request, self.checkpoint).items():
+                if component not in kept:
+                    kept[component] = record
+                    take([newest / file.name for file in record.files], self.folder)
+        return kept
+
+    def _write(self, manifest: Manifest, engines: Mapping[Component, EngineRecord]) -> Manifest:
+        written = replace(manifest, engines=tuple(engines[c] for c in Component if c in engines))
+        written.write(self.folder)
+        return written
+
+
+@dataclass(frozen=True)
+class _Jobs:
+    """The engines of a version that have to be built."""
+
+    version: _Version
+    builder: Builder
+    missing: frozenset[Component]
+
+    def build(self) -> Iterator[EngineRecord]:
+        """Builds, checks and records one after the other."""
+        modules = cache(self._read_modules)
+        request = self.version.request
+        runs_here = bool(self.missing) and current_target(request.device) in request.options.targets
+        done = 0
+        with Checker() if runs_here else nullcontext() as checker:
+            for component in Component:
+                if component in self.missing:
+                    yield self._build_one(component, modules, checker, done)
+                done += SHARES[component]
+
+    def _read_modules(self) -> dict[Component, nn.Module]:
+        """The eager modules of all that is missing, in one go, so that what they share is in memory once."""
+        version = self.version
+        return load_components(
+            version.checkpoint.path,
+            precision=version.request.precision,
+            device=version.request.device,
+            wanted=self.missing,
+        )
+
+    def _build_one(
+        self,
+        component: Component,
+        modules: Callable[[], dict[Component, nn.Module]],
+        checker: Checker | None,  # None: built for other devices than the one here
+        done: int,
+    ) -> EngineRecord:
+        version, request = self.version, self.version.request
+        version.report(f"building {component}", done)
+        spec = component_specs(version.checkpoint.dimensions)[component]
+        source = GraphSource(version.checkpoint.path, version.checkpoint.dimensions, request.precision, request.limits)
+        inputs = BuildInputs(source, spec, request.profiles, request.repository, lambda: modules().pop(component))
+        try:
+            built = self.builder.build(inputs, version.folder)
+        except RuntimeError as error:
+            raise BuildError(f"{request.backend} could not build {component}: {error}") from error
+        version.report(f"checking {component}", done + SHARES[component] // 2)
+        return EngineRecord(
+            component=component,
+            backend=request.backend,
+            files=tuple(FileRecord.of(path) for path in built.files),
+            built_with={name: installed_version(name) or "unknown" for name in self.builder.libraries},
+            built_for=request.options.targets,
+            parity=None if checker is None else self._parity(checker, spec, built.files[0]),
+            plan=built.plan,
+        )
+
+    def _parity(self, checker: Checker, spec: ComponentSpec, path: Path) -> Parity:
+        """How close the engine is to eager."""
+        request = self.version.request
+        check = ParityCheck(
+            self.version.checkpoint.path, spec.component, request.backend, path, request.precision, request.device
+        )
+        return checker.check(check, spec.tolerance[request.precision])

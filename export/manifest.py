@@ -1,0 +1,287 @@
+"""What lies beside every engine: what it was built from, with and for, and how close to eager it is."""
+
+import hashlib
+import importlib.metadata
+import json
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Self
+
+from export.checkpoint import Checkpoint
+from export.errors import ManifestError, StaleEngineError
+from export.parsing import parsed
+from export.profiles import ShapeProfile
+from export.spec import Component, ModelDimensions, Precision
+
+FILE_NAME = "manifest.json"
+FORMAT = 2
+
+
+class Backend(StrEnum):
+    """The kinds of engine. `eager` is PyTorch itself: always there, and what the others fall back to."""
+
+    TENSORRT = "tensorrt"
+    TENSORRT_RTX = "tensorrt_rtx"
+    ONNXRUNTIME = "onnxruntime"
+    AOTINDUCTOR = "aotinductor"
+    EAGER = "eager"
+
+
+# An engine is bound to the versions of these; the others only influence what was built, and are not compared.
+BINDING_LIBRARIES = {
+    Backend.TENSORRT: ("tensorrt",),
+    Backend.TENSORRT_RTX: ("tensorrt_rtx",),
+    Backend.ONNXRUNTIME: ("onnxruntime",),
+    Backend.AOTINDUCTOR: ("torch",),
+    Backend.EAGER: (),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """The kind of device an engine runs on; `compute_capability` is None off CUDA."""
+
+    device: str
+    compute_capability: str | None = None
+
+    def __str__(self) -> str:
+        if self.compute_capability is None:
+            return self.device
+        return f"{self.device} (compute capability {self.compute_capability})"
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The largest relative L2 error and the smallest cosine against eager, over `points` input shapes."""
+
+    relative_error: float
+    cosine: float
+    points: int
+
+
+class PlanWeights(StrEnum):
+    """Where a TensorRT plan's weights are."""
+
+    INSIDE = "inside"
+    STRIPPED = "stripped"  # in a safetensors file beside it, put in when it is loaded
+
+
+class Verbosity(StrEnum):
+    """How much a TensorRT plan tells of its layers."""
+
+    LAYER_NAMES = "layer_names"
+    DETAILED = "detailed"
+
+
+@dataclass(frozen=True)
+class PlanRecord:
+    """What only TensorRT plans have."""
+
+    profiles: tuple[ShapeProfile, ...]
+    weights: PlanWeights
+    verbosity: Verbosity
+    graph: str  # SHA-256 of the ONNX graph without its weights: equal for fine-tunes of one model
+    fused_attention: int
+    decomposed_attention: int  # attention that no fused kernel fits, run as separate layers
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file of a version."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        """The record of the file at `path` as it is now."""
+        return cls(path.name, path.stat().st_size, sha256(path))
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """One engine of a version: its own file, and those that it needs beside it."""
+
+    component: Component
+    backend: Backend
+    files: tuple[FileRecord, ...]
+    built_with: dict[str, str]
+    built_for: tuple[Target, ...]
+    parity: Parity | None  # None: built for a device that the exporting machine does not have, and never run
+    plan: PlanRecord | None = None
+
+    @property
+    def file(self) -> str:
+        """Name of the engine's own file."""
+        return self.files[0].name
+
+    @property
+    def bytes(self) -> int:
+        """Size of all its files."""
+        return sum(f.bytes for f in self.files)
+
+
+@dataclass(frozen=True)
+class CheckpointRecord:
+    """The checkpoint a version was built from, and what serving needs to know of it."""
+
+    path: str
+    fingerprint: str
+    dimensions: ModelDimensions
+    shift: float
+
+
+@dataclass(frozen=True)
+class PreviewProjection:
+    """Linear map from one latent's channels to RGB in 0..255: `rgb = latent @ weight + bias`."""
+
+    weight: tuple[tuple[float, float, float], ...]
+    bias: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One version of a model in the repository."""
+
+    name: str
+    created: str
+    checkpoint: CheckpointRecord
+    precision: Precision
+    max_batch: int
+    max_size: int
+    default_size: str
+    engines: tuple[EngineRecord, ...]
+    preview: PreviewProjection
+    source: str  # hash of the code that made the graphs; another one makes other graphs
+    format: int = FORMAT
+
+    def engine(self, component: Component) -> EngineRecord | None:
+        """The compiled engine of `component`; None where the version serves it with eager."""
+        return next((e for e in self.engines if e.component is component), None)
+
+    def write(self, folder: Path) -> None:
+        """Writes `folder`/manifest.json."""
+        (folder / FILE_NAME).write_text(json.dumps(asdict(self), indent=2) + "\n", "utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Reads `folder`/manifest.json.
+
+        Raises:
+            ManifestError: missing, not JSON, of another format, or with fields that do not belong.
+        """
+        path = folder / FILE_NAME
+        try:
+            raw = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise ManifestError(f"{path} cannot be read ({error}); export the model again") from error
+        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+            found = raw.get("format") if isinstance(raw, dict) else None
+            raise ManifestError(f"{path} has format {found}; this zserve reads {FORMAT}: export the model again")
+        try:
+            manifest: Self = parsed(cls, raw)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ManifestError(f"{path} does not fit format {FORMAT} ({error!r}); export the model again") from error
+        return manifest
+
+
+def checkpoint_record(checkpoint: Checkpoint) -> CheckpointRecord:
+    """What a manifest holds of `checkpoint`."""
+    return CheckpointRecord(str(checkpoint.path), checkpoint.fingerprint, checkpoint.dimensions, checkpoint.shift)
+
+
+def check_engine(record: EngineRecord, folder: Path, target: Target, rebuild: str) -> None:
+    """Checks that `record`'s files are whole and were built with these libraries, for this device.
+
+    Raises:
+        StaleEngineError: they are not; the message says what differs and ends with the command in `rebuild`.
+    """
+    what = f"{record.component} engine {folder / record.file}"
+    wrong = (
+        _wrong_size(record, folder)
+        or wrong_library(record)
+        or _wrong_target(record, target)
+        or _wrong_content(record, folder)
+    )
+    if wrong:
+        raise StaleEngineError(f"{what} {wrong}; rebuild it: {rebuild}")
+
+
+def _wrong_size(record: EngineRecord, folder: Path) -> str:
+    for file in record.files:
+        path = folder / file.name
+        if not path.is_file():
+            return f"is not whole: {path} is missing"
+        if path.stat().st_size != file.bytes:
+            return f"is damaged: {file.bytes} bytes of {file.name} expected, {path.stat().st_size} found"
+    return ""
+
+
+def wrong_library(record: EngineRecord) -> str:
+    """What keeps this machine's libraries from loading the engine; empty if nothing does."""
+    for library in BINDING_LIBRARIES[record.backend]:
+        built = record.built_with.get(library)
+        here = installed_version(library)
+        if here is None:
+            return f"needs {library} {built}, which is not installed here"
+        if built != here:
+            return f"was built with {library} {built}, this is {here}"
+    return ""
+
+
+def _wrong_target(record: EngineRecord, target: Target) -> str:
+    if target in record.built_for:
+        return ""
+    return f"was built for {', '.join(map(str, record.built_for))}, this is {target}"
+
+
+def _wrong_content(record: EngineRecord, folder: Path) -> str:
+    for file in record.files:
+        if sha256(folder / file.name) != file.sha256:
+            return f"is damaged: the bytes of {file.name} are not those of the manifest"
+    return ""
+
+
+def installed_version(library: str) -> str | None:
+    """The version of `library` that is installed; None without it."""
+    for name in (library, f"{library}-cu13", f"{library}-cu12"):  # TensorRT is also packaged by CUDA's version
+        with suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return None
+
+
+def rebuild_command(manifest: Manifest, repository: Path, record: EngineRecord) -> str:
+    """The shell command that makes this version's engines again."""
+    command = (
+        f"zserve export --checkpoint {manifest.checkpoint.path} --repository {repository} --name {manifest.name} "
+        f"--backend {record.backend} --precision {manifest.precision} --max-batch {manifest.max_batch} "
+        f"--max-size {manifest.max_size} --default-size {manifest.default_size}"
+    )
+    if record.backend is Backend.TENSORRT_RTX:
+        command += f" --target {','.join(target_name(t) for t in record.built_for)}"
+    if record.plan is not None and record.plan.weights is PlanWeights.STRIPPED:
+        command += " --strip-weights"
+    return f"{command} --force"
+
+
+def target_name(target: Target) -> str:
+    """A CUDA target as `--target` takes it: sm89."""
+    return f"sm{(target.compute_capability or '').replace('.', '')}"
+
+
+def source_hash() -> str:
+    """Hex digest of the export stage's own code, which every graph depends on."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parent
+    for file in sorted(root.rglob("*.py")):
+        digest.update(str(file.relative_to(root)).encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def sha256(file: Path) -> str:
+    """Hex digest of a whole file."""
+    with file.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

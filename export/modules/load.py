@@ -1,0 +1,81 @@
+"""From a checkpoint folder to the component modules."""
+
+import logging
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from export.modules.denoiser import Denoiser
+from export.modules.image_decoder import ImageDecoder
+from export.modules.prompt_encoder import PromptEncoder
+from export.spec import Component, Precision
+
+if TYPE_CHECKING:
+    from diffusers import ZImagePipeline
+
+TORCH_DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16}
+# The folders of the checkpoint whose weights a component holds.
+PARTS = {
+    Component.PROMPT_ENCODER: ("text_encoder", "transformer"),
+    Component.DENOISER: ("transformer",),
+    Component.IMAGE_DECODER: ("vae",),
+}
+
+
+def load_components(
+    checkpoint: Path,
+    *,
+    precision: Precision,
+    device: str,
+    wanted: Collection[Component] = tuple(Component),
+) -> dict[Component, nn.Module]:
+    """Reads the weights that the `wanted` components need, in `precision`, onto `device`, ready for inference."""
+    from diffusers import AutoencoderKL, ZImageTransformer2DModel
+    from transformers import AutoModel
+
+    readers = {"transformer": ZImageTransformer2DModel, "text_encoder": AutoModel, "vae": AutoencoderKL}
+    needed = {part for component in wanted for part in PARTS[component]}
+    with _quiet_loading():
+        parts = {
+            part: readers[part].from_pretrained(checkpoint / part, dtype=TORCH_DTYPES[precision])
+            for part in sorted(needed)
+        }
+    modules = {c: build_component(c, parts) for c in wanted}
+    return {c: m.eval().requires_grad_(False).to(device) for c, m in modules.items()}
+
+
+def build_components(pipeline: "ZImagePipeline") -> dict[Component, nn.Module]:
+    """The components over a diffusers pipeline that is already in memory; its weights are shared."""
+    parts = {name: getattr(pipeline, name) for name in ("transformer", "text_encoder", "vae")}
+    return {c: build_component(c, parts).eval().requires_grad_(False) for c in Component}
+
+
+def build_component(component: Component, parts: dict[str, nn.Module]) -> nn.Module:
+    """The component over those checkpoint parts, in memory already, that `PARTS` lists for it."""
+    match component:
+        case Component.PROMPT_ENCODER:
+            return PromptEncoder(parts["text_encoder"], parts["transformer"])
+        case Component.DENOISER:
+            return Denoiser(parts["transformer"])
+        case Component.IMAGE_DECODER:
+            return ImageDecoder(parts["vae"])
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Both libraries draw progress bars over their own weight loading; ours would be torn by them."""
+    import diffusers.utils.logging as diffusers_logging
+    import transformers.utils.logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)

@@ -1,0 +1,44 @@
+"""Rotary position embedding over three axes (caption position, row, column), in real arithmetic.
+
+diffusers multiplies complex numbers, which neither ONNX nor Inductor can express; the tables and the rotation here
+give the same bits (float64 angles, float32 tables, float32 rotation). Source: `RopeEmbedder.precompute_freqs_cis` and
+`ZSingleStreamAttnProcessor.apply_rotary_emb` of diffusers 0.42.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Rotation = tuple[Tensor, Tensor]  # cos and sin, each [B, S, 1, head_dim / 2]
+
+
+class RotaryTables(nn.Module):
+    """cos and sin of every position of every axis, as one table [length, 2 * pairs] an axis."""
+
+    def __init__(self, axes_dims: Sequence[int], axes_lens: Sequence[int], theta: float) -> None:
+        super().__init__()
+        self.axes = len(axes_dims)
+        for axis, (dim, length) in enumerate(zip(axes_dims, axes_lens, strict=True)):
+            self.register_buffer(f"table{axis}", _table(dim, length, theta), persistent=False)
+
+    def forward(self, positions: Sequence[Tensor]) -> Rotation:
+        """`positions`: one int64 tensor [B, S] an axis."""
+        rows = [F.embedding(p, getattr(self, f"table{axis}")) for axis, p in enumerate(positions)]
+        cos, sin = zip(*(row.chunk(2, dim=-1) for row in rows), strict=True)
+        return torch.cat(cos, -1).unsqueeze(2), torch.cat(sin, -1).unsqueeze(2)
+
+
+def _table(dim: int, length: int, theta: float) -> Tensor:
+    frequencies = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
+    angles = torch.outer(torch.arange(length, dtype=torch.float64, device="cpu"), frequencies).float()
+    unit = torch.polar(torch.ones_like(angles), angles)
+    return torch.cat([unit.real, unit.imag], -1).contiguous()
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Rotates the interleaved pairs of `x` [B, S, heads, head_dim] in fp32; returns x's own dtype."""
+    cos, sin = rotation
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # type: ignore[no-untyped-call]
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).type_as(x)

@@ -1,0 +1,177 @@
+"""Holds built engines against eager, in a process of its own.
+
+An engine can kill the process that loads it (an AOTInductor package linked against the wrong libstdc++ does), so the
+exporter has every engine loaded and run by another process, `python -m export.parity`, before it publishes a version.
+That process reads one `ParityCheck` a line and answers with one `Parity`; both are JSON. It starts beside the first
+build, so its imports cost no time of their own.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from export.errors import BuildError, ParityError
+from export.manifest import Backend, Parity
+from export.spec import Component, ComponentSpec, ModelDimensions, Precision, ShapePoint, example_inputs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# None of these is the export example, so a dimension that was baked into the graph fails here.
+POINTS = (ShapePoint(1, 32, 256, 256), ShapePoint(2, 96, 192, 320), ShapePoint(1, 64, 336, 208))
+
+
+@dataclass(frozen=True)
+class ParityCheck:
+    """One engine to be held against eager."""
+
+    checkpoint: Path
+    component: Component
+    backend: Backend
+    file: Path
+    precision: Precision
+    device: str
+
+    def as_line(self) -> str:
+        """One line of JSON."""
+        return json.dumps(asdict(self), default=str)
+
+    @classmethod
+    def of_line(cls, line: str) -> Self:
+        """The check that `as_line` wrote."""
+        kinds = (Path, Component, Backend, Path, Precision, str)
+        return cls(*(kind(value) for kind, value in zip(kinds, json.loads(line).values(), strict=True)))
+
+
+class Checker(AbstractContextManager["Checker"]):
+    """The process that loads and runs the engines of one export."""
+
+    def __init__(self) -> None:
+        self._complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "export.parity"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._complaints,
+            text=True,
+        )
+
+    def check(self, check: ParityCheck, tolerance: float) -> Parity:
+        """Loads and runs the engine there and compares it with eager.
+
+        Raises:
+            BuildError: the engine could not be loaded or run, or killed the process; which is of no more use then.
+            ParityError: its relative error is over `tolerance`.
+        """
+        what = f"the {check.backend} engine of {check.component}"
+        answer = self._ask(check.as_line())
+        if not answer:
+            raise BuildError(f"{what} {self._end(check.backend)}")
+        parity = Parity(**json.loads(answer))
+        if not parity.relative_error <= tolerance:  # written so that NaN fails
+            raise ParityError(
+                f"{what} differs from eager by {parity.relative_error:.2e} relative, {tolerance:.0e} is accepted; "
+                "it is not published"
+            )
+        return parity
+
+    def _ask(self, line: str) -> str:
+        """The answer; empty if the process has ended."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            return ""
+        return self._process.stdout.readline()
+
+    def _end(self, backend: Backend) -> str:
+        """What became of the process."""
+        status = self._process.wait()
+        if status < 0:
+            name = signal.Signals(-status).name
+            return f"killed the process that loaded it ({name}); it is not published. {_hint(backend)}"
+        self._complaints.seek(0)
+        return f"does not load and run; it is not published:\n{self._complaints.read().strip()[-2000:]}"
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.kill()  # it has nothing to finish
+        self._process.communicate()
+        self._complaints.close()
+
+
+def measure_parity(check: ParityCheck) -> Parity:
+    """Compares the engine with eager in this process, at every point of `POINTS`."""
+    import torch
+
+    from export.build import BuildOptions, builder_for
+    from export.checkpoint import open_checkpoint
+    from export.modules import load_components
+    from export.spec import component_specs
+
+    dimensions = open_checkpoint(check.checkpoint).dimensions
+    spec = component_specs(dimensions)[check.component]
+    module = load_components(
+        check.checkpoint, precision=check.precision, device=check.device, wanted=[check.component]
+    )[check.component]
+    builder = builder_for(check.backend, BuildOptions())
+    assert builder is not None
+    with torch.inference_mode():
+        points = _inputs(spec, dimensions, check.device)
+        expected = [module(**inputs).cpu().double() for inputs in points]
+        if check.backend is not Backend.AOTINDUCTOR:
+            # The others have weights of their own, and there may not be room for both.
+            module.to("meta")
+            torch.cuda.empty_cache()
+        run = builder.load(check.file, module, spec)
+        got = [run(inputs).cpu().double() for inputs in points]
+    errors = [float((g - e).norm() / e.norm()) for g, e in zip(got, expected, strict=True)]
+    cosines = [
+        float(torch.cosine_similarity(g.flatten(), e.flatten(), dim=0)) for g, e in zip(got, expected, strict=True)
+    ]
+    # max() would let a NaN through, depending on where it stands; torch's does not.
+    return Parity(float(torch.tensor(errors).max()), float(torch.tensor(cosines).min()), len(POINTS))
+
+
+def _inputs(spec: ComponentSpec, dimensions: ModelDimensions, device: str) -> "list[Mapping[str, Tensor]]":
+    made = (example_inputs(spec, point, dimensions, seed=seed) for seed, point in enumerate(POINTS))
+    return [{name: tensor.to(device) for name, tensor in inputs.items()} for inputs in made]
+
+
+def _hint(backend: Backend) -> str:
+    if backend is not Backend.AOTINDUCTOR:
+        return "Another version of the backend's library may build a good one."
+    return (
+        "A C++ compiler that links libstdc++ statically makes such packages: set CXX to the system's compiler "
+        "(for example CXX=/usr/bin/g++) and export again."
+    )
+
+
+def main() -> None:
+    """Answers the checks on standard input; what libraries print goes to standard error."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    import torch
+    from diffusers import AutoencoderKL, ZImageTransformer2DModel  # noqa: F401 slow to import, so before they are needed
+    from transformers import AutoModel, Qwen3Model  # noqa: F401
+
+    for line in sys.stdin:
+        answers.write(json.dumps(asdict(measure_parity(ParityCheck.of_line(line)))) + "\n")
+        answers.flush()
+        torch.cuda.empty_cache()  # the next engine is built in another process
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""A TensorRT plan opened: what the export's check and the server's engine have in common.
+
+Both flavours have the same Python API but for the name they are imported by. Nothing here touches a GPU until a plan
+is opened.
+"""
+
+import importlib
+import logging
+import mmap
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from export.errors import PlanError, UnsupportedError
+from export.spec import ComponentSpec, DType, TensorSpec
+
+Foreign = Any  # TensorRT's own objects, whose bindings carry no types
+
+INSTALL = {
+    "tensorrt": "pip install tensorrt (see https://docs.nvidia.com/deeplearning/tensorrt)",
+    "tensorrt_rtx": "pip install 'zserve[tensorrt-rtx]'",
+}
+_DTYPES = {DType.FLOAT32: "FLOAT", DType.INT64: "INT64", DType.UINT8: "UINT8"}
+_TORCH_DTYPES = {DType.FLOAT32: torch.float32, DType.INT64: torch.int64, DType.UINT8: torch.uint8}
+
+log = logging.getLogger(__name__)
+
+
+def import_flavour(library: str) -> Foreign:
+    """`tensorrt` or `tensorrt_rtx`.
+
+    Raises:
+        UnsupportedError: it is not installed.
+    """
+    try:
+        return importlib.import_module(library)
+    except ImportError as error:
+        raise UnsupportedError(f"{library} cannot be imported ({error}); install it: {INSTALL[library]}") from error
+
+
+@cache
+def logger(trt: Foreign) -> Foreign:
+    """The one logger that TensorRT takes for a process; it keeps the errors, for messages."""
+    severity = trt.ILogger.Severity
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+
+        def log(self, level: Foreign, text: str) -> None:
+            if level in (severity.ERROR, severity.INTERNAL_ERROR):
+                self.errors.append(text)
+            elif level == severity.WARNING:
+                log.info("TensorRT: %s", text)
+
+        def said(self) -> str:
+            """The errors since it was last asked."""
+            said, self.errors = "; ".join(self.errors), []
+            return said or "it gave no reason"
+
+    return Log()
+
+
+def described(trt: Foreign, tensor: TensorSpec) -> tuple[str, Foreign, tuple[int, ...]]:
+    """Name, TensorRT's type and shape (-1 where it is dynamic) of `tensor`, as a network or a plan has to have it."""
+    return tensor.name, getattr(trt.DataType, _DTYPES[tensor.dtype]), tensor.served_shape()
+
+
+class OpenPlan:
+    """The plan at `path` on the current CUDA device, with its weights in.
+
+    Raises:
+        PlanError: it is damaged or foreign, it is not of this component, or the weights beside it do not fit.
+    """
+
+    def __init__(self, trt: Foreign, path: Path, spec: ComponentSpec) -> None:
+        self.log = logger(trt)
+        self._runtime = trt.Runtime(self.log)
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            self.engine = self._runtime.deserialize_cuda_engine(data)
+        if self.engine is None:
+            raise PlanError(f"TensorRT cannot load {path}: {self.log.said()}")
+        if self.engine.refittable:  # which only plans without weights are
+            self._refit(trt, path.with_suffix(".onnx"))
+        self._check_tensors(trt, path, spec)
+
+    def _refit(self, trt: Foreign, graph: Path) -> None:
+        refitter = trt.Refitter(self.engine, self.log)
+        parser = trt.OnnxParserRefitter(refitter, self.log)
+        if not parser.refit_from_file(str(graph)) or not refitter.refit_cuda_engine():
+            raise PlanError(f"the weights beside {graph} do not fit its plan: {self.log.said()}")
+
+    def _check_tensors(self, trt: Foreign, path: Path, spec: ComponentSpec) -> None:
+        """The names, types and shapes that the plan has must be those of the spec, in whatever order."""
+        engine = self.engine
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        has = {(n, engine.get_tensor_dtype(n), tuple(engine.get_tensor_shape(n))) for n in names}
+        wanted = {described(trt, tensor) for tensor in (*spec.inputs, spec.output)}
+        if has != wanted:
+            raise PlanError(f"{path} has tensors {has}; {spec.component} needs {wanted}: export the model again")
+
+    def context(self, how: Foreign) -> Foreign:
+        """A new execution context; `how` is an allocation strategy or, for TensorRT-RTX, a runtime configuration.
+
+        Raises:
+            PlanError: TensorRT cannot make one.
+        """
+        context = self.engine.create_execution_context(how)
+        if context is None:
+            raise PlanError(f"TensorRT cannot make an execution context: {self.log.said()}")
+        return context
+
+    def select(self, context: Foreign, profile: int) -> None:
+        """Puts `context` into `profile`, and waits until it is."""
+        stream = torch.cuda.current_stream()
+        if not context.set_optimization_profile_async(profile, stream.cuda_stream):
+            raise PlanError(f"TensorRT refuses profile {profile}: {self.log.said()}")
+        stream.synchronize()
+
+    def execute(self, context: Foreign) -> None:
+        """Puts one call on the current stream.
+
+        Raises:
+            PlanError: TensorRT refused it.
+        """
+        if not context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
+            raise PlanError(f"TensorRT failed: {self.log.said()}")
+
+
+def bind(context: Foreign, spec: ComponentSpec, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Tells `context` its inputs' shapes and addresses, and those of a new output, which is returned.
+
+    Raises:
+        PlanError: a shape is outside the profile that the context is in.
+    """
+    for name, tensor in inputs.items():
+        if not context.set_input_shape(name, tuple(tensor.shape)):
+            raise PlanError(f"TensorRT refuses {name} of shape {tuple(tensor.shape)}")
+        context.set_tensor_address(name, tensor.data_ptr())
+    shape = tuple(context.get_tensor_shape(spec.output.name))
+    device = next(iter(inputs.values())).device
+    output = torch.empty(shape, dtype=_TORCH_DTYPES[spec.output.dtype], device=device)
+    context.set_tensor_address(spec.output.name, output.data_ptr())
+    return output

@@ -1,0 +1,50 @@
+"""The shapes an engine is built for: the model's default size, fastest, and a range that takes everything served."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from export.spec import CAPTION_MULTIPLE, MAX_PROMPT_TOKENS, MIN_SIZE, ComponentSpec, ShapePoint
+
+TYPICAL_CAPTION = 2 * CAPTION_MULTIPLE  # most prompts, with the chat template around them
+
+
+@dataclass(frozen=True)
+class ShapeProfile:
+    """Every shape from `minimum` to `maximum` can be run; `optimum` is what kernels are chosen for."""
+
+    minimum: ShapePoint
+    optimum: ShapePoint
+    maximum: ShapePoint
+
+    def input_shapes(self, spec: ComponentSpec) -> Iterator[tuple[str, tuple[tuple[int, ...], ...]]]:
+        """Name and (minimum, optimum, maximum) shape of each of the component's inputs."""
+        for tensor in spec.inputs:
+            yield tensor.name, tuple(tensor.shape(p) for p in (self.minimum, self.optimum, self.maximum))
+
+    def takes(self, spec: ComponentSpec, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        """Whether inputs of these shapes are inside."""
+        return all(
+            len(low) == len(shapes[name])
+            and all(a <= size <= b for a, size, b in zip(low, shapes[name], high, strict=True))
+            for name, (low, _, high) in self.input_shapes(spec)
+        )
+
+
+def serving_profiles(default_size: tuple[int, int], max_rows: int, max_size: int) -> tuple[ShapeProfile, ShapeProfile]:
+    """The profile of one image at the default size (width, height), then the one of everything that is served.
+
+    The caption's length stays open in the first as well: fixing it would need one profile for each of its 16 values.
+    """
+    width, height = default_size
+    longest = MAX_PROMPT_TOKENS
+    fixed = ShapeProfile(
+        minimum=ShapePoint(1, CAPTION_MULTIPLE, height, width),
+        optimum=ShapePoint(1, TYPICAL_CAPTION, height, width),
+        maximum=ShapePoint(1, longest, height, width),
+    )
+    ranged = ShapeProfile(
+        minimum=ShapePoint(1, CAPTION_MULTIPLE, MIN_SIZE, MIN_SIZE),
+        optimum=ShapePoint(min(2, max_rows), TYPICAL_CAPTION, height, width),
+        maximum=ShapePoint(max_rows, longest, max_size, max_size),
+    )
+    return fixed, ranged

@@ -1,0 +1,120 @@
+"""Writing versions into a model repository in Triton's layout. A reader never sees half a version."""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from export.errors import VersionExistsError
+from export.spec import SIZE_MULTIPLE
+
+INCOMPLETE = ".incomplete"
+
+
+@dataclass(frozen=True)
+class ServingDefaults:
+    """What a new `config.pbtxt` says about serving. Sizes in pixels, as "WIDTHxHEIGHT"."""
+
+    default_size: str = "1024x1024"
+    warmup_sizes: tuple[str, ...] = ()  # besides the default size
+    num_inference_steps: int = 8
+    max_batch: int = 4
+    max_size: int = 2048
+
+    @property
+    def default_pixels(self) -> tuple[int, int]:
+        """Width and height of the default size."""
+        width, height = self.default_size.split("x")
+        return int(width), int(height)
+
+
+def versions(model: Path) -> list[int]:
+    """The version numbers under `model`, ascending."""
+    if not model.is_dir():
+        return []
+    return sorted(int(p.name) for p in model.iterdir() if p.is_dir() and p.name.isdecimal())
+
+
+class Existing(Enum):
+    """What to do about engines and a version that are already there."""
+
+    KEEP = "keep"
+    REPLACE = "replace"
+
+
+@contextmanager
+def new_version(model: Path, number: int | None = None, existing: Existing = Existing.KEEP) -> Iterator[Path]:
+    """A folder to build in, renamed to version `number` (None: the next) when the block ends well.
+
+    When it does not, the folder stays for the next export to go on from; no reader looks into it. It may hold anything
+    when it is yielded. The model is locked meanwhile.
+
+    Raises:
+        VersionExistsError: the version is there and to be kept, or another export of this model is running.
+    """
+    model.mkdir(parents=True, exist_ok=True)
+    folder = model / INCOMPLETE
+    with (model / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise VersionExistsError(f"another export into {model} is running; wait for it to end") from None
+        target = model / str(number or max(versions(model), default=0) + 1)
+        if target.exists() and existing is Existing.KEEP:
+            raise VersionExistsError(
+                f"{target} is already there; --force replaces it, and without --version the next number is taken"
+            )
+        folder.mkdir(exist_ok=True)
+        yield folder
+        _publish(folder, target)
+
+
+def _publish(folder: Path, target: Path) -> None:
+    if target.exists():
+        replaced = target.with_name(f".replaced-{target.name}")
+        shutil.rmtree(replaced, ignore_errors=True)
+        target.rename(replaced)
+        folder.rename(target)
+        shutil.rmtree(replaced)
+    else:
+        folder.rename(target)
+
+
+def take(files: Iterable[Path], folder: Path) -> None:
+    """Puts `files` of another version into `folder`, without a second copy where the file system can."""
+    for file in files:
+        try:
+            os.link(file, folder / file.name)
+        except OSError:
+            shutil.copy2(file, folder)
+
+
+def write_config(model: Path, defaults: ServingDefaults) -> None:
+    """Writes `config.pbtxt` unless there is one: an existing one is the operator's."""
+    path = model / "config.pbtxt"
+    if path.exists():
+        return
+    draft = path.with_suffix(".draft")
+    draft.write_text(_config_text(model.name, defaults), "utf-8")
+    draft.rename(path)
+
+
+def _config_text(name: str, defaults: ServingDefaults) -> str:
+    from google.protobuf import text_format
+    from tritonclient.grpc import model_config_pb2 as pb
+
+    config = pb.ModelConfig(name=name, backend="z_image", max_batch_size=defaults.max_batch)
+    config.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_AUTO)
+    parameters = {
+        "default_size": defaults.default_size,
+        "warmup_sizes": ",".join(dict.fromkeys((defaults.default_size, *defaults.warmup_sizes))),
+        "default_num_inference_steps": str(defaults.num_inference_steps),
+        "max_size": str(defaults.max_size // SIZE_MULTIPLE * SIZE_MULTIPLE),
+    }
+    for key, value in parameters.items():
+        config.parameters[key].string_value = value
+    return text_format.MessageToString(config)

@@ -1,0 +1,63 @@
+"""What of earlier exports still holds: the newest version's engines, and those an interrupted export had finished."""
+
+import logging
+from pathlib import Path
+
+from export.checkpoint import Checkpoint
+from export.errors import ManifestError, StaleEngineError
+from export.manifest import FILE_NAME, Backend, EngineRecord, Manifest, check_engine, checkpoint_record, source_hash
+from export.request import ExportRequest
+from export.spec import Component
+
+log = logging.getLogger(__name__)
+
+
+def matching_manifest(folder: Path, request: ExportRequest, checkpoint: Checkpoint) -> Manifest | None:
+    """The manifest in `folder`, if what it tells of was exported from this checkpoint with these settings."""
+    if not (folder / FILE_NAME).is_file():
+        return None
+    try:
+        manifest = Manifest.read(folder)
+    except ManifestError as error:
+        log.warning("%s", error)
+        return None
+    serving = request.serving
+    same = (
+        manifest.checkpoint == checkpoint_record(checkpoint)
+        and manifest.precision is request.precision
+        and (manifest.max_batch, manifest.max_size) == (serving.max_batch, serving.max_size)
+        and manifest.default_size == serving.default_size
+        and manifest.source == source_hash()
+        and {e.backend for e in manifest.engines} <= {request.backend}
+    )
+    return manifest if same else None
+
+
+def reusable_engines(folder: Path, request: ExportRequest, checkpoint: Checkpoint) -> dict[Component, EngineRecord]:
+    """The engines in `folder` that this export would build again just the same."""
+    manifest = matching_manifest(folder, request, checkpoint)
+    if manifest is None:
+        return {}
+    return {e.component: e for e in manifest.engines if _is_as_asked(e, request) and _still_holds(e, folder, request)}
+
+
+def is_whole(engines: dict[Component, EngineRecord], backend: Backend) -> bool:
+    """Whether a version of which `engines` still hold needs nothing more."""
+    return backend is Backend.EAGER or len(engines) == len(Component)
+
+
+def _is_as_asked(record: EngineRecord, request: ExportRequest) -> bool:
+    options, plan = request.options, record.plan
+    return record.built_for == options.targets and (
+        plan is None
+        or (plan.profiles, plan.weights, plan.verbosity) == (request.profiles, options.weights, options.verbosity)
+    )
+
+
+def _still_holds(record: EngineRecord, folder: Path, request: ExportRequest) -> bool:
+    try:
+        check_engine(record, folder, request.options.targets[0], "it is built again now")
+    except StaleEngineError as error:
+        log.warning("%s", error)
+        return False
+    return True

@@ -1,0 +1,124 @@
+"""A component's weights as one safetensors file in the precision it is served in.
+
+ONNX external data points into this file, so a graph of any size is exported without its weights in memory, and they
+are on disk once.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from export.checkpoint import WEIGHTS, data_start, read_safetensors_header, weight_files
+from export.errors import CheckpointError
+from export.spec import Precision
+
+HEADER_ALIGNMENT = 4096  # so that a reader may map the data by pages
+SAFETENSORS_DTYPES = {Precision.FP32: "F32", Precision.BF16: "BF16"}
+READABLE = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # torch's names
+BYTES = {Precision.FP32: 4, Precision.BF16: 2}
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where a tensor lies in a weights file."""
+
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor of the checkpoint."""
+
+    file: Path
+    span: Span
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def write_weights(
+    checkpoint: Path, sources: Mapping[str, tuple[str, str]], precision: Precision, path: Path
+) -> dict[str, Span]:
+    """Copies the tensors that `sources` names, one at a time, in `precision`, to `path`; returns where each lies.
+
+    `sources` maps the component's parameter to (folder of the checkpoint, name there), as `Outline.sources` does.
+
+    Raises:
+        CheckpointError: the checkpoint does not hold one of them.
+    """
+    stored = _find(checkpoint, sources)
+    spans = _layout(stored, BYTES[precision])
+    header = _header(stored, spans, precision)
+    with path.open("wb") as f:
+        f.write(len(header).to_bytes(8, "little") + header)
+        f.writelines(_read(tuple(stored.values()), precision))
+    start = 8 + len(header)
+    return {name: Span(start + span.offset, span.length) for name, span in spans.items()}
+
+
+def _find(checkpoint: Path, sources: Mapping[str, tuple[str, str]]) -> dict[str, _Stored]:
+    held = {part: _held(checkpoint / part, WEIGHTS[part]) for part in {part for part, _ in sources.values()}}
+    found = {}
+    for name, (part, key) in sources.items():
+        # Text encoders are stored with or without the prefix of the causal language model around them.
+        match = held[part].get(key) or held[part].get(f"model.{key}")
+        if match is None:
+            raise CheckpointError(f"{checkpoint / part} holds no tensor {key!r}; its config promises one")
+        if match.dtype not in READABLE:
+            raise CheckpointError(f"{match.file}: {key} is {match.dtype}; {', '.join(READABLE)} are accepted")
+        found[name] = match
+    return found
+
+
+def _held(folder: Path, single: str) -> dict[str, _Stored]:
+    return {
+        name: _stored(file, entry)
+        for file in weight_files(folder, single)
+        for name, entry in read_safetensors_header(file).items()
+        if name != "__metadata__"
+    }
+
+
+def _stored(file: Path, entry: Mapping[str, Any]) -> _Stored:
+    begin, end = entry["data_offsets"]
+    return _Stored(file, Span(data_start(file) + begin, end - begin), entry["dtype"], tuple(entry["shape"]))
+
+
+def _layout(stored: Mapping[str, _Stored], width: int) -> dict[str, Span]:
+    spans, offset = {}, 0
+    for name, tensor in stored.items():
+        length = width * prod(tensor.shape)
+        spans[name] = Span(offset, length)
+        offset += length
+    return spans
+
+
+def _header(stored: Mapping[str, _Stored], spans: Mapping[str, Span], precision: Precision) -> bytes:
+    entries = {
+        name: {
+            "dtype": SAFETENSORS_DTYPES[precision],
+            "shape": stored[name].shape,
+            "data_offsets": [span.offset, span.offset + span.length],
+        }
+        for name, span in spans.items()
+    }
+    text = json.dumps(entries).encode()
+    return text + b" " * (-(8 + len(text)) % HEADER_ALIGNMENT)
+
+
+def _read(stored: Iterable[_Stored], precision: Precision) -> Iterator[memoryview]:
+    """The tensors' data in order. Read, not mapped, so that no more than one tensor is ever in memory."""
+    import torch
+
+    from export.modules.load import TORCH_DTYPES
+
+    for tensor in stored:
+        data = bytearray(tensor.span.length)
+        with tensor.file.open("rb") as f:
+            f.seek(tensor.span.offset)
+            f.readinto(data)
+        values = torch.frombuffer(data, dtype=getattr(torch, READABLE[tensor.dtype])).to(TORCH_DTYPES[precision])
+        yield values.view(torch.uint8).numpy().data

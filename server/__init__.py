@@ -1,0 +1,1 @@
+"""Serves a model repository: a frontend process that speaks gRPC, and a worker process an instance."""

@@ -1,0 +1,116 @@
+"""The seam between Triton's protocol and what answers it: every backend makes a `Model` of a `ModelFolder`."""
+
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+from server.config import ServeConfig
+from server.frontend.dispatcher import Dispatcher
+from server.frontend.statistics import Statistics
+from server.frontend.workers import COMMAND
+from server.tensors import InferRequest, InferResponse, ModelSpec, TensorSpec
+
+
+@dataclass(frozen=True)
+class VersionPolicy:
+    """Which versions of a folder are served: the `latest` so many, or `specific` ones, or with neither set all."""
+
+    latest: int = 1
+    specific: tuple[str, ...] = ()
+
+    def choose(self, versions: list[str]) -> list[str]:
+        """Of `versions`, the served ones, oldest first."""
+        ordered = sorted(versions, key=int)
+        if self.specific:
+            return [v for v in ordered if v in self.specific]
+        return ordered[-self.latest :] if self.latest else ordered
+
+
+@dataclass(frozen=True)
+class QueuePolicy:
+    """Triton's dynamic_batching, as far as whole requests wait; times in seconds, 0 for no limit."""
+
+    max_size: int = 0
+    timeout: float = 0.0
+    allow_timeout_override: bool = False
+    batch_delay: float | None = None  # None: requests are not batched
+    priority_levels: int = 0
+    default_priority: int = 0
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A model's config.pbtxt, as far as it is the same for every backend."""
+
+    name: str
+    backend: str
+    text: str
+    max_batch_size: int = 0
+    inputs: tuple[TensorSpec, ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
+    decoupled: bool = False
+    instances: int = 1
+    versions: VersionPolicy = field(default_factory=VersionPolicy)
+    queue: QueuePolicy = field(default_factory=QueuePolicy)
+    parameters: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """One version of a model in the repository."""
+
+    path: Path  # holds config.pbtxt and the versions' folders
+    version: str
+    file: ModelFile
+
+    def spec(self) -> ModelSpec:
+        """The signature that the config declares."""
+        f = self.file
+        return ModelSpec(f.name, self.version, f.backend, f.inputs, f.outputs, f.max_batch_size, f.decoupled)
+
+    def at(self, version: str) -> "ModelFolder":
+        """Another version of the same model."""
+        return replace(self, version=version)
+
+
+@dataclass(frozen=True)
+class Host:
+    """What the server lends a backend. Few need any of it."""
+
+    config: ServeConfig
+    dispatcher: Dispatcher
+    sockets: Path  # a folder for Unix sockets
+    changed: Callable[[], None]  # to be called when a model's readiness has changed
+    worker_command: Sequence[str] = COMMAND
+
+
+class Model(Protocol):
+    """One version of a model, as tensors. Runs on the event loop: heavy work belongs in a process or a thread."""
+
+    spec: ModelSpec
+    statistics: Statistics
+
+    async def load(self) -> None:
+        """Returns once it serves.
+
+        Raises:
+            ZServeError: it cannot be served; the message is shown as the version's reason.
+        """
+
+    async def unload(self) -> None:
+        """Frees everything; requests under way have ended, or are ended by this."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether it serves at this moment."""
+
+    def infer(self, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
+        """The responses to `request`; closing the generator cancels it.
+
+        Raises:
+            ZServeError: it cannot be answered.
+        """
+
+
+Backend = Callable[[ModelFolder, Host], Model]

@@ -1,0 +1,166 @@
+"""Triton's dynamic batching for backends that run whole requests: by priority, bounded, timed, several at once."""
+
+import asyncio
+import heapq
+import itertools
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
+
+from server.backends.base import QueuePolicy
+from server.errors import QueueFullError, QueueTimeoutError
+from server.frontend.statistics import Spent, Statistics
+from server.tensors import InferRequest
+
+Execute = Callable[[list[InferRequest]], Awaitable[None]]
+
+
+@dataclass(order=True)
+class _Waiting:
+    priority: int
+    number: int  # in order of arrival
+    request: InferRequest = field(compare=False)
+    done: "asyncio.Future[Spent]" = field(compare=False)
+    arrived: float = field(compare=False, default_factory=time.monotonic)
+
+
+class Batcher:
+    """Gathers requests and runs each batch on one of `instances`."""
+
+    def __init__(
+        self, execute: Execute, statistics: Statistics, *, policy: QueuePolicy, max_batch_size: int, instances: int
+    ) -> None:
+        self._execute = execute
+        self._statistics = statistics
+        self._policy = policy
+        self._max_rows = max_batch_size if policy.batch_delay is not None else 1
+        self._free = instances
+        self._waiting: list[_Waiting] = []
+        self._numbers = itertools.count()
+        self._alarm: asyncio.TimerHandle | None = None
+        self._running: set[asyncio.Task[None]] = set()
+
+    async def run(self, request: InferRequest) -> Spent:
+        """Waits for a turn and for the batch to have run.
+
+        Raises:
+            QueueFullError: as many wait as the policy allows.
+            QueueTimeoutError: it waited for too long.
+        """
+        if self._free and not self._waiting and not self._policy.batch_delay:
+            self._free -= 1
+            return await self._run_batch([request], queued=0)
+        if self._policy.max_size and len(self._waiting) >= self._policy.max_size:
+            raise QueueFullError(f"max_queue_size {self._policy.max_size} of model {request.model.name!r} is reached")
+        return await self._wait(request)
+
+    async def _wait(self, request: InferRequest) -> Spent:
+        loop = asyncio.get_running_loop()
+        priority = request.priority or self._policy.default_priority
+        place = _Waiting(priority, next(self._numbers), request, loop.create_future())
+        heapq.heappush(self._waiting, place)
+        seconds = self._timeout(request)
+        timer = loop.call_later(seconds, self._expire, place) if seconds else None
+        self._dispatch()
+        try:
+            return await place.done
+        finally:
+            if timer is not None:
+                timer.cancel()
+            if place in self._waiting:
+                self._remove(place)
+
+    def _timeout(self, request: InferRequest) -> float:
+        """Seconds the request may wait, 0 for ever. Its own wish counts where it is allowed and shorter."""
+        allowed, wish = self._policy.timeout, request.queue_timeout
+        if wish and self._policy.allow_timeout_override and (not allowed or wish < allowed):
+            return wish
+        return allowed
+
+    def _expire(self, place: _Waiting) -> None:
+        if place in self._waiting:
+            self._remove(place)
+            place.done.set_exception(QueueTimeoutError("Request timeout expired"))
+
+    def _remove(self, place: _Waiting) -> None:
+        self._waiting.remove(place)
+        heapq.heapify(self._waiting)
+
+    def _dispatch(self) -> None:
+        """Starts batches while there is an instance for them; a batch that may still grow waits for its time."""
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+        while self._free and self._waiting:
+            batch = self._next_batch()
+            missing = self._seconds_to_wait(batch)
+            if missing > 0:
+                self._alarm = asyncio.get_running_loop().call_later(missing, self._dispatch)
+                return
+            for place in batch:
+                self._waiting.remove(place)
+            heapq.heapify(self._waiting)
+            self._start(batch)
+
+    def _next_batch(self) -> list[_Waiting]:
+        """The first in line, and those after it that fit into a batch with it."""
+        ordered = sorted(self._waiting)
+        shape, rows = _row_shape(ordered[0].request), 0
+        batch: list[_Waiting] = []
+        for place in ordered:
+            size = place.request.batch_size
+            if batch and (rows + size > self._max_rows or _row_shape(place.request) != shape):
+                break
+            batch.append(place)
+            rows += size
+        return batch
+
+    def _seconds_to_wait(self, batch: list[_Waiting]) -> float:
+        """Counted from the arrival of the oldest, so that later ones do not put it off."""
+        if sum(p.request.batch_size for p in batch) >= self._max_rows:
+            return 0.0
+        return (self._policy.batch_delay or 0.0) - (time.monotonic() - min(p.arrived for p in batch))
+
+    def _start(self, batch: list[_Waiting]) -> None:
+        self._free -= 1  # now, not when the task begins: the next batch must not take the same instance
+        task = asyncio.create_task(self._finish(batch))
+        self._running.add(task)
+
+        def stop_if_unwanted(_: "asyncio.Future[Spent]") -> None:
+            if all(place.done.cancelled() for place in batch):
+                task.cancel()
+
+        for place in batch:
+            place.done.add_done_callback(stop_if_unwanted)
+        task.add_done_callback(self._running.discard)
+
+    async def _finish(self, batch: list[_Waiting]) -> None:
+        now = time.monotonic()
+        queued = [int(1e9 * (now - p.arrived)) for p in batch]
+        try:
+            spent = await self._run_batch([p.request for p in batch], queued[0])
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is the answer of everyone in the batch
+            for place in batch:
+                if not place.done.done():
+                    place.done.set_exception(error)
+            return
+        for place, waited in zip(batch, queued, strict=True):
+            if not place.done.done():
+                place.done.set_result(replace(spent, queue=waited))
+
+    async def _run_batch(self, requests: list[InferRequest], queued: int) -> Spent:
+        """Runs on the instance that the caller has taken, and gives it back."""
+        began = time.monotonic_ns()
+        try:
+            await self._execute(requests)
+        finally:
+            self._free += 1
+            if self._waiting:
+                self._dispatch()
+        spent = Spent(queue=queued, compute_infer=time.monotonic_ns() - began)
+        self._statistics.executed(sum(r.batch_size for r in requests), spent)
+        return spent
+
+
+def _row_shape(request: InferRequest) -> tuple[tuple[int, ...], ...]:
+    return tuple(t.shape[1:] for t in request.inputs.values())

@@ -1,0 +1,93 @@
+"""`z_image`: the image model as tensors, over the same dispatcher and workers as the image service."""
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+
+from server.backends.base import Host, ModelFolder
+from server.config import cpu_threads, read_model_config
+from server.errors import EngineLoadError
+from server.frontend.queue import ModelQueue
+from server.frontend.statistics import Statistics
+from server.frontend.workers import Worker, WorkerState
+from server.launch import WorkerConfig
+from server.requests import Completed, Image, Preview, Progress
+from server.rpc.triton import images
+from server.tensors import Delivery, InferRequest, InferResponse
+
+
+class ZImageModel:
+    """One version of an image model: its queue and its workers."""
+
+    def __init__(self, folder: ModelFolder, host: Host) -> None:
+        self.spec = images.model_spec(folder)
+        self._host = host
+        self._config = read_model_config(folder.path)
+        self._changed = asyncio.Event()
+        configs = _worker_configs(folder, host, self._config.devices)
+        workers = [Worker(c, self._worker_changed, host.worker_command) for c in configs]
+        self.queue = ModelQueue(self._config, workers)
+        self.statistics: Statistics = self.queue.statistics
+
+    @property
+    def ready(self) -> bool:
+        """See `Model`."""
+        return self.queue.ready
+
+    async def load(self) -> None:
+        """See `Model`."""
+        self._host.dispatcher.add(self.queue)
+        for worker in self.queue.workers:
+            worker.start()
+        while any(w.state is WorkerState.STARTING for w in self.queue.workers):
+            await self._changed.wait()
+            self._changed.clear()
+        if any(w.state is WorkerState.FAILED for w in self.queue.workers):
+            reason = self.queue.reason
+            await self.unload()
+            raise EngineLoadError(reason)
+
+    async def unload(self) -> None:
+        """See `Model`."""
+        self._host.dispatcher.remove(self.queue)
+        await asyncio.gather(*(worker.stop() for worker in self.queue.workers))
+
+    async def infer(self, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
+        """See `Model`."""
+        wanted = images.decode_request(request, self._config)
+        finished: list[Image] = []
+        async with aclosing(self._host.dispatcher.generate_on(self.queue, wanted.generation)) as events:
+            async for event in events:
+                match event:
+                    case Progress() | Preview() if wanted.progress:
+                        yield images.encode_progress(event)
+                    case Image() if request.delivery is Delivery.MANY and wanted.one_by_one:
+                        finished.append(event)
+                        yield images.encode_image(event, final=len(finished) == wanted.generation.num_images)
+                    case Image():
+                        finished.append(event)
+                    case Completed() if not (request.delivery is Delivery.MANY and wanted.one_by_one):
+                        yield images.encode_images(finished, event)
+
+    def _worker_changed(self, worker: Worker) -> None:
+        self._host.dispatcher.worker_changed(worker)
+        self._changed.set()
+        self._host.changed()
+
+
+def _worker_configs(folder: ModelFolder, host: Host, devices: Sequence[str]) -> list[WorkerConfig]:
+    prefix = secrets.token_hex(3)  # two loads of one version may overlap; short, since a socket's path has 107 bytes
+    return [
+        WorkerConfig(
+            model=folder.path,
+            version=folder.version,
+            instance=f"{folder.file.name}-{number}",
+            socket=host.sockets / f"{prefix}-{number}.sock",
+            device=host.config.device if device == "auto" else device,
+            threads=cpu_threads(len(devices)),
+            fallback=host.config.fallback,
+            patience=host.config.worker_timeout_secs,
+        )
+        for number, device in enumerate(devices)
+    ]

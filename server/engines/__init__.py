@@ -1,0 +1,1 @@
+"""Loaded, runnable components. No policy lives here but the one fallback."""

@@ -1,0 +1,50 @@
+"""AOTInductor: compiled code that uses the eager module's own weights, on the CPU or on CUDA."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from export.manifest import Backend
+from export.spec import ComponentSpec
+from server.engines.base import Shapes
+from server.engines.limits import ShapeLimits
+from server.engines.threads import torch_threads
+from server.errors import EngineLoadError, EngineRunError
+
+
+class AotInductorEngine:
+    """A package with its weights lent by `module`: changing one in place changes both. On a CPU, `threads` compute."""
+
+    backend = Backend.AOTINDUCTOR
+
+    def __init__(self, path: Path, spec: ComponentSpec, limits: ShapeLimits, module: nn.Module, threads: int) -> None:
+        held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        try:
+            # One thread drives the device, and CUDA graphs need it so.
+            self._package = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
+            wanted = {name: held[name] for name in self._package.get_constant_fqns()}
+            self._package.load_constants(wanted, check_full_update=True, user_managed=True)
+        except (RuntimeError, KeyError) as error:
+            raise EngineLoadError(f"AOTInductor cannot load {path}: {error}") from error
+        self._names = [t.name for t in spec.inputs]
+        self._limits, self._threads = limits, threads
+
+    def fits(self, shapes: Shapes) -> bool:
+        return self._limits.fit(shapes)
+
+    def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        try:
+            with torch.inference_mode(), torch_threads(self._threads):
+                output: Tensor = self._package(*(inputs[name] for name in self._names))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise EngineRunError(f"AOTInductor failed: {error}") from error
+        return output
+
+    def close(self) -> None:
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize()  # calls that were begun may still be running
+        del self._package

@@ -1,0 +1,30 @@
+"""What an engine is."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+from export.manifest import Backend
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Engine(Protocol):
+    """Tensors in, one tensor out, on the caller's device and stream."""
+
+    backend: Backend
+
+    def fits(self, shapes: Shapes) -> bool:
+        """Whether inputs of these shapes, by name, can be run."""
+
+    def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Runs the component once.
+
+        Raises:
+            EngineRunError: the engine failed; it is not to be used again.
+            torch.OutOfMemoryError: there was no memory for this call; smaller ones may succeed.
+        """
+
+    def close(self) -> None:
+        """Waits for calls that the device is still busy with, and gives the memory back."""

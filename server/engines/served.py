@@ -1,0 +1,76 @@
+"""A component as it is served: its engine, and eager behind it."""
+
+import logging
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from export.manifest import Backend
+from export.spec import ComponentSpec
+from server.engines.base import Engine
+from server.errors import EngineRunError
+from server.requests import EngineUse
+
+log = logging.getLogger(__name__)
+
+
+class ServedComponent:
+    """Runs the engine; when it fails, runs eager for that call and from then on.
+
+    `eager` makes the fallback when it is first needed, so weights that no engine borrows are not read before.
+    """
+
+    def __init__(self, spec: ComponentSpec, engine: Engine, eager: Callable[[], Engine], *, reason: str = "") -> None:
+        self._spec = spec
+        self._engine = engine
+        self._make_eager = eager
+        self._eager: Engine | None = None
+        self._use = EngineUse(spec.component, engine.backend, reason)
+
+    @property
+    def use(self) -> EngineUse:
+        """The engine in use, and why it is not the one asked for."""
+        return self._use
+
+    @property
+    def compiled(self) -> bool:
+        """Whether there is still something to fall back from."""
+        return self._engine.backend is not Backend.EAGER
+
+    def run(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, EngineUse]:
+        """The component's output, and the engine that made it.
+
+        Raises:
+            EngineRunError: eager failed too.
+            torch.OutOfMemoryError: there was no memory for this call.
+        """
+        shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
+        if not self._engine.fits(shapes):
+            eager = self._fallback()
+            reason = f"the {self._engine.backend} engine was not built for {shapes}"
+            return eager.run(inputs), EngineUse(self._spec.component, eager.backend, reason)
+        try:
+            return self._engine.run(inputs), self._use
+        except EngineRunError as error:
+            if not self.compiled:
+                raise
+            self.quarantine(str(error))
+            return self._engine.run(inputs), self._use
+
+    def quarantine(self, reason: str) -> None:
+        """Gives the engine up for eager, for good."""
+        log.error("%s: the %s engine is quarantined: %s", self._spec.component, self._engine.backend, reason)
+        failed, self._engine = self._engine, self._fallback()
+        failed.close()
+        self._use = EngineUse(self._spec.component, self._engine.backend, reason)
+
+    def _fallback(self) -> Engine:
+        if self._eager is None:
+            self._eager = self._make_eager()
+        return self._eager
+
+    def close(self) -> None:
+        """Gives the memory of both back."""
+        self._engine.close()
+        if self._eager is not None and self._eager is not self._engine:
+            self._eager.close()

@@ -1,0 +1,161 @@
+"""TensorRT, of both flavours, on CUDA.
+
+TensorRT reads and writes torch's buffers and computes in memory that torch lends it, on a stream of its own: on the
+default stream it would synchronise the device at every call, and could not be recorded. The shapes of the first
+profile, one image at the default size, are replayed as CUDA graphs; other shapes run plainly.
+"""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from export.errors import PlanError, UnsupportedError
+from export.manifest import BINDING_LIBRARIES, EngineRecord
+from export.plans import Foreign, bind, import_flavour
+from export.spec import ComponentSpec
+from server.engines import memory
+from server.engines.base import Shapes
+from server.engines.tensorrt_runtime import TensorRtPlan
+from server.errors import EngineLoadError, EngineRunError
+
+RECORDED_PROFILE = 0
+
+
+class TensorRtEngine:
+    """One plan on one device; `record.plan` says which shapes it takes."""
+
+    def __init__(self, path: Path, spec: ComponentSpec, record: EngineRecord, device: torch.device) -> None:
+        if record.plan is None:
+            raise EngineLoadError(f"the manifest tells no profiles of {path}; export the model again")
+        if not torch.cuda.is_available():
+            raise EngineLoadError(f"{record.backend} needs an NVIDIA GPU, and there is none here")
+        self.backend = record.backend
+        self._profiles = record.plan.profiles
+        self._spec = spec
+        self._device = device
+        (library,) = BINDING_LIBRARIES[record.backend]
+        with torch.cuda.device(device):
+            before = torch.cuda.mem_get_info()[0]
+            try:
+                self._plan = TensorRtPlan(import_flavour(library), path, spec, record.backend)
+            except (PlanError, UnsupportedError) as error:
+                raise EngineLoadError(str(error)) from error
+            self._held = max(0, before - torch.cuda.mem_get_info()[0])
+        memory.add_outside_torch(self._held)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._scratch = Scratch(device)
+        self._plain: dict[int, Foreign] = {}  # one context a profile
+        self._recorded: dict[tuple[tuple[int, ...], ...], RecordedCall] = {}
+
+    def fits(self, shapes: Shapes) -> bool:
+        return self._profile(shapes) is not None
+
+    def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        profile = self._profile({name: tuple(tensor.shape) for name, tensor in inputs.items()})
+        if profile is None:
+            raise EngineRunError(f"TensorRT: no profile of {self._spec.component} takes these shapes")
+        caller = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(caller)
+        try:
+            with torch.cuda.stream(self._stream), torch.inference_mode():
+                output = self._call(inputs) if profile == RECORDED_PROFILE else self._run_plain(profile, inputs)
+        except PlanError as error:
+            raise EngineRunError(str(error)) from error
+        caller.wait_stream(self._stream)
+        output.record_stream(caller)  # else its memory would be given out again while the caller still reads it
+        return output
+
+    def close(self) -> None:
+        with suppress(RuntimeError):  # a device in error: there is nothing to wait for
+            self._stream.synchronize()
+        self._recorded.clear()
+        self._plain.clear()
+        self._scratch.free()
+        self._plan.close()
+        memory.add_outside_torch(-self._held)
+        self._held = 0
+
+    def _profile(self, shapes: Shapes) -> int | None:
+        fitting = (i for i, profile in enumerate(self._profiles) if profile.takes(self._spec, shapes))
+        return next(fitting, None)
+
+    def _run_plain(self, profile: int, inputs: Mapping[str, Tensor]) -> Tensor:
+        if profile not in self._plain:
+            self._plain[profile] = self._plan.context_in(profile)
+        context = self._plain[profile]
+        held = {name: tensor.contiguous() for name, tensor in inputs.items()}  # until the call is on the stream
+        output = bind(context, self._spec, held)
+        self._scratch.lend(context)
+        self._plan.execute(context)
+        return output
+
+    def _call(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        key = tuple(tuple(tensor.shape) for tensor in inputs.values())
+        if key not in self._recorded:
+            self._recorded[key] = RecordedCall(self._plan, self._scratch, self._spec, inputs)
+        return self._recorded[key](inputs)
+
+
+class RecordedCall:
+    """Calls of one shape: the first runs plainly and is recorded, all others are replayed.
+
+    It has a context to itself, because a context may not change once a graph is recorded from it.
+    """
+
+    def __init__(
+        self, plan: TensorRtPlan, scratch: "Scratch", spec: ComponentSpec, inputs: Mapping[str, Tensor]
+    ) -> None:
+        self._plan, self._scratch = plan, scratch
+        self._context = plan.context_in(RECORDED_PROFILE)
+        self._inputs = {name: torch.empty_like(t, memory_format=torch.contiguous_format) for name, t in inputs.items()}
+        self._output = bind(self._context, spec, self._inputs)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._generation = -1  # of the scratch memory that the context computes in
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        for name, tensor in inputs.items():
+            self._inputs[name].copy_(tensor)
+        if self._generation != self._scratch.generation:
+            self._run_first()
+        elif self._graph is not None:
+            self._graph.replay()
+        else:
+            self._plan.execute(self._context)
+        return self._output.clone()  # the next call writes over it
+
+    def _run_first(self) -> None:
+        """Runs plainly, as TensorRT sets up things then that cannot be recorded, and records the calls to come."""
+        self._graph = None
+        self._generation = self._scratch.lend(self._context)
+        self._plan.execute(self._context)
+        self._plan.keep_compiled()
+        self._graph = self._plan.record(self._context)
+
+
+class Scratch:
+    """The memory that all contexts of an engine compute in, one call at a time; it grows to the largest call.
+
+    `generation` changes whenever the memory moves.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._buffer = torch.empty(0, dtype=torch.uint8, device=device)
+        self.generation = 0
+
+    def lend(self, context: Foreign) -> int:
+        """Gives `context` what its shapes need; returns the generation."""
+        needed = int(context.update_device_memory_size_for_shapes())
+        if needed > self._buffer.numel():
+            self.free()
+            self._buffer = torch.empty(needed, dtype=torch.uint8, device=self._device)
+            self.generation += 1
+        context.set_device_memory(self._buffer.data_ptr(), self._buffer.numel())
+        return self.generation
+
+    def free(self) -> None:
+        """Gives the memory back."""
+        self._buffer = torch.empty(0, dtype=torch.uint8, device=self._device)

@@ -1,0 +1,89 @@
+"""What the two flavours of TensorRT do differently when a plan is run, and how its calls are recorded."""
+
+import logging
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from export.errors import PlanError
+from export.manifest import Backend
+from export.plans import Foreign, OpenPlan
+from export.spec import ComponentSpec
+
+log = logging.getLogger(__name__)
+
+
+class TensorRtPlan(OpenPlan):
+    """An open plan whose contexts compute in memory that they are lent."""
+
+    def __init__(self, trt: Foreign, path: Path, spec: ComponentSpec, backend: Backend) -> None:
+        super().__init__(trt, path, spec)
+        self._trt = trt
+        self._compiled = CompiledKernels(trt, self.engine, path) if backend is Backend.TENSORRT_RTX else None
+
+    def context_in(self, profile: int) -> Foreign:
+        """A new context in `profile`, without memory to compute in."""
+        if self._compiled is None:
+            context = self.context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        else:
+            context = self.context(self._compiled.config(profile))
+        self.select(context, profile)
+        return context
+
+    def record(self, context: Foreign) -> torch.cuda.CUDAGraph | None:
+        """One call as a CUDA graph, on the current stream, which is not the default one; None where that cannot be."""
+        stream = torch.cuda.current_stream()
+        if self._compiled is not None and not context.is_stream_capturable(stream.cuda_stream):
+            return None
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                self.execute(context)
+        except (PlanError, RuntimeError) as error:
+            log.warning("calls of this shape are not recorded as a CUDA graph: %s", error)
+            return None
+        return graph
+
+    def keep_compiled(self) -> None:
+        """Writes the kernels compiled so far beside the plan, for the next start."""
+        if self._compiled is not None:
+            self._compiled.keep()
+
+    def close(self) -> None:
+        """Gives the weights' memory back; no context may be left."""
+        self.keep_compiled()
+        self._compiled = None
+        del self.engine, self._runtime
+
+
+class CompiledKernels:
+    """TensorRT-RTX compiles kernels when it first meets a shape; what it has compiled is kept beside the plan."""
+
+    def __init__(self, trt: Foreign, engine: Foreign, plan: Path) -> None:
+        self._file = plan.with_suffix(".runtime_cache")
+        fixed, ranged = engine.create_runtime_config(), engine.create_runtime_config()
+        strategy = trt.DynamicShapesKernelSpecializationStrategy
+        # The default size is worth waiting for in warm-up; other shapes start at once on general kernels.
+        fixed.dynamic_shapes_kernel_specialization_strategy = strategy.EAGER
+        ranged.dynamic_shapes_kernel_specialization_strategy = strategy.LAZY
+        self._cache = fixed.create_runtime_cache()
+        if self._file.is_file():
+            # It refuses what was compiled for another GPU or driver by itself, and stays empty.
+            self._cache.deserialize(self._file.read_bytes())
+        self._configs = (fixed, ranged)  # which have to live as long as their contexts, and so has the cache
+        for config in self._configs:
+            config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+            config.set_runtime_cache(self._cache)
+
+    def config(self, profile: int) -> Foreign:
+        """How contexts in `profile` are to be made."""
+        return self._configs[min(profile, 1)]
+
+    def keep(self) -> None:
+        """Writes them for the next start, which compiles again where that cannot be."""
+        draft = self._file.with_suffix(".draft")
+        with suppress(OSError, RuntimeError):  # a read-only model repository, or a device in error
+            torch.cuda.synchronize()
+            draft.write_bytes(self._cache.serialize())
+            draft.replace(self._file)

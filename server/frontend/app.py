@@ -1,0 +1,207 @@
+"""The frontend's life: listen -> start workers -> serve -> drain -> stop."""
+
+import asyncio
+import logging
+import signal
+import tempfile
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import grpc.aio
+
+from protos.zserve.v1 import image_generation_pb2_grpc as pb_grpc
+from server.backends.base import Host, Model
+from server.config import ControlMode, FallbackPolicy, ServeConfig
+from server.errors import ConfigError
+from server.frontend.dispatcher import Dispatcher
+from server.frontend.heap import keep_freed_memory
+from server.frontend.metrics import Metrics
+from server.frontend.queue import ModelQueue
+from server.frontend.repository import Repository
+from server.frontend.telemetry import Telemetry
+from server.frontend.trace_file import append_trace
+from server.frontend.tracing import Tracer
+from server.frontend.triton_metrics import TritonCollector
+from server.frontend.workers import COMMAND
+from server.rpc.access import AccessInterceptor
+from server.rpc.health import Health, enable_reflection
+from server.rpc.interceptors import ErrorInterceptor
+from server.rpc.listen import bind, make_server
+from server.rpc.tracing import TracedImageGenerationServicer
+from server.rpc.triton import servicer as triton
+from server.rpc.triton.errors import translate
+from server.rpc.triton.servicer import ServerState, TritonServer
+from server.rpc.triton.shared_memory import SharedMemory
+from server.settings import TraceMode
+
+log = logging.getLogger(__name__)
+
+STOP_GRACE = 1.0  # seconds for calls that are still open when everything has been answered
+
+
+class Frontend:
+    """One server over one model repository."""
+
+    def __init__(self, config: ServeConfig, sockets: Path, worker_command: Sequence[str] = COMMAND) -> None:
+        self.port = 0  # that clients connect to, once it is `until_ready`
+        self._config = config
+        self._metrics = Metrics()
+        self._dispatcher = Dispatcher(
+            self._metrics, max_retries=config.max_retries, cache_bytes=config.response_cache_byte_size
+        )
+        self._health = Health()
+        self._stop = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._started = asyncio.Event()  # what was to be loaded at the start has been, or could not be
+        self._state = ServerState()
+        self._memory = SharedMemory(allowed=config.allow_client_shm)
+        self._tracer = _tracer(config)
+        host = Host(config, self._dispatcher, sockets, self._changed.set, worker_command)
+        self._repository = Repository(config.model_repository, host)
+
+    def stop(self) -> None:
+        """Lets `run` come to its end: drain, then stop."""
+        self._stop.set()
+
+    @property
+    def queues(self) -> list[ModelQueue]:
+        """The queues of all image models."""
+        return self._dispatcher.queues()
+
+    async def until_ready(self) -> None:
+        """Returns when every model that is to be loaded at the start has been."""
+        await self._started.wait()
+        await asyncio.gather(*(queue.until_ready() for queue in self.queues))
+
+    async def run(self) -> int:
+        """Serves until SIGTERM or Ctrl-C; returns the exit status."""
+        names = self._names_at_start()
+        server = await self._listen()
+        self._metrics.watch(self._dispatcher.queues)
+        self._metrics.registry.register(TritonCollector(self._repository.loaded, self._config.metrics))
+        stop_metrics = self._serve_metrics()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self.stop)
+        failed = asyncio.create_task(self._load(names))
+        tasks = [failed, asyncio.create_task(self._follow_readiness()), asyncio.create_task(self._poll(failed))]
+        try:
+            await self._stop.wait()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._shut_down(server)
+            stop_metrics()
+        return 1 if failed.done() and not failed.cancelled() and failed.result() else 0
+
+    def _serve_metrics(self) -> Callable[[], None]:
+        if not self._config.allow_metrics:
+            return lambda: None
+        return self._metrics.serve(self._config.metrics_address, self._config.metrics_port)
+
+    def _names_at_start(self) -> list[str]:
+        """The models to load before any client asks."""
+        names = self._repository.names()
+        if self._config.model_control_mode is ControlMode.EXPLICIT:
+            wanted = self._config.load_model
+            return names if "*" in wanted else list(wanted)
+        if not names and self._config.model_control_mode is ControlMode.NONE:
+            path = self._config.model_repository
+            raise ConfigError(f"the model repository {path} is empty; fill it with `zserve export --repository {path}`")
+        return names
+
+    async def _listen(self) -> grpc.aio.Server:
+        config = self._config.grpc
+        errors = ErrorInterceptor({triton.SERVICE_NAME: translate})
+        limited = config.restrictions or config.max_calls_per_client
+        server = make_server(config, [errors, AccessInterceptor(config)] if limited else [errors])
+        pb_grpc.add_ImageGenerationServicer_to_server(
+            TracedImageGenerationServicer(self._dispatcher, self._tracer), server
+        )
+        context = TritonServer(
+            self._config, version("zserve"), self._repository, self._state, self._memory, self._tracer
+        )
+        triton.add_to(server, context)
+        await self._health.add_to(server)
+        enable_reflection(server)
+        self.port = bind(server, config)
+        await server.start()
+        log.info("gRPC on %s:%d", config.address, self.port)
+        return server
+
+    async def _load(self, names: list[str]) -> bool:
+        """Loads `names`; True when the server has to end because they cannot be."""
+        results = await asyncio.gather(*(self._repository.load(name) for name in names), return_exceptions=True)
+        self._started.set()
+        self._changed.set()
+        failures = [r for r in results if isinstance(r, BaseException)]
+        strict = self._config.exit_on_error or self._config.fallback is FallbackPolicy.REFUSE
+        if not failures or (len(failures) < len(names) and not strict):
+            return False
+        if self._config.model_control_mode is not ControlMode.NONE and not strict:
+            return False
+        self._stop.set()
+        return True
+
+    async def _poll(self, loaded: asyncio.Task[bool]) -> None:
+        """With poll control, looks again and again whether the repository has changed."""
+        if self._config.model_control_mode is not ControlMode.POLL:
+            return
+        await loaded
+        while True:
+            await asyncio.sleep(self._config.repository_poll_secs)
+            try:
+                await self._repository.poll()
+            except ConfigError as error:
+                log.error("polling: %s", error)
+
+    async def _follow_readiness(self) -> None:
+        """Keeps health true to the models until the server is told to stop."""
+        announced = False
+        while True:
+            complete = self._started.is_set() and self._repository.ready
+            self._state.ready = complete or not self._config.strict_readiness
+            await self._health.set(serving=self._state.ready)
+            if self._state.ready and not announced:
+                announced = True
+                log.info("ready: %s", ", ".join(model.spec.name for model in self._repository.loaded()))
+            await self._changed.wait()
+            self._changed.clear()
+
+    async def _shut_down(self, server: grpc.aio.Server) -> None:
+        self._state.stopping, self._state.ready = True, False
+        await self._health.set(serving=False)
+        models = self._repository.loaded()
+        log.info("shutting down: letting %d requests finish", sum(m.statistics.pending for m in models))
+        seconds = self._config.exit_timeout_secs
+        drained = await asyncio.gather(self._dispatcher.drain(seconds), *(_idle(m, seconds) for m in models))
+        if not all(drained):
+            log.warning("not all requests finished within %g s", seconds)
+        await self._repository.close()
+        await server.stop(STOP_GRACE)
+        self._tracer.close()
+        self._memory.close()
+
+
+def _tracer(config: ServeConfig) -> Tracer:
+    if config.trace.trace_mode is TraceMode.TRITON:
+        return Tracer(config.trace, append_trace, lambda: None)
+    telemetry = Telemetry(config.telemetry)
+    return Tracer(config.trace, telemetry.write, telemetry.close)
+
+
+async def _idle(model: Model, seconds: float) -> bool:
+    """Waits until no request of the model is under way; False when `seconds` were not enough."""
+    try:
+        await asyncio.wait_for(model.statistics.idle(), seconds)
+    except TimeoutError:
+        return False
+    return True
+
+
+async def serve(config: ServeConfig) -> int:
+    """Runs the frontend; returns the exit status."""
+    keep_freed_memory()
+    with tempfile.TemporaryDirectory(prefix="zserve-") as sockets:
+        return await Frontend(config, Path(sockets)).run()

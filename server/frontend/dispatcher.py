@@ -1,0 +1,154 @@
+"""What the frontend answers with: finds the model, answers from the cache, admits, and drains at the end."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Hashable
+from contextlib import aclosing
+
+from server.errors import ModelNotFoundError, ShuttingDownError
+from server.frontend.cache import Answer, ResponseCache, response_key
+from server.frontend.metrics import Metrics
+from server.frontend.queue import ModelQueue
+from server.frontend.serving import Serving
+from server.frontend.workers import Worker, WorkerState
+from server.requests import Completed, Event, GenerationRequest, Image
+from server.service import ModelStatus
+
+
+class Dispatcher:
+    """The `ImageService` of the frontend."""
+
+    def __init__(self, metrics: Metrics, *, max_retries: int = 3, cache_bytes: int = 0) -> None:
+        self._queues: dict[str, list[ModelQueue]] = {}  # of one model: the versions, in the order they were loaded
+        self._metrics = metrics
+        self._max_retries = max_retries
+        self._cache = ResponseCache(cache_bytes)
+        self._accepting = True
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._active = 0
+
+    def add(self, queue: ModelQueue) -> None:
+        """Serves another model, or another version of one."""
+        self._queues.setdefault(queue.config.name, []).append(queue)
+
+    def remove(self, queue: ModelQueue) -> None:
+        """Takes no more requests for `queue`; those under way go on."""
+        queues = self._queues.get(queue.config.name, [])
+        if queue in queues:
+            queues.remove(queue)
+        if not queues:
+            self._queues.pop(queue.config.name, None)
+
+    def queues(self) -> list[ModelQueue]:
+        """All queues, by model."""
+        return [queue for _, queues in sorted(self._queues.items()) for queue in queues]
+
+    def worker_changed(self, worker: Worker) -> None:
+        """A worker has become ready, or has ended: those who wait may move."""
+        for queue in self.queues():
+            queue.change()
+
+    def model(self, name: str) -> ModelStatus:
+        """See `ImageService`."""
+        return _status(self._queue(name))
+
+    def models(self) -> list[ModelStatus]:
+        """See `ImageService`."""
+        return [_status(self._queue(name)) for name in sorted(self._queues)]
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """See `ImageService`."""
+        async with aclosing(self.generate_on(self._queue(request.model), request)) as events:
+            async for event in events:
+                yield event
+
+    async def generate_on(self, queue: ModelQueue, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """The same on one certain version of the model."""
+        if not self._accepting:
+            raise ShuttingDownError(
+                "the server is shutting down and takes no new requests; try another one", retry_after=5.0
+            )
+        self._begin()
+        try:
+            with self._metrics.request(queue) as record:
+                async with aclosing(self._answer(queue, request)) as events:
+                    async for event in events:
+                        record.see(event)
+                        yield event
+        finally:
+            self._end()
+
+    async def drain(self, seconds: float) -> bool:
+        """Takes no more requests and waits for those there are; False when `seconds` were not enough.
+
+        Those that are left are then refused as soon as their worker is stopped, or at once if they have none.
+        """
+        self._accepting = False
+        try:
+            await asyncio.wait_for(self._idle.wait(), seconds)
+        except TimeoutError:
+            for queue in self.queues():
+                queue.close(ShuttingDownError("the server shut down before the request was done; send it to another"))
+            return False
+        return True
+
+    async def _answer(self, queue: ModelQueue, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """From the response cache where the model has it switched on, else from a worker."""
+        key = _cache_key(queue, request)
+        answer = self._look_up(queue, key)
+        if answer is not None:
+            for kept in answer:
+                yield kept
+            return
+        made: list[Image | Completed] = []
+        serving = Serving(queue, request, max_retries=self._max_retries, metrics=self._metrics)
+        async with aclosing(serving.events()) as events:
+            async for event in events:
+                if isinstance(event, Image | Completed):
+                    made.append(event)
+                yield event
+        if key is not None:
+            began = time.monotonic_ns()
+            self._cache.put(key, tuple(made))
+            queue.statistics.cache_miss.ns += time.monotonic_ns() - began
+
+    def _look_up(self, queue: ModelQueue, key: Hashable | None) -> Answer | None:
+        if key is None:
+            return None
+        began = time.monotonic_ns()
+        answer = self._cache.get(key)
+        self._metrics.response_cache.labels(queue.config.name, "miss" if answer is None else "hit").inc()
+        figures = queue.statistics
+        (figures.cache_miss if answer is None else figures.cache_hit).add(time.monotonic_ns() - began)
+        return answer
+
+    def _queue(self, name: str) -> ModelQueue:
+        if not name and len(self._queues) == 1:
+            name = next(iter(self._queues))
+        if name not in self._queues:
+            known = ", ".join(sorted(self._queues)) or "none"
+            asked = f"no model {name!r}" if name else "no model named in the request, and there is not just one"
+            raise ModelNotFoundError(f"{asked}; this server has: {known}")
+        queues = self._queues[name]
+        return next((queue for queue in reversed(queues) if queue.ready), queues[-1])
+
+    def _begin(self) -> None:
+        self._active += 1
+        self._idle.clear()
+
+    def _end(self) -> None:
+        self._active -= 1
+        if self._active == 0:
+            self._idle.set()
+
+
+def _cache_key(queue: ModelQueue, request: GenerationRequest) -> Hashable | None:
+    """None where the model has no response cache, or nobody to say which engines would draw."""
+    instances = _status(queue).instances
+    return response_key(request, instances[0]) if queue.config.response_cache and instances else None
+
+
+def _status(queue: ModelQueue) -> ModelStatus:
+    instances = tuple(w.info for w in queue.workers if w.info is not None and w.state is WorkerState.READY)
+    return ModelStatus(queue.config, instances, ready=queue.ready, reason="" if queue.ready else queue.reason)

@@ -1,0 +1,198 @@
+"""Prometheus metrics, on their own port. Fed by the events that pass through the dispatcher."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from server.errors import ZServeError
+from server.frontend import exposition
+from server.frontend.statistics import OBSERVER, Spent
+from server.frontend.statistics import RequestRecord as Counted
+from server.requests import Completed, Event, Image, Preview, Progress, Timings
+
+if TYPE_CHECKING:
+    from server.frontend.queue import ModelQueue
+
+log = logging.getLogger(__name__)
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+STEP_SECONDS = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5)
+
+BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 32)
+
+
+class Metrics:
+    """All metrics of one server."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = self._counter(
+            "zserve_requests", "Requests by how they ended: ok, cancelled, or their gRPC status", "outcome"
+        )
+        self.duration = self._histogram(
+            "zserve_request_duration_seconds", "Arrival to last event, of requests that succeeded", SECONDS
+        )
+        self.stages = self._histogram(
+            "zserve_stage_duration_seconds",
+            "Time of one request in a stage: queue, encode, denoise, decode, image_encode",
+            SECONDS,
+            "stage",
+        )
+        self.steps = self._histogram(
+            "zserve_step_duration_seconds", "Time of one denoiser step, however many images shared it", STEP_SECONDS
+        )
+        self.batches = self._histogram("zserve_batch_size", "Images that shared a denoiser step", BATCH_SIZES)
+        self.images = self._counter("zserve_images", "Images sent")
+        self.previews = self._counter("zserve_previews", "Previews sent")
+        self.prompt_cache = self._counter(
+            "zserve_prompt_cache_lookups", "Requests whose prompt's encoding was there (hit) or not (miss)", "result"
+        )
+        self.response_cache = self._counter(
+            "zserve_response_cache_lookups", "Requests answered from the response cache (hit) or not (miss)", "result"
+        )
+        self.retries = self._counter("zserve_request_retries", "Requests started over because their worker was lost")
+        self.poisoned = self._counter("zserve_poison_requests", "Requests refused because they ended two workers")
+        self.fallbacks = self._counter(
+            "zserve_engine_fallback",
+            "Requests that a component served on a fallback engine",
+            *("component", "backend", "reason"),
+        )
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, text, ("model", *labels), registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(name, text, ("model", *labels), buckets=buckets, registry=self.registry)
+
+    def serve(self, address: str, port: int) -> Callable[[], None]:
+        """Answers /metrics from a thread of its own; the returned function stops it."""
+        bound, stop = exposition.serve(self.registry, address, port)
+        log.info("metrics on %s:%d", address, bound)
+        return stop
+
+    def watch(self, queues: Callable[[], Iterable["ModelQueue"]]) -> None:
+        """Also reports the queues and workers as they are at the moment of each scrape."""
+        self.registry.register(_QueueCollector(queues))
+
+    @contextmanager
+    def request(self, queue: "ModelQueue") -> Iterator["RequestRecord"]:
+        """Follows one request and counts how it ended."""
+        record = RequestRecord(self, queue)
+        try:
+            with queue.statistics.request() as counted:
+                record.counted = counted
+                yield record
+        except (asyncio.CancelledError, GeneratorExit):
+            record.end("ok" if record.completed else "cancelled")
+            raise
+        except ZServeError as error:
+            record.end(error.status.name.lower())
+            raise
+        except Exception:
+            record.end("internal")
+            raise
+        record.end("ok")
+
+
+class RequestRecord:
+    """One request's way through the metrics."""
+
+    def __init__(self, metrics: Metrics, queue: "ModelQueue") -> None:
+        self.completed = False
+        self.counted = Counted()
+        self._metrics, self._model, self._statistics = metrics, queue.config.name, queue.statistics
+        self._began = time.monotonic()
+
+    def see(self, event: Event) -> None:
+        """Takes an event of the request in."""
+        observer = OBSERVER.get()
+        if observer is not None:
+            observer.see(event)
+        match event:
+            case Progress(batch_index=0):  # the first of those who shared the step stands for all
+                self._metrics.steps.labels(self._model).observe(event.step_ms / 1e3)
+                self._metrics.batches.labels(self._model).observe(event.batch_size)
+            case Preview():
+                self._metrics.previews.labels(self._model).inc()
+            case Image():
+                self._metrics.images.labels(self._model).inc()
+                self.counted.responded()
+            case Completed():
+                self._see_completed(event)
+
+    def end(self, outcome: str) -> None:
+        """The request has ended."""
+        self._metrics.requests.labels(self._model, outcome).inc()
+        if outcome == "ok":
+            self._metrics.duration.labels(self._model).observe(time.monotonic() - self._began)
+
+    def _see_completed(self, event: Completed) -> None:
+        self.completed = self.counted.succeeded = True
+        if event.response_cached:
+            self.counted.cached = True
+            return
+        self.counted.spent = _spent(event.timings)
+        self._statistics.executed(1, self.counted.spent)
+        metrics, model, timings = self._metrics, self._model, event.timings
+        for stage in ("queue", "encode", "denoise", "decode", "image_encode"):
+            metrics.stages.labels(model, stage).observe(getattr(timings, f"{stage}_ms") / 1e3)
+        metrics.prompt_cache.labels(model, "hit" if event.prompt_cached else "miss").inc()
+        for use in event.engines:
+            if use.fallback_reason:
+                reason = use.fallback_reason[:80]
+                metrics.fallbacks.labels(model, use.component, use.backend, reason).inc()
+
+
+def _spent(timings: Timings) -> Spent:
+    """The stages of an image under Triton's names: encoding the image file is the output's part."""
+    infer = timings.encode_ms + timings.denoise_ms + timings.decode_ms
+    return Spent(
+        queue=int(1e6 * timings.queue_ms),
+        compute_infer=int(1e6 * infer),
+        compute_output=int(1e6 * timings.image_encode_ms),
+    )
+
+
+class _QueueCollector(Collector):
+    """Reads the state at the moment of the scrape, so nothing has to be kept in step with it."""
+
+    def __init__(self, queues: Callable[[], Iterable["ModelQueue"]]) -> None:
+        self._queues = queues
+
+    def collect(self) -> Iterator[Metric]:
+        waiting = GaugeMetricFamily("zserve_queue_depth", "Requests waiting for a worker", labels=["model", "priority"])
+        running = GaugeMetricFamily("zserve_running_requests", "Requests a worker has", labels=["model"])
+        ready = GaugeMetricFamily("zserve_worker_ready", "1 when the worker serves", labels=["model", "instance"])
+        restarts = GaugeMetricFamily(
+            "zserve_worker_restarts", "Times the worker was replaced", labels=["model", "instance"]
+        )
+        engines = GaugeMetricFamily(
+            "zserve_engine_info",
+            "The engine in use of each component; fallback_reason is empty where it is the one asked for",
+            labels=["model", "instance", "component", "backend", "fallback_reason"],
+        )
+        memory = GaugeMetricFamily(
+            "zserve_worker_memory_bytes", "Worker memory by stage", labels=["model", "instance", "stage"]
+        )
+        for queue in list(self._queues()):
+            name = queue.config.name
+            for priority, depth in queue.depths.items():
+                waiting.add_metric([name, str(priority)], depth)
+            running.add_metric([name], queue.running)
+            for worker in queue.workers:
+                labels = [name, worker.config.instance]
+                ready.add_metric(labels, float(worker.state.value == "ready"))
+                restarts.add_metric(labels, worker.restarts)
+                if worker.info is not None:
+                    for use in worker.info.engines:
+                        engines.add_metric([*labels, use.component, use.backend, use.fallback_reason[:80]], 1)
+                    for stage, size in vars(worker.info.memory).items():
+                        memory.add_metric([*labels, stage], size)
+        yield from (waiting, running, ready, restarts, engines, memory)

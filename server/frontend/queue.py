@@ -1,0 +1,229 @@
+"""The requests of one model: waiting in the order of their turns, or with a worker. Policy only; it takes a clock.
+
+A worker orders what it has step by step; what it has not been given waits here, where it may still be refused.
+"""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
+
+from server.config import ModelConfig
+from server.errors import DeadlinePassedError, ModelNotReadyError, QueueFullError, QueueTimeoutError, ZServeError
+from server.frontend.assignment import Assignment, Place
+from server.frontend.statistics import Statistics
+from server.frontend.workers import Worker, WorkerState
+from server.queue_policy import TimeoutAction
+from server.requests import GenerationRequest, Queued
+from server.turns import Claim, Rank, Turns
+
+BATCHING_GAIN = 0.7  # batches may make a queue shorter than forecast, but not by more than this
+MOST_LEVELS_SHOWN = 16  # a model may have any number of levels, a metric should not have as many series
+TELL_EVERY = 0.25  # seconds between two updates of the positions of those who wait
+
+
+class ModelQueue:
+    """The workers of one model, and everyone who waits for one or has one."""
+
+    def __init__(
+        self, config: ModelConfig, workers: Iterable[Worker] = (), clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.config = config
+        self.workers = list(workers)
+        self.statistics = Statistics()
+        self._clock = clock
+        self._turns = Turns[Place](lambda place: place.claim, config.queue.turns)
+        self._assignment = Assignment(self.workers, 2 * config.max_batch_size, self._rank)
+        self._changed = asyncio.Event()
+        self._telling: asyncio.TimerHandle | None = None
+        self._closed: ZServeError | None = None
+
+    @property
+    def waiting(self) -> int:
+        """Requests that no worker has taken yet."""
+        return len(self._turns)
+
+    @property
+    def depths(self) -> dict[int, int]:
+        """The same by priority, also of levels where none waits; safe from any thread."""
+        waiting = Counter(place.request.priority for place in self._turns.items())
+        shown = range(1, min(self.config.queue.levels, MOST_LEVELS_SHOWN) + 1)
+        return {level: waiting[level] for level in {*shown, *waiting}}
+
+    @property
+    def running(self) -> int:
+        """Requests that a worker has."""
+        return self._assignment.running
+
+    @property
+    def ready(self) -> bool:
+        """Whether at least one worker serves."""
+        return bool(self._assignment.ready())
+
+    @property
+    def reason(self) -> str:
+        """Why the model is not ready."""
+        return "; ".join(f"{w.config.instance}: {w.reason}" for w in self.workers if w.reason)
+
+    @property
+    def retry_after(self) -> float:
+        """Seconds after which another place should be free: when the first in the queue starts."""
+        return max([1.0, *self._assignment.forecasts(self._turns.ordered(self._clock())[:1])])
+
+    def held(self, worker: Worker) -> Sequence[Place]:
+        """What `worker` has."""
+        return self._assignment.held(worker)
+
+    def enter(self, request: GenerationRequest) -> Place:
+        """A place in the queue.
+
+        Raises:
+            ModelNotReadyError: no worker serves, nor will again soon.
+            QueueFullError: as many wait as the policy allows.
+            DeadlinePassedError: it could not be done before its deadline.
+        """
+        now = self._clock()
+        self._check_ready()
+        policy = self.config.queue.of(request.priority)
+        self._check_room(request.priority, policy.max_size)
+        timeout = policy.timeout_of(request.queue_timeout)
+        place = Place(
+            request,
+            Claim(request.priority, now, None if request.timeout is None else now + request.timeout),
+            queue_timeout_at=float("inf") if timeout is None else now + timeout,
+        )
+        self._turns.add(place, now)
+        try:
+            self._check_deadline(place)
+        except ZServeError:
+            self._turns.remove([place])
+            raise
+        self.change()
+        self._tell([place])
+        return place
+
+    def leave(self, place: Place) -> None:
+        """Gives the place up, whether or not a worker had been found; others move up."""
+        self._take_out(place)
+        self.change()
+
+    def lose(self, place: Place) -> None:
+        """The place's worker has ended, perhaps because of it."""
+        if place.worker is not None:
+            place.worker.lose()
+        place.strikes += place.started
+        self._take_out(place)
+        place.started, place.steps_done = False, 0
+        self.change()
+
+    def rejoin(self, place: Place) -> None:
+        """Back to where it waited, its turn unchanged.
+
+        Raises:
+            ZServeError: the queue is closed.
+        """
+        if self._closed is not None:
+            raise self._closed
+        self._turns.add(place, self._clock())
+        self.change()
+
+    def time_out(self, place: Place) -> None:
+        """What the policy says when a place has waited for too long; does nothing while it has not.
+
+        Raises:
+            DeadlinePassedError: its deadline cannot be met any more.
+            QueueTimeoutError: its queue timeout has passed.
+        """
+        now = self._clock()
+        self._check_deadline(place)
+        if now < place.queue_timeout_at or place.worker is not None:
+            return
+        policy = self.config.queue.of(place.request.priority)
+        if policy.on_timeout is TimeoutAction.REJECT:
+            waited = now - place.claim.arrived
+            raise QueueTimeoutError(
+                f"no worker was free within the queue timeout ({waited:.3g} s); try again later",
+                retry_after=self.retry_after,
+            )
+        self._turns.remove([place])
+        place.queue_timeout_at = float("inf")
+        place.claim = replace(place.claim, delayed=True)
+        self._turns.add(place, now)
+
+    def patience(self, place: Place) -> float | None:
+        """Seconds until `time_out` has something to say about `place`; None for never."""
+        latest = place.queue_timeout_at
+        if place.claim.deadline is not None:
+            latest = min(latest, place.claim.deadline - self._assignment.seconds(place))
+        return None if latest == float("inf") else max(0.0, latest - self._clock())
+
+    def close(self, error: ZServeError) -> None:
+        """Answers everyone who waits with `error`, and everyone who loses their worker from now on."""
+        self._closed = error
+        for place in self._turns.ordered(self._clock()):
+            place.refused = error
+            place.moved.set()
+
+    def change(self) -> None:
+        """Something has changed: free workers go to those who wait, and they learn where they stand."""
+        self._turns.remove(self._assignment.assign(self._turns.ordered(self._clock())))
+        self._changed.set()
+        if self._telling is None and len(self._turns):
+            self._telling = asyncio.get_running_loop().call_later(TELL_EVERY, self._tell_all)
+
+    async def until_ready(self) -> None:
+        """Returns when every worker serves."""
+        while len(self._assignment.ready()) < len(self.workers):
+            self._changed.clear()
+            await self._changed.wait()
+
+    def _take_out(self, place: Place) -> None:
+        self._turns.remove([place])
+        self._assignment.release(place)
+
+    def _rank(self, place: Place) -> Rank:
+        return place.claim.rank(self._clock(), self.config.queue.turns)
+
+    def _tell_all(self) -> None:
+        self._telling = None
+        self._tell(set(self._turns.ordered(self._clock())))
+
+    def _tell(self, places: Collection[Place]) -> None:
+        """Gives those of `places` that wait their position and when they should start, where it has changed."""
+        ordered = self._turns.ordered(self._clock())
+        starts = self._assignment.forecasts(ordered)
+        for position, (place, start) in enumerate(zip(ordered, starts, strict=True), self._assignment.unstarted):
+            if place in places and (place.standing is None or place.standing.position != position):
+                place.standing = Queued(position, 1e3 * start)
+                place.moved.set()
+
+    def _check_ready(self) -> None:
+        if self.ready or any(w.state is WorkerState.RESTARTING for w in self.workers):
+            return
+        raise ModelNotReadyError(
+            f"model {self.config.name!r} is not ready ({self.reason}); try again later", retry_after=5.0
+        )
+
+    def _check_room(self, priority: int, max_size: int) -> None:
+        level = [p for p in self._turns.ordered(self._clock()) if p.request.priority == priority]
+        if len(level) >= max_size:
+            raise QueueFullError(
+                f"model {self.config.name!r} has {len(level)} requests of priority {priority} waiting; max_queue_size "
+                f"{max_size} is reached. Try again later",
+                retry_after=self.retry_after,
+            )
+
+    def _check_deadline(self, place: Place) -> None:
+        """Raises DeadlinePassedError when the measured costs leave no hope for a place that waits."""
+        if place.claim.deadline is None or place.worker is not None:
+            return
+        now, own = self._clock(), self._assignment.seconds(place)
+        ordered = self._turns.ordered(now)
+        wait = self._assignment.forecasts(ordered[: ordered.index(place) + 1])[-1]
+        if now + BATCHING_GAIN * wait + own >= place.claim.deadline:
+            raise DeadlinePassedError(
+                f"the deadline, {place.claim.deadline - now:.3g} s from now, cannot be met: the request needs "
+                f"{own:.3g} s of the device, which is free for it in {wait:.3g} s. Allow more time, or ask for fewer "
+                "steps or a smaller size"
+            )

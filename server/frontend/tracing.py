@@ -1,0 +1,168 @@
+"""Traces of requests: every so many-th one, where its time went, handed to whoever writes traces."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from server.frontend.statistics import RequestRecord
+from server.requests import Completed, Event, Image, Progress, Started
+from server.settings import TraceMode, TraceSettings
+from server.tensors import Parameter, Tensor
+
+PARENT = "traceparent"  # the header of W3C Trace Context that names the caller's span
+CONTEXT_HEADERS = (PARENT, "tracestate")
+
+
+@dataclass(frozen=True)
+class Call:
+    """The gRPC call that brought a request: service/method, and the trace context in its metadata."""
+
+    method: str
+    context: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Something that took its time; nanoseconds of the monotonic clock."""
+
+    name: str
+    began: int
+    ended: int
+    attributes: Mapping[str, Parameter] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class Trace:
+    """One traced request. Told of everything by those who work for it."""
+
+    id: int
+    model: str
+    version: str
+    request_id: str
+    settings: TraceSettings
+    call: Call
+    began: int = field(default_factory=time.monotonic_ns)
+    answered: int = 0  # when the last response was ready
+    ended: int = 0  # when the call had ended
+    error: str = ""
+    record: RequestRecord | None = None
+    stages: list[Stage] = field(default_factory=list)
+    inputs: tuple[Tensor, ...] = ()
+    outputs: list[Tensor] = field(default_factory=list)
+    _worked_since: int = 0  # when a worker began
+    _waited_since: int = 0  # when the last event came
+
+    def observe(self, record: RequestRecord) -> None:
+        """Takes in what the model noted about the request."""
+        self.record = record
+
+    def see(self, event: Event) -> None:
+        """Takes in an event of an image. How long its stages took comes from the worker, when they ended from here."""
+        now = time.monotonic_ns()
+        match event:
+            case Started(instance, attempt):
+                self._add("queue", self._waited_since or self.began, now, instance=instance, attempt=attempt)
+                self._worked_since = now
+            case Progress(step, of, index, step_ms, batch_size):
+                about = {"step": step, "of": of, "image_index": index, "batch_size": batch_size}
+                self._add("step", now - _ns(step_ms), now, **about)
+            case Image(index) if self._worked_since:  # one from the response cache brings times of long ago
+                encoding = now - _ns(event.image_encode_ms)
+                self._add("decode", encoding - _ns(event.decode_ms), encoding, image_index=index)
+                self._add("encode_image", encoding, now, image_index=index, format=str(event.format))
+            case Completed(timings) if self._worked_since and timings.encode_ms:
+                self._add("encode", self._worked_since, self._worked_since + _ns(timings.encode_ms))
+        self._waited_since = now
+
+    @contextmanager
+    def sending(self) -> Iterator[None]:
+        """While a response is on its way out."""
+        began = time.monotonic_ns()
+        try:
+            yield
+        finally:
+            self._add("send", began, time.monotonic_ns())
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """While the request is answered; an exception is how it ended."""
+        try:
+            yield
+        except BaseException as error:
+            self.error = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            self.answered = time.monotonic_ns()
+
+    def end(self) -> None:
+        """The call has ended. Of one with a single response the sending is what came after the answer."""
+        self.ended = time.monotonic_ns()
+        self.answered = self.answered or self.ended
+        if not self.error and not any(s.name == "send" for s in self.stages):
+            self._add("send", self.answered, self.ended)
+
+    def _add(self, name: str, began: int, ended: int, **attributes: Parameter) -> None:
+        self.stages.append(Stage(name, began, ended, attributes))
+
+
+class Tracer:
+    """Chooses the requests to trace, and has them written, by a thread of its own."""
+
+    def __init__(self, settings: TraceSettings, write: Callable[[Trace], None], close: Callable[[], None]) -> None:
+        self._start = self._global = settings
+        self._models: dict[str, TraceSettings] = {}
+        self._seen = self._made = 0
+        self._write, self._close = write, close
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="trace")
+
+    def settings(self, model: str = "") -> TraceSettings:
+        """Those of `model`, or of everything that has none of its own."""
+        return self._models.get(model, self._global)
+
+    def update(self, model: str, wanted: Mapping[str, list[str]]) -> TraceSettings:
+        """Changes settings; see `TraceSettings.changed`."""
+        if model:
+            self._models[model] = self.settings(model).changed(wanted, self._global)
+            return self._models[model]
+        self._global = self._global.changed(wanted, self._start)
+        return self._global
+
+    def begin(self, model: str, version: str, request_id: str, call: Call) -> Trace | None:
+        """A trace, if this request is one to be traced. The caller makes it current while the model runs."""
+        settings = self.settings(model)
+        if not (settings.active and (self._brings_context(settings, call) or self._is_due(settings))):
+            return None
+        self._made += 1
+        return Trace(id=self._made, model=model, version=version, request_id=request_id, settings=settings, call=call)
+
+    def end(self, trace: Trace | None) -> None:
+        """Has the trace written, if there is one."""
+        if trace is not None:
+            trace.end()
+            self._writer.submit(self._write, trace)
+
+    def close(self) -> None:
+        """Returns when everything is written."""
+        self._writer.shutdown()
+        self._close()
+
+    def _brings_context(self, settings: TraceSettings, call: Call) -> bool:
+        """As in Triton, who sends a trace context is traced at any rate: their own sampler has decided."""
+        return settings.trace_mode is TraceMode.OPENTELEMETRY and PARENT in call.context
+
+    def _is_due(self, settings: TraceSettings) -> bool:
+        self._seen += 1
+        if not settings.trace_rate or (self._seen - 1) % settings.trace_rate:
+            return False
+        return settings.trace_count < 0 or self._made < settings.trace_count
+
+
+def trace_context(metadata: Iterable[tuple[str, str | bytes]] | None) -> dict[str, str]:
+    """The headers of W3C Trace Context among a call's metadata."""
+    return {key: str(value) for key, value in metadata or () if key in CONTEXT_HEADERS}
+
+
+def _ns(milliseconds: float) -> int:
+    return int(1e6 * milliseconds)

@@ -1,0 +1,1 @@
+"""The only place that sees wire types: decode, call, encode."""

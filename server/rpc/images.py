@@ -1,0 +1,117 @@
+"""`zserve.v1.ImageGeneration`, both sides: the servicer over any `ImageService`, and the client a frontend uses."""
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from protos.zserve.v1 import image_generation_pb2 as pb
+from protos.zserve.v1 import image_generation_pb2_grpc as pb_grpc
+from server.errors import WorkerLostError, ZServeError, error_of_status
+from server.requests import Completed, Event, GenerationRequest, Image, InstanceInfo
+from server.rpc import convert
+from server.rpc.descriptions import decode_instance, encode_model
+from server.service import ImageService, ModelStatus
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["ImageGeneration"].full_name
+MAX_MESSAGE_BYTES = 2**31 - 1  # Triton's; grpc's own 4 MB are less than two raw 1024x1024 images
+CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+]
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class ImageGenerationServicer(pb_grpc.ImageGenerationServicer):
+    """Decode, call, encode."""
+
+    def __init__(self, service: ImageService) -> None:
+        self._service = service
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateEvent]:
+        decoded = self._decode(request, context)
+        async with aclosing(self._service.generate(decoded)) as events:
+            async for event in events:
+                yield convert.encode_event(event, decoded.request_id)
+
+    async def GenerateImage(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateImageResponse:
+        decoded = self._decode(request, context)
+        response = pb.GenerateImageResponse(request_id=decoded.request_id)
+        async with aclosing(self._service.generate(decoded)) as events:
+            async for event in events:
+                if isinstance(event, Image):
+                    response.images.add(**convert.image_fields(event))
+                elif isinstance(event, Completed):
+                    response.completed.CopyFrom(convert.encode_completed(event))
+        return response
+
+    async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.Model:
+        return _encode_status(self._service.model(request.model))
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
+        return pb.ListModelsResponse(models=[_encode_status(m) for m in self._service.models()])
+
+    def _decode(self, request: pb.GenerateRequest, context: Context) -> GenerationRequest:
+        model = self._service.model(request.model)
+        return convert.decode_request(request, model.config, context.time_remaining())
+
+
+def _encode_status(status: ModelStatus) -> pb.Model:
+    return encode_model(status.config, status.instances, ready=status.ready, reason=status.reason)
+
+
+class ImageGenerationClient:
+    """Calls a worker; the worker's errors are raised here as themselves."""
+
+    def __init__(self, address: str) -> None:
+        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._stub: Any = pb_grpc.ImageGenerationStub(self._channel)
+
+    async def instance(self, within: float | None = None) -> InstanceInfo:
+        """The worker's description of itself; waits until it serves, which it does once it is warmed.
+
+        Raises:
+            WorkerLostError: it did not answer `within` so many seconds, or its device has stopped to.
+        """
+        try:
+            model = await self._stub.GetModel(pb.GetModelRequest(), wait_for_ready=True, timeout=within)
+        except grpc.aio.AioRpcError as error:
+            expired = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            reason = f"it did not answer within {within} s" if expired else "its connection broke off"
+            raise WorkerLostError(reason) from None
+        if not model.ready:
+            raise WorkerLostError(model.state_reason)
+        return decode_instance(model)
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """The worker's events. Closing the generator cancels the call, and so frees the request's place.
+
+        Raises:
+            WorkerLostError: the worker ended, or is not there.
+            ZServeError: what the worker raised.
+        """
+        call = self._stub.Generate(convert.encode_request(request), timeout=request.timeout)
+        try:
+            async for message in call:
+                event = convert.decode_event(message)
+                if event is not None:
+                    yield event
+        except grpc.aio.AioRpcError as error:
+            raise _raised_by_worker(error) from None
+        finally:
+            call.cancel()
+
+    async def close(self, grace: float | None = None) -> None:
+        """Closes the channel; calls under way are cancelled, after `grace` seconds."""
+        await self._channel.close(grace)
+
+
+def _raised_by_worker(error: grpc.aio.AioRpcError) -> ZServeError:
+    details = error.details() or ""
+    # Nobody here has cancelled the call: the worker did, because it was told to stop.
+    if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+        return WorkerLostError(f"the worker process ended while it had the request ({details}); send it again")
+    return error_of_status(error.code(), details)

@@ -1,0 +1,63 @@
+"""A gRPC server on its port: transport options, certificates, compression."""
+
+from collections.abc import Sequence
+
+import grpc
+import grpc.aio
+
+from server.errors import ConfigError
+from server.rpc.images import CHANNEL_OPTIONS
+from server.settings import Compression, GrpcConfig, TlsConfig
+
+
+def make_server(config: GrpcConfig, interceptors: Sequence[grpc.aio.ServerInterceptor]) -> grpc.aio.Server:
+    """A server that is not listening yet."""
+    compressed = config.compression is not Compression.NONE
+    return grpc.aio.server(
+        interceptors=interceptors,
+        options=[*CHANNEL_OPTIONS, *transport_options(config)],
+        compression=grpc.Compression.Gzip if compressed else None,
+    )
+
+
+def transport_options(config: GrpcConfig) -> list[tuple[str, int]]:
+    """gRPC's names of the options."""
+    options = [
+        # Off: a second server would share the port and get half of the requests.
+        ("grpc.so_reuseport", int(config.reuse_port)),
+        ("grpc.keepalive_time_ms", config.keepalive_time),
+        ("grpc.keepalive_timeout_ms", config.keepalive_timeout),
+        ("grpc.keepalive_permit_without_calls", int(config.keepalive_permit_without_calls)),
+        ("grpc.http2.max_pings_without_data", config.http2_max_pings_without_data),
+        ("grpc.http2.min_ping_interval_without_data_ms", config.http2_min_recv_ping_interval_without_data),
+        ("grpc.http2.max_ping_strikes", config.http2_max_ping_strikes),
+    ]
+    if config.max_connection_age:
+        options.append(("grpc.max_connection_age_ms", config.max_connection_age))
+    if config.max_connection_age_grace:
+        options.append(("grpc.max_connection_age_grace_ms", config.max_connection_age_grace))
+    return options
+
+
+def bind(server: grpc.aio.Server, config: GrpcConfig) -> int:
+    """Takes the port, and returns which one it is.
+
+    Raises:
+        ConfigError: it is not free, or a certificate cannot be read.
+    """
+    address = f"{config.address}:{config.port}"
+    try:
+        if config.tls is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, _credentials(config.tls))
+    except RuntimeError as error:
+        raise ConfigError(f"cannot listen on {address}: {error}; choose another --grpc-port") from error
+
+
+def _credentials(tls: TlsConfig) -> grpc.ServerCredentials:
+    try:
+        pair = (tls.server_key.read_bytes(), tls.server_cert.read_bytes())
+        roots = tls.root_cert.read_bytes() if tls.root_cert is not None else None
+    except OSError as error:
+        raise ConfigError(f"cannot read a certificate: {error}") from error
+    return grpc.ssl_server_credentials([pair], roots, require_client_auth=roots is not None)

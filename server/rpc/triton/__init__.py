@@ -1,0 +1,1 @@
+"""Triton's `inference.GRPCInferenceService`, over the generated messages that tritonclient ships."""

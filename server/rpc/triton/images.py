@@ -1,0 +1,196 @@
+"""The image model as tensors: a prompt and scalars in, pixels or encoded images out.
+
+Everything is put into the image service's own `GenerateRequest` and decoded by `convert`, so that both services accept
+the same and say the same about what they do not.
+"""
+
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from protos.zserve.v1 import image_generation_pb2 as pb
+from server.backends.base import ModelFolder
+from server.config import ModelConfig
+from server.errors import InvalidRequestError
+from server.requests import Completed, GenerationRequest, Image, ImageFormat, Preview, Progress
+from server.rpc import convert
+from server.tensors import (
+    DataType,
+    Delivery,
+    InferRequest,
+    InferResponse,
+    ModelSpec,
+    Parameter,
+    Tensor,
+    TensorSpec,
+    join_strings,
+)
+
+INPUTS = (
+    TensorSpec("PROMPT", DataType.BYTES, (1,)),
+    TensorSpec("NEGATIVE_PROMPT", DataType.BYTES, (1,), optional=True),
+    TensorSpec("WIDTH", DataType.INT32, (1,), optional=True),
+    TensorSpec("HEIGHT", DataType.INT32, (1,), optional=True),
+    TensorSpec("NUM_INFERENCE_STEPS", DataType.INT32, (1,), optional=True),
+    TensorSpec("GUIDANCE_SCALE", DataType.FP32, (1,), optional=True),
+    TensorSpec("SEED", DataType.INT64, (1,), optional=True),
+    TensorSpec("NUM_IMAGES", DataType.INT32, (1,), optional=True),
+    TensorSpec("IMAGE_FORMAT", DataType.BYTES, (1,), optional=True),
+    TensorSpec("QUALITY", DataType.INT32, (1,), optional=True),
+)
+OUTPUTS = (TensorSpec("IMAGE", DataType.UINT8, (-1, -1, 3)), TensorSpec("SEED", DataType.INT64, (1,)))
+
+# Request parameters: the scalar inputs under their names in lower case, and what only makes sense for a stream.
+PROGRESS = "progress"
+STREAM_PARAMETERS = (PROGRESS, "preview_interval")
+OTHER_PARAMETERS = ("long_prompt", "sampler")
+FORMATS = {f.value: wire for f, wire in convert.WIRE_FORMATS.items()}
+LONG_PROMPTS = {p.value: wire for p, wire in convert.WIRE_LONG_PROMPTS.items()}
+
+
+@dataclass(frozen=True)
+class WantedImages:
+    """A generation, and how its caller wants to hear of it."""
+
+    generation: GenerationRequest
+    progress: bool  # also a response after every step, and with every preview
+    one_by_one: bool  # a response an image, as soon as it is there
+
+
+def model_spec(folder: ModelFolder) -> ModelSpec:
+    """The signature of the image model. No batch dimension: one request is one prompt, the planner batches steps."""
+    file = folder.file
+    return ModelSpec(file.name, folder.version, file.backend, INPUTS, OUTPUTS, decoupled=file.decoupled)
+
+
+def decode_request(request: InferRequest, model: ModelConfig) -> WantedImages:
+    """What is asked for.
+
+    Raises:
+        InvalidRequestError: naming the tensor or parameter, its value and what is accepted.
+    """
+    values = _values(request)
+    progress = _truth(values.pop(PROGRESS, False)) or bool(values.get("preview_interval"))
+    if progress and request.delivery is Delivery.ONE:
+        raise InvalidRequestError("progress and preview_interval need ModelStreamInfer; ModelInfer has one response")
+    message = pb.GenerateRequest(model=model.name, request_id=request.id, priority=request.priority)
+    message.queue_timeout_microseconds = round(1e6 * (request.queue_timeout or 0))
+    for name, value in {"image_format": ImageFormat.RAW.value, **values}.items():
+        _set(message, name, value)
+    generation = convert.decode_request(message, model, request.timeout)
+    return WantedImages(generation, progress, one_by_one=progress or request.model.decoupled)
+
+
+def encode_progress(event: Progress | Preview) -> InferResponse:
+    """A step as a response: parameters alone, or a preview as JPEG in IMAGE."""
+    if isinstance(event, Progress):
+        return InferResponse((), {"event": "progress", **vars(event)}, final=False)
+    image = Tensor("IMAGE", DataType.BYTES, (1,), join_strings([event.data]))
+    return InferResponse((image,), {"event": "preview", "step": event.step, "image_index": event.image_index}, False)
+
+
+def encode_image(image: Image, *, final: bool) -> InferResponse:
+    """One finished image as a response of its own."""
+    return InferResponse(_outputs([image]), {"event": "image", "image_index": image.index}, final)
+
+
+def encode_images(images: list[Image], completed: Completed) -> InferResponse:
+    """All images of a request in one response; the timings and engines go along as parameters."""
+    fallbacks = {f"fallback_{e.component}": e.fallback_reason for e in completed.engines if e.fallback_reason}
+    engines = {f"engine_{e.component}": str(e.backend) for e in completed.engines}
+    return InferResponse(
+        _outputs(sorted(images, key=lambda i: i.index)), {**vars(completed.timings), **engines, **fallbacks}
+    )
+
+
+def _outputs(images: list[Image]) -> tuple[Tensor, ...]:
+    seeds = struct.pack(f"<{len(images)}q", *(i.seed for i in images))
+    return _pixels(images), Tensor("SEED", DataType.INT64, (len(images),), seeds)
+
+
+def _pixels(images: list[Image]) -> Tensor:
+    first = images[0]
+    if first.format is not ImageFormat.RAW:
+        return Tensor("IMAGE", DataType.BYTES, (len(images),), join_strings(i.data for i in images))
+    shape = (first.height, first.width, 3)
+    if len(images) == 1:
+        return Tensor("IMAGE", DataType.UINT8, shape, first.data)
+    return Tensor("IMAGE", DataType.UINT8, (len(images), *shape), b"".join(i.data for i in images))
+
+
+def _values(request: InferRequest) -> dict[str, Parameter]:
+    """Tensors and parameters under one kind of name."""
+    parameters = {name.lower(): value for name, value in request.parameters.items()}
+    known = {t.name.lower() for t in INPUTS} | {*STREAM_PARAMETERS, *OTHER_PARAMETERS}
+    unknown = sorted(set(parameters) - known)
+    if unknown:
+        raise InvalidRequestError(
+            f"unknown request parameter {unknown[0][:64]!r}; {', '.join(sorted(known))} are known"
+        )
+    tensors = {name.lower(): _scalar(tensor) for name, tensor in request.inputs.items()}
+    return parameters | tensors
+
+
+def _scalar(tensor: Tensor) -> Parameter:
+    match tensor.datatype:
+        case DataType.BYTES:
+            return _text(tensor)
+        case DataType.INT32:
+            (whole,) = struct.unpack("<i", tensor.data)
+            return int(whole)
+        case DataType.INT64:
+            (whole,) = struct.unpack("<q", tensor.data)
+            return int(whole)
+        case _:
+            (number,) = struct.unpack("<f", tensor.data)
+            return float(number)
+
+
+def _text(tensor: Tensor) -> str:
+    try:
+        return tensor.strings()[0].decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(f"{tensor.name.lower()}: not UTF-8 ({error.reason} at byte {error.start})") from None
+
+
+def _truth(value: Parameter) -> bool:
+    if isinstance(value, str) and value.lower() not in ("true", "false"):
+        raise InvalidRequestError.of(PROGRESS, value, "true or false is")
+    return value.lower() == "true" if isinstance(value, str) else bool(value)
+
+
+def _set(message: pb.GenerateRequest, name: str, value: Parameter) -> None:
+    """Sets a field of the message from whatever kind of parameter it came as."""
+    try:
+        setattr(message, name, _READERS.get(name, int)(value))
+    except (ValueError, TypeError, OverflowError):
+        raise InvalidRequestError.of(name, value, _ACCEPTED.get(name, "a whole number in its range is")) from None
+
+
+def _one_of(known: Mapping[str, Any]) -> Callable[[Parameter], Any]:
+    def read(value: Parameter) -> Any:
+        if str(value).lower() not in known:
+            raise ValueError(value)
+        return known[str(value).lower()]
+
+    return read
+
+
+def _listed(known: Iterable[str]) -> str:
+    return f"one of {', '.join(known)} is"
+
+
+_READERS: dict[str, Callable[[Any], Any]] = {
+    "prompt": str,
+    "negative_prompt": str,
+    "sampler": str,
+    "guidance_scale": float,
+    "image_format": _one_of(FORMATS),
+    "long_prompt": _one_of(LONG_PROMPTS),
+}
+_ACCEPTED = {
+    "guidance_scale": "a number is",
+    "image_format": _listed(FORMATS),
+    "long_prompt": _listed(LONG_PROMPTS),
+}

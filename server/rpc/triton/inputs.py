@@ -1,0 +1,193 @@
+"""The inputs of a Triton request, checked against the model's signature."""
+
+import struct
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tritonclient.grpc import service_pb2 as pb
+
+from server.errors import InvalidRequestError
+from server.rpc.triton.regions import REGION, Regions, read_place
+from server.tensors import DataType, ModelSpec, Tensor, TensorSpec, element_count, join_strings, split_strings
+
+BATCH_NOTE = (
+    " NOTE: Setting a non-zero max_batch_size in the model config requires a batch dimension to be prepended to each "
+    "input shape. If you want to specify the full shape including the batch dim in your input dims config, try setting "
+    "max_batch_size to zero. See the model configuration docs for more info on max_batch_size."
+)
+# The field in which typed contents come, by data type. The half floats have none.
+TYPED = {
+    DataType.BOOL: "bool_contents",
+    DataType.INT8: "int_contents",
+    DataType.INT16: "int_contents",
+    DataType.INT32: "int_contents",
+    DataType.INT64: "int64_contents",
+    DataType.UINT8: "uint_contents",
+    DataType.UINT16: "uint_contents",
+    DataType.UINT32: "uint_contents",
+    DataType.UINT64: "uint64_contents",
+    DataType.FP32: "fp32_contents",
+    DataType.FP64: "fp64_contents",
+    DataType.BYTES: "bytes_contents",
+}
+
+
+def decode_inputs(message: pb.ModelInferRequest, spec: ModelSpec, regions: Regions) -> dict[str, Tensor]:
+    """The inputs by name.
+
+    Raises:
+        InvalidRequestError: they do not fit the signature.
+    """
+    return _Inputs(message, spec, regions).decode()
+
+
+class _Inputs:
+    """Reads the inputs of one message."""
+
+    def __init__(self, message: pb.ModelInferRequest, spec: ModelSpec, regions: Regions) -> None:
+        self._message, self._spec, self._regions = message, spec, regions
+        self._where = f"for model '{spec.name}'"
+        self._prefix = f"[request id: {message.id or '<id_unknown>'}] "
+        self._specs = {t.name: t for t in spec.inputs}
+        self._raw: Iterator[bytes] = iter(message.raw_input_contents)
+
+    def decode(self) -> dict[str, Tensor]:
+        inputs: dict[str, Tensor] = {}
+        for item in self._message.inputs:
+            if item.name not in self._specs:
+                raise InvalidRequestError(f"unexpected inference input '{item.name}' {self._where}")
+            if item.name in inputs:
+                raise self._error(f"input '{item.name}' already exists in request")
+            inputs[item.name] = self._tensor(item, self._specs[item.name])
+        left = sum(1 for _ in self._raw)
+        if left:
+            raise InvalidRequestError(
+                f"{left} entries of raw_input_contents are left over {self._where}; one an input is accepted"
+            )
+        self._check_complete(inputs)
+        self._check_batch(inputs)
+        return inputs
+
+    def _tensor(self, item: Any, spec: TensorSpec) -> Tensor:
+        if item.datatype != spec.datatype:
+            raise self._error(
+                f"inference input '{spec.name}' data-type is '{item.datatype}', but model '{self._spec.name}' expects "
+                f"'{spec.datatype}'"
+            )
+        shape = tuple(item.shape)
+        self._check_shape(shape, spec)
+        tensor = Tensor(spec.name, spec.datatype, shape, self._data(item, spec))
+        self._check_size(tensor)
+        return tensor
+
+    def _check_shape(self, shape: tuple[int, ...], spec: TensorSpec) -> None:
+        if any(d < 0 for d in shape):
+            raise self._error(
+                f"All input dimensions should be specified for input '{spec.name}' {self._where}, got {_list(shape)}"
+            )
+        if self._spec.max_batch_size and not shape:
+            raise self._error(f"input '{spec.name}' has no shape but model requires batch dimension {self._where}")
+        expected = self._spec.batched(spec.dims)
+        if len(expected) != len(shape) or any(e not in (-1, g) for e, g in zip(expected, shape, strict=True)):
+            note = BATCH_NOTE if self._spec.max_batch_size else ""
+            raise self._error(
+                f"unexpected shape for input '{spec.name}' {self._where}. Expected {_list(expected)}, "
+                f"got {_list(shape)}.{note}"
+            )
+
+    def _data(self, item: Any, spec: TensorSpec) -> bytes:
+        if REGION in item.parameters:
+            place = read_place(item.parameters, f"input '{spec.name}'")
+            return self._regions.read(place.region, place.offset, place.size)
+        if not self._message.raw_input_contents:
+            return self._typed(item, spec)
+        if item.HasField("contents") and item.contents.ListFields():
+            raise InvalidRequestError(
+                f"contents field must not be specified when using raw_input_contents for '{spec.name}' {self._where}"
+            )
+        data = next(self._raw, None)
+        if data is None:
+            raise self._no_data(spec)
+        return data
+
+    def _typed(self, item: Any, spec: TensorSpec) -> bytes:
+        """The elements that came one by one, packed."""
+        present = [f.name for f, _ in item.contents.ListFields()]
+        if not present:
+            if spec.datatype in TYPED and 0 in item.shape:
+                return b""
+            raise self._no_data(spec)
+        field = TYPED.get(spec.datatype, "")
+        if present != [field]:
+            found = next(d for d, name in TYPED.items() if name in present and name != field)
+            raise InvalidRequestError(
+                f"unexpected explicit tensor data for input tensor '{spec.name}' {self._where} of type '{found}', "
+                f"expected datatype '{spec.datatype}'"
+            )
+        values = getattr(item.contents, field)
+        if spec.datatype is DataType.BYTES:
+            return join_strings(values)
+        try:
+            return struct.pack(f"<{len(values)}{spec.datatype.code}", *values)
+        except (struct.error, OverflowError) as error:
+            raise self._error(f"input '{spec.name}': a value does not fit into {spec.datatype} ({error})") from None
+
+    def _check_size(self, tensor: Tensor) -> None:
+        count, got = element_count(tensor.shape), len(tensor.data)
+        if tensor.datatype is DataType.BYTES:
+            self._check_strings(tensor, count)
+        elif got != count * tensor.datatype.size:
+            raise self._error(
+                f"input byte size mismatch for input '{tensor.name}' {self._where}. "
+                f"Expected {count * tensor.datatype.size}, got {got}"
+            )
+
+    def _check_strings(self, tensor: Tensor, count: int) -> None:
+        try:
+            got = sum(1 for _ in split_strings(tensor.data))
+        except ValueError as error:
+            raise InvalidRequestError(f"{error} for inference input '{tensor.name}' {self._where}") from None
+        if got != count:
+            raise InvalidRequestError(
+                f"expected {count} string elements for inference input '{tensor.name}' {self._where}, got {got}"
+            )
+
+    def _check_complete(self, inputs: Mapping[str, Tensor]) -> None:
+        required = [t.name for t in self._spec.inputs if not t.optional]
+        missing = [name for name in required if name not in inputs]
+        if not missing:
+            return
+        high = len(self._spec.inputs)
+        expected = (
+            f"expected {high} inputs but got {len(inputs)} inputs {self._where}"
+            if len(required) == high
+            else f"expected number of inputs between {len(required)} and {high} but got {len(inputs)} inputs "
+            f"{self._where}"
+        )
+        raise self._error(
+            f"{expected}. Got input(s) {list(inputs)}, but missing required input(s) {missing}. "
+            "Please provide all required input(s)."
+        )
+
+    def _check_batch(self, inputs: Mapping[str, Tensor]) -> None:
+        most = self._spec.max_batch_size
+        if not most or not inputs:
+            return
+        first = next(iter(inputs.values())).shape[0]
+        for tensor in inputs.values():
+            if tensor.shape[0] != first:
+                raise self._error(
+                    f"input '{tensor.name}' batch size does not match other inputs for '{self._spec.name}'"
+                )
+        if not 1 <= first <= most:
+            raise self._error(f"inference request batch-size must be <= {most} for '{self._spec.name}', got {first}")
+
+    def _no_data(self, spec: TensorSpec) -> InvalidRequestError:
+        return InvalidRequestError(f"unable to find data for input tensor '{spec.name}' {self._where} in request.")
+
+    def _error(self, text: str) -> InvalidRequestError:
+        return InvalidRequestError(self._prefix + text)
+
+
+def _list(shape: tuple[int, ...]) -> str:
+    return f"[{','.join(map(str, shape))}]"

@@ -1,0 +1,112 @@
+"""Triton's ModelConfig, both ways: read from config.pbtxt, and told to clients with what the file leaves out."""
+
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import json_format, text_format
+from tritonclient.grpc import model_config_pb2 as pb
+
+from server.backends.base import ModelFile, QueuePolicy, VersionPolicy
+from server.errors import ConfigError, InvalidRequestError
+from server.tensors import DataType, ModelSpec, TensorSpec
+
+TYPE_PREFIX = "TYPE_"
+TYPE_STRING = "TYPE_STRING"  # the config's name of BYTES
+
+
+def read_model_file(folder: Path) -> ModelFile:
+    """`folder`/config.pbtxt, as far as it is the same for every backend.
+
+    Raises:
+        ConfigError: it is missing, or does not parse.
+    """
+    path = folder / "config.pbtxt"
+    try:
+        return parse_model_file(path.read_text("utf-8"), folder.name)
+    except (OSError, text_format.ParseError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+
+
+def parse_model_file(text: str, name: str) -> ModelFile:
+    """The config of the model called `name`."""
+    config = text_format.Parse(text, pb.ModelConfig())
+    if config.name not in ("", name):
+        raise ValueError(f"name {config.name!r} differs from its folder's; make them equal or leave it out")
+    return ModelFile(
+        name=name,
+        backend=config.backend or "z_image",
+        text=text,
+        max_batch_size=config.max_batch_size,
+        inputs=tuple(_decode_tensor(t) for t in config.input),
+        outputs=tuple(_decode_tensor(t) for t in config.output),
+        decoupled=config.model_transaction_policy.decoupled,
+        instances=sum(g.count or 1 for g in config.instance_group) or 1,
+        versions=_version_policy(config.version_policy),
+        queue=_queue_policy(config),
+        parameters={key: p.string_value for key, p in config.parameters.items()},
+    )
+
+
+def config_text(json: str) -> str:
+    """The text form of a config that a load request brings as JSON.
+
+    Raises:
+        InvalidRequestError: it is not a model config.
+    """
+    try:
+        return text_format.MessageToString(json_format.Parse(json, pb.ModelConfig()))
+    except json_format.ParseError as error:
+        raise InvalidRequestError(f"config: {error}; the JSON form of a ModelConfig is accepted") from error
+
+
+def complete_config(file: ModelFile, spec: ModelSpec) -> pb.ModelConfig:
+    """What the file says, with the signature that is served filled in."""
+    config = text_format.Parse(file.text, pb.ModelConfig())
+    config.name, config.backend = spec.name, spec.backend
+    config.max_batch_size = spec.max_batch_size
+    config.model_transaction_policy.decoupled = spec.decoupled
+    if not config.HasField("version_policy"):
+        config.version_policy.latest.num_versions = 1
+    del config.input[:]
+    del config.output[:]
+    config.input.extend(
+        pb.ModelInput(name=t.name, data_type=_wire_type(t), dims=t.dims, optional=t.optional) for t in spec.inputs
+    )
+    config.output.extend(pb.ModelOutput(name=t.name, data_type=_wire_type(t), dims=t.dims) for t in spec.outputs)
+    return config
+
+
+def _decode_tensor(message: Any) -> TensorSpec:
+    wire = pb.DataType.Name(message.data_type)
+    name = DataType.BYTES.value if wire == TYPE_STRING else wire.removeprefix(TYPE_PREFIX)
+    if name not in set(DataType):
+        raise ValueError(f"tensor {message.name!r} has no data_type that is known: {wire}")
+    optional = getattr(message, "optional", False)  # outputs have no such field
+    return TensorSpec(message.name, DataType(name), tuple(message.dims), optional)
+
+
+def _wire_type(tensor: TensorSpec) -> Any:
+    name = TYPE_STRING if tensor.datatype is DataType.BYTES else TYPE_PREFIX + tensor.datatype
+    return pb.DataType.Value(name)
+
+
+def _version_policy(policy: Any) -> VersionPolicy:
+    match policy.WhichOneof("policy_choice"):
+        case "all":
+            return VersionPolicy(latest=0)
+        case "specific":
+            return VersionPolicy(latest=0, specific=tuple(str(v) for v in policy.specific.versions))
+        case _:
+            return VersionPolicy(latest=policy.latest.num_versions or 1)
+
+
+def _queue_policy(config: Any) -> QueuePolicy:
+    batching, default = config.dynamic_batching, config.dynamic_batching.default_queue_policy
+    return QueuePolicy(
+        max_size=default.max_queue_size,
+        timeout=default.default_timeout_microseconds / 1e6,
+        allow_timeout_override=default.allow_timeout_override,
+        batch_delay=batching.max_queue_delay_microseconds / 1e6 if config.HasField("dynamic_batching") else None,
+        priority_levels=batching.priority_levels,
+        default_priority=batching.default_priority_level or (batching.priority_levels + 1) // 2,
+    )

@@ -1,0 +1,1 @@
+"""One device, one copy of the engines: plan -> run -> report."""

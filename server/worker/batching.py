@@ -1,0 +1,87 @@
+"""How many equal sequences share a step. Decided by the cost table: a batch is not a goal in itself.
+
+One image at 1024x1024 fills a GPU, so sharing a step makes the first of two images late and pays only when many wait;
+at 256x256 it nearly always does.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from server.costs import CostTable
+
+
+class StepShape(NamedTuple):
+    """Sequences of equal shape may share a step. Size in pixels; `captions` in padded tokens, one a row.
+
+    A guided sequence has two rows, its prompt's and its negative prompt's.
+    """
+
+    height: int
+    width: int
+    captions: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        """Rows of the denoiser that one sequence takes."""
+        return len(self.captions)
+
+    @property
+    def one_forward(self) -> bool:
+        """Whether all its rows fit one forward, whose captions are equally long."""
+        return len(set(self.captions)) == 1
+
+
+@dataclass(frozen=True)
+class BatchPolicy:
+    """Limits on sharing, in Triton's words. Where enough wait for a `preferred` size, others are not used."""
+
+    max_batch: int = 4
+    preferred: tuple[int, ...] = ()
+    max_delay: float = 0.0  # seconds that the first of a batch may wait for company
+
+
+class Batching:
+    """Chooses batch sizes from the cost table."""
+
+    def __init__(self, costs: CostTable, policy: BatchPolicy) -> None:
+        self._costs, self._policy = costs, policy
+        self._limits: dict[StepShape, int] = {}
+
+    @property
+    def max_delay(self) -> float:
+        """Seconds that the first of a batch may wait for company."""
+        return self._policy.max_delay
+
+    def limit(self, shape: StepShape, count: int) -> None:
+        """Never again more than `count` of this shape: there was no memory for more."""
+        self._limits[shape] = max(1, count)
+
+    def largest(self, shape: StepShape) -> int:
+        """The most sequences of `shape` that may share a step."""
+        return min(self._policy.max_batch, self._limits.get(shape, self._policy.max_batch))
+
+    def seconds(self, shape: StepShape, count: int) -> float:
+        """What a step of `count` sequences costs."""
+        if shape.one_forward:
+            return self._costs.step(shape.height, shape.width, count * shape.rows)
+        return shape.rows * self._costs.step(shape.height, shape.width, count)
+
+    def count(self, shape: StepShape, waiting: int, most_seconds: float) -> int:
+        """How many of `waiting` equal sequences should share the next step.
+
+        Served `k` at a time, n equal jobs end on average after (n / k + 1) / 2 times the cost of a shared step; the
+        `k` with the smallest product wins. A step longer than `most_seconds` would cost the first one its deadline.
+        """
+        sizes = self._sizes(shape, waiting)
+        in_time = [k for k in sizes if self.seconds(shape, k) <= most_seconds] or sizes[:1]
+        return min(in_time, key=lambda k: self.seconds(shape, k) * (waiting / k + 1))
+
+    def _sizes(self, shape: StepShape, waiting: int) -> Sequence[int]:
+        """The sizes that may be chosen, ascending: those that were measured, of them the preferred ones."""
+        measured = self._costs.measured(shape.height, shape.width)
+        rows = shape.rows if shape.one_forward else 1
+        most = min(waiting, self.largest(shape))
+        sizes = [k for k in range(1, most + 1) if k == 1 or k * rows in measured]
+        preferred = [k for k in sizes if k in self._policy.preferred]
+        return sorted({1, *preferred}) if preferred else sizes

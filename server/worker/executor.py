@@ -1,0 +1,280 @@
+"""Runs the three components on the device: encode -> denoise -> decode. One thread calls it.
+
+Encoding and decoding run beside the steps where the device can (see `lanes`): they are started, and asked for later.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from export.manifest import Backend, Manifest
+from export.spec import Component
+from server.engines.served import ServedComponent
+from server.errors import NonFiniteError
+from server.requests import EngineUse, GenerationRequest
+from server.turns import Claim
+from server.worker.batching import StepShape
+from server.worker.images import Pixels
+from server.worker.lanes import Pending, lanes, together
+from server.worker.planner import PlannedSequence
+from server.worker.prompts import PromptCache, TokenIds, padded_length
+from server.worker.sampler import euler_step, initial_noise, sigma_schedule, timestep
+
+PAD_TOKEN = 0  # any id does: causal attention never looks right, and the learned pad token replaces the result
+
+Components = dict[Component, ServedComponent]
+Output = tuple[Tensor, EngineUse]  # of one call of a component, and who made it
+
+
+@dataclass(eq=False, kw_only=True)
+class ImageSequence(PlannedSequence):
+    """One image being denoised: the planner's view of it, and its state on the device."""
+
+    request: GenerationRequest
+    image_index: int
+    prompts: tuple[TokenIds, ...]  # the prompt's, and for guidance the negative prompt's
+    sigmas: tuple[float, ...]
+    latents: Tensor | None = None  # fp32 [1, C, h, w]
+    captions: tuple[Tensor, ...] = ()  # fp32 [1, T, dim], one a prompt
+    velocity: Tensor | None = None  # of the last step, for previews
+    prompt_cached: bool = False
+    restarted: bool = False  # its result was not finite once
+    starved: bool = False  # there was no memory for it alone once
+    engines: dict[Component, EngineUse] = field(default_factory=dict)
+    seconds: dict[Component, float] = field(default_factory=dict)
+
+    @property
+    def seed(self) -> int:
+        """Image i of a request uses the request's seed + i."""
+        return self.request.seed + self.image_index
+
+
+def make_sequences(
+    request: GenerationRequest, prompts: tuple[TokenIds, ...], *, key: int, shift: float, now: float
+) -> tuple[ImageSequence, ...]:
+    """The sequences of all images of `request`, which arrived at `now`."""
+    return tuple(_sequence(request, i, prompts, key, shift, now) for i in range(request.num_images))
+
+
+def _sequence(
+    request: GenerationRequest,
+    image_index: int,
+    prompts: tuple[TokenIds, ...],
+    key: int,
+    shift: float,
+    now: float,
+) -> ImageSequence:
+    return ImageSequence(
+        key=key,
+        shape=StepShape(request.height, request.width, tuple(map(padded_length, prompts))),
+        steps=request.num_inference_steps,
+        claim=Claim(request.priority, now, None if request.timeout is None else now + request.timeout),
+        request=request,
+        image_index=image_index,
+        prompts=prompts,
+        sigmas=sigma_schedule(request.num_inference_steps, shift),
+    )
+
+
+class Executor:
+    """The components on their device, and the prompts they have encoded."""
+
+    def __init__(self, components: Components, manifest: Manifest, device: str, prompt_cache_size: int) -> None:
+        self._components = components
+        self._channels = manifest.checkpoint.dimensions.latent_channels
+        self._device = torch.device(device)
+        self._lanes = lanes(self._device)
+        self._cache = PromptCache[Pending[Output]](prompt_cache_size)
+        self._preview_weight = torch.tensor(manifest.preview.weight, device=self._device)
+        self._preview_bias = torch.tensor(manifest.preview.bias, device=self._device)
+
+    def engines(self) -> tuple[EngineUse, ...]:
+        """The engine in use of every component."""
+        return tuple(self._components[c].use for c in Component)
+
+    def encode(self, sequence: ImageSequence) -> Pending[None]:
+        """Fills in the captions, from the cache where it has them, and the starting noise."""
+        self.reset(sequence)
+        started = time.perf_counter()
+        sequence.prompt_cached = sequence.prompts[0] in self._cache
+        cached = all(ids in self._cache for ids in sequence.prompts)
+
+        def finish(captions: list[Output]) -> None:
+            sequence.captions = tuple(caption for caption, _ in captions)
+            sequence.engines[Component.PROMPT_ENCODER] = captions[-1][1]
+            if not cached:
+                _charge([sequence], Component.PROMPT_ENCODER, started)
+
+        return together([self._caption(ids) for ids in sequence.prompts], finish)
+
+    def reset(self, sequence: ImageSequence) -> None:
+        """Puts the sequence back to its noise."""
+        request = sequence.request
+        noise = initial_noise(sequence.seed, height=request.height, width=request.width, channels=self._channels)
+        sequence.latents = noise.to(self._device)
+        sequence.velocity = None
+
+    def denoise(self, sequences: Sequence[ImageSequence]) -> None:
+        """Moves each of `sequences`, all of one shape, one step of its own schedule on.
+
+        Waits for the device: the next plan is to be made when this step is done, not when it has been enqueued.
+        """
+        started = time.perf_counter()
+        self._lanes[Component.DENOISER].start(lambda: self._step(sequences)).result()
+        _charge(sequences, Component.DENOISER, started)
+
+    def decode(self, sequence: ImageSequence) -> Pending[Pixels]:
+        """The finished image, uint8 [H, W, 3] in host memory.
+
+        Raises, when its result is asked for:
+            NonFiniteError: the denoiser's result is not finite; the sequence has to start again, on eager.
+        """
+        return self._lanes[Component.IMAGE_DECODER].start(lambda: self._decode(sequence))
+
+    def preview(self, sequence: ImageSequence, step: int) -> Pixels:
+        """The image as predicted after `step` steps, through a linear map: uint8 [H / 8, W / 8, 3]."""
+        assert sequence.velocity is not None, "a preview needs a step"
+        clean = _latents(sequence) - sequence.sigmas[step] * sequence.velocity
+        colours = clean[0].permute(1, 2, 0) @ self._preview_weight + self._preview_bias
+        pixels: Pixels = colours.clamp(0, 255).round().to(torch.uint8).cpu().numpy()
+        return pixels
+
+    def quarantine(self, component: Component, reason: str) -> bool:
+        """Moves `component` to eager; False if it is there already. Prompts it encoded are forgotten."""
+        if not self._components[component].compiled:
+            return False
+        self._components[component].quarantine(reason)
+        self._cache.clear()
+        return True
+
+    def free_memory(self) -> None:
+        """Drops what can be made again."""
+        self._cache.clear()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def run(self, component: Component, inputs: dict[str, Tensor]) -> Tensor:
+        """One call of a component, waited for: for warm-up."""
+        on_device = {name: t.to(self._device) for name, t in inputs.items()}
+        output, _ = self._run(component, on_device)
+        return output
+
+    def _run(self, component: Component, inputs: dict[str, Tensor]) -> Output:
+        def work() -> Callable[[], Output]:
+            made = self._components[component].run(inputs)
+            return lambda: made
+
+        return self._lanes[component].start(work).result()
+
+    def _step(self, sequences: Sequence[ImageSequence]) -> Callable[[], None]:
+        latents = torch.cat([_latents(s) for s in sequences])
+        now = [s.sigmas[s.step] for s in sequences]
+        then = [s.sigmas[s.step + 1] for s in sequences]
+        times = torch.tensor([timestep(sigma) for sigma in now], device=self._device)
+        change = torch.tensor(then, device=self._device) - torch.tensor(now, device=self._device)
+        velocity = self._velocity(sequences, latents, times)
+        moved = euler_step(latents, velocity, change)
+
+        def finish() -> None:
+            for row, sequence in enumerate(sequences):
+                sequence.latents, sequence.velocity = moved[row : row + 1], velocity[row : row + 1]
+
+        return finish
+
+    def _caption(self, ids: TokenIds) -> Pending[Output]:
+        """The caption of `ids`; several sequences may wait for the same one."""
+        caption = self._cache.get(ids)
+        if caption is None:
+            caption = self._lanes[Component.PROMPT_ENCODER].start(lambda: self._encode(ids))
+            self._cache.put(ids, caption)
+        return caption
+
+    def _encode(self, ids: TokenIds) -> Callable[[], Output]:
+        padding = [PAD_TOKEN] * (padded_length(ids) - len(ids))
+        inputs = {
+            "input_ids": torch.tensor([[*ids, *padding]], device=self._device),
+            "caption_length": torch.tensor([len(ids)], device=self._device),
+        }
+        output, use = self._components[Component.PROMPT_ENCODER].run(inputs)
+        good = _to_host(_is_finite(output))
+        return lambda: (output, use) if good else self._again(output, use, inputs)
+
+    def _decode(self, sequence: ImageSequence) -> Callable[[], Pixels]:
+        started = time.perf_counter()
+        inputs = {"latents": _latents(sequence)}
+        # Checked once an image, where a copy to the host is due anyway: NaN never heals on the way here.
+        finite = _to_host(_is_finite(inputs["latents"]))
+        output, use = self._components[Component.IMAGE_DECODER].run(inputs)
+        image, good = _to_host(output), _to_host(_is_picture(output))
+
+        def finish() -> Pixels:
+            if not finite:
+                raise NonFiniteError("the denoiser's output is not finite")
+            made, by = (image, use) if good else self._again(image, use, inputs)
+            sequence.engines[Component.IMAGE_DECODER] = by
+            _charge([sequence], Component.IMAGE_DECODER, started)
+            pixels: Pixels = made[0].cpu().numpy()
+            return pixels
+
+        return finish
+
+    def _again(self, output: Tensor, use: EngineUse, inputs: dict[str, Tensor]) -> Output:
+        """A useless output is made again by eager, unless that made it, and its engine is not used any more."""
+        if use.backend is Backend.EAGER:
+            return output, use
+        self.quarantine(use.component, f"the {use.component}'s output is not finite or of one value")
+        return self._run(use.component, inputs)
+
+    def _velocity(self, sequences: Sequence[ImageSequence], latents: Tensor, times: Tensor) -> Tensor:
+        """[B, C, h, w]; with guidance, the prompt's velocity pushed away from the negative prompt's."""
+        captions = [torch.cat(row) for row in zip(*(s.captions for s in sequences), strict=True)]
+        if len(captions) == 1:
+            return self._forward(sequences, latents, times, captions[0])
+        conditional, unconditional = self._guided(sequences, latents, times, captions)
+        scale = torch.tensor([s.request.guidance_scale for s in sequences], device=self._device).view(-1, 1, 1, 1)
+        return conditional + scale * (conditional - unconditional)
+
+    def _guided(
+        self, sequences: Sequence[ImageSequence], latents: Tensor, times: Tensor, captions: list[Tensor]
+    ) -> Sequence[Tensor]:
+        """Both velocities: in one forward where the captions are equally long, since all its rows must be."""
+        if captions[0].shape == captions[1].shape:
+            both = self._forward(sequences, latents.repeat(2, 1, 1, 1), times.repeat(2), torch.cat(captions))
+            return both.chunk(2)
+        return [self._forward(sequences, latents, times, caption) for caption in captions]
+
+    def _forward(self, sequences: Sequence[ImageSequence], latents: Tensor, times: Tensor, caption: Tensor) -> Tensor:
+        inputs = {"latents": latents, "timestep": times, "caption": caption}
+        velocity, use = self._components[Component.DENOISER].run(inputs)
+        for sequence in sequences:
+            sequence.engines[Component.DENOISER] = use
+        return velocity
+
+
+def _charge(sequences: Sequence[ImageSequence], component: Component, started: float) -> None:
+    """Charges each sequence with the whole time it waited for the shared call."""
+    seconds = time.perf_counter() - started
+    for sequence in sequences:
+        sequence.seconds[component] = sequence.seconds.get(component, 0.0) + seconds
+
+
+def _latents(sequence: ImageSequence) -> Tensor:
+    assert sequence.latents is not None, "the sequence has not been encoded"
+    return sequence.latents
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy that is complete when the lane's work is; from CUDA it lands in pinned memory."""
+    return tensor.to("cpu", non_blocking=True)
+
+
+def _is_finite(tensor: Tensor) -> Tensor:
+    return torch.isfinite(tensor).all()
+
+
+def _is_picture(image: Tensor) -> Tensor:
+    """A decoder that overflows gives one colour all over."""
+    return (image != image.flatten()[0]).any()

@@ -1,0 +1,160 @@
+"""The worker process: load -> warm up -> serve on a Unix socket until told to stop.
+
+Started by the frontend as `python -m server.worker.main --model=... --socket=...` (see `WorkerConfig`). It serves only
+once it is warm, so whoever can connect to the socket has a ready worker. It ends on SIGTERM, and by itself when its
+standard input closes, which is when the frontend is gone however it went.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import grpc.aio
+import torch
+
+from export.checkpoint import open_checkpoint
+from export.devices import current_target, default_device
+from export.errors import ExportError
+from export.manifest import Manifest
+from export.spec import Component
+from protos.zserve.v1 import image_generation_pb2_grpc as pb_grpc
+from server.config import read_model_config
+from server.engines import memory
+from server.engines.eager import EagerModules
+from server.engines.load import EngineLoader
+from server.engines.served import ServedComponent
+from server.errors import EngineLoadError, ZServeError
+from server.launch import WorkerConfig, announce
+from server.requests import InstanceInfo, MemoryUse
+from server.rpc.images import CHANNEL_OPTIONS, ImageGenerationServicer
+from server.rpc.interceptors import ErrorInterceptor
+from server.worker.batching import BatchPolicy
+from server.worker.executor import Executor
+from server.worker.loop import WorkerLoop
+from server.worker.planner import Planner
+from server.worker.prompts import PromptTokenizer
+from server.worker.service import WorkerService
+from server.worker.warmup import WarmUp
+
+log = logging.getLogger(__name__)
+
+STOP_GRACE = 2.0  # seconds for calls under way; the frontend has let requests finish before it stops a worker
+
+
+def main() -> int:
+    """Runs one worker; returns its exit status. A worker that cannot start says why on its standard output."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s worker %(name)s: %(message)s")
+    config = WorkerConfig.parse(sys.argv[1:])
+    try:
+        service = build_service(config)
+    except (ZServeError, ExportError) as error:
+        sys.stdout.write(f"{error}\n")
+        return 1
+    asyncio.run(_serve(service, config.socket))
+    return 0
+
+
+def build_service(config: WorkerConfig) -> WorkerService:
+    """Loads the engines of a version, warms them up and starts the device's thread."""
+    # Between the engines' calls torch does small things, for which a second thread is not worth waiting: on two cores
+    # with much else to do that made the median step 20 ms instead of 46 to 265 (benchmarks/preview.py). Engines that
+    # are torch's use what they are given.
+    torch.set_num_threads(1)
+    device = default_device() if config.device == "auto" else _see_only(config.device)
+    model = read_model_config(config.model)
+    folder = config.model / config.version
+    manifest = Manifest.read(folder)
+    _check_checkpoint(manifest)
+    used = MemoryUse(host_before_load=memory.host_bytes(), device_before_load=memory.device_bytes())
+    components = _load(config, folder, manifest, device)
+    executor = Executor(components, manifest, device, model.prompt_cache_size)
+    costs = WarmUp(executor, manifest.checkpoint.dimensions, announce).run(model)
+    batches = BatchPolicy(model.max_batch_size, model.queue.preferred_batch_sizes, model.queue.max_delay)
+    loop = WorkerLoop(executor, Planner(costs, batches, model.queue.turns), patience=config.patience)
+    loop.start()
+    used = replace(used, host_loaded=memory.host_bytes(), device_loaded=memory.device_bytes())
+
+    device_name = _device_name(device, config.device)
+
+    def describe() -> InstanceInfo:
+        return InstanceInfo(
+            name=config.instance,
+            device=device_name,
+            version=config.version,
+            precision=manifest.precision,
+            engines=executor.engines(),
+            memory=replace(used, host_peak=memory.host_peak_bytes(), device_peak=memory.device_peak_bytes()),
+            step_costs=costs.costs(),
+        )
+
+    tokenizer = PromptTokenizer(Path(manifest.checkpoint.path))
+    return WorkerService(model, describe, loop=loop, tokenizer=tokenizer, shift=manifest.checkpoint.shift)
+
+
+def _see_only(device: str) -> str:
+    """Hides the other GPUs from this process, so that nothing lands on one of them; before CUDA is used at all."""
+    kind, _, index = device.partition(":")
+    if index:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = index if visible is None else visible.split(",")[int(index)]
+    return kind
+
+
+def _load(config: WorkerConfig, folder: Path, manifest: Manifest, device: str) -> dict[Component, ServedComponent]:
+    loader = EngineLoader(
+        folder=folder,
+        manifest=manifest,
+        target=current_target(device),
+        modules=EagerModules(Path(manifest.checkpoint.path), manifest.precision, device),
+        threads=config.threads,
+        policy=config.fallback,
+        disabled=config.disabled,
+        announce=announce,
+    )
+    return loader.load_all()
+
+
+def _check_checkpoint(manifest: Manifest) -> None:
+    """The engines and the fallback must come from the same weights."""
+    found = open_checkpoint(Path(manifest.checkpoint.path)).fingerprint
+    if found != manifest.checkpoint.fingerprint:
+        raise EngineLoadError(
+            f"the checkpoint {manifest.checkpoint.path} has changed since {manifest.name} was exported from it; "
+            "export it again"
+        )
+
+
+def _device_name(device: str, asked: str) -> str:
+    name = device if asked == "auto" else asked
+    return f"{name} ({torch.cuda.get_device_name(device)})" if device == "cuda" else name
+
+
+async def _serve(service: WorkerService, socket: Path) -> None:
+    server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=CHANNEL_OPTIONS)
+    pb_grpc.add_ImageGenerationServicer_to_server(ImageGenerationServicer(service), server)
+    server.add_insecure_port(f"unix:{socket}")
+    await server.start()
+    await _told_to_stop()
+    await server.stop(STOP_GRACE)
+
+
+async def _told_to_stop() -> None:
+    """Returns on SIGTERM, or when standard input closes. Ctrl-C is the frontend's to handle."""
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_signal_handler(signal.SIGINT, lambda: None)
+    with contextlib.suppress(ValueError):  # standard input is a plain file: nobody to follow
+        reader = asyncio.StreamReader()
+        await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+        gone = loop.create_task(reader.read())
+        gone.add_done_callback(lambda _: stop.set())
+    await stop.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

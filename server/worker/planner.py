@@ -1,0 +1,214 @@
+"""Which sequences advance next. Pure policy: no torch, no clock of its own, no threads.
+
+The planner works through the sequences in the order of `Turns`, one priority level at a time: finished ones are decoded
+first, then the first in turn takes its step together with as many equal ones as the measured costs say is worth it.
+Equal work is not interleaved: that would make all of it late. A sequence that can no longer meet its deadline leaves.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from export.spec import Component
+from server.costs import CostTable
+from server.requests import StepCost
+from server.turns import Claim, TurnPolicy, Turns
+from server.worker.batching import Batching, BatchPolicy, StepShape
+
+
+class Stage(Enum):
+    """What a sequence needs next."""
+
+    ENCODE = "encode"
+    DENOISE = "denoise"
+    DECODE = "decode"
+
+
+@dataclass(eq=False)
+class PlannedSequence:
+    """One image on its way through the stages, as the planner sees it."""
+
+    key: int  # of its request; all images of a request share it
+    shape: StepShape
+    steps: int
+    claim: Claim
+    stage: Stage = Stage.ENCODE
+    step: int = 0  # steps done
+    latest: float = float("inf")  # when its next stage has to begin for the deadline to be met
+
+    @property
+    def left(self) -> int:
+        """Steps to go."""
+        return self.steps - self.step
+
+    @property
+    def started(self) -> bool:
+        """Whether the device has begun with it."""
+        return self.stage is not Stage.ENCODE
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One stage to run now, for these sequences together."""
+
+    stage: Stage
+    sequences: tuple[PlannedSequence, ...]
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Nothing to run before `until`, or until something arrives: a batch is waiting for company."""
+
+    until: float
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """When a request that has not begun will: behind `position` others, at `starts` on the planner's clock."""
+
+    position: int
+    starts: float
+
+
+class Planner:
+    """Holds the sequences that are under way and says what to run next."""
+
+    def __init__(self, costs: CostTable, batches: BatchPolicy, turns: TurnPolicy | None = None) -> None:
+        self._costs = costs
+        self._batching = Batching(costs, batches)
+        self._turns = Turns[PlannedSequence](lambda s: s.claim, turns or TurnPolicy())
+        self._aside: list[PlannedSequence] = []
+
+    def __len__(self) -> int:
+        """Sequences that there is something to plan for."""
+        return len(self._turns)
+
+    def add(self, sequence: PlannedSequence, now: float) -> None:
+        """Takes a sequence in."""
+        self._note_latest(sequence)
+        self._turns.add(sequence, now)
+
+    def remove(self, key: int, now: float) -> None:
+        """Takes out all sequences of a request that was cancelled or failed; unknown ones are ignored."""
+        self._turns.remove([s for s in self._turns.ordered(now) if s.key == key])
+        self._aside = [s for s in self._aside if s.key != key]
+
+    def set_aside(self, sequence: PlannedSequence) -> None:
+        """A stage of the sequence runs beside the others: it is not planned until it is taken back."""
+        self._turns.remove([sequence])
+        self._aside.append(sequence)
+
+    def take_back(self, sequence: PlannedSequence, now: float) -> bool:
+        """Its stage is over; False if the sequence was removed meanwhile."""
+        if sequence not in self._aside:
+            return False
+        self._aside.remove(sequence)
+        self._turns.add(sequence, now)
+        return True
+
+    def hopeless(self, now: float) -> list[PlannedSequence]:
+        """The sequences whose deadline has passed, or will have even if the device does nothing else from now on."""
+        return [s for s in self._turns.ordered(now) if now >= s.latest]
+
+    def plan(self, now: float) -> Plan | Wait | None:
+        """What to run next; None when there is nothing to do."""
+        peers = self._turns.top(now)
+        if not peers:
+            return None
+        finished = next((s for s in peers if s.stage is Stage.DECODE), None)
+        if finished is not None:
+            return Plan(Stage.DECODE, (finished,))
+        mates = [s for s in peers if s.shape == peers[0].shape]
+        return self._wait_for_company(mates, now) or self._next_step(mates, now)
+
+    def advance(self, plan: Plan) -> None:
+        """Notes that `plan` was run: its sequences move on, and those that were decoded leave."""
+        for sequence in plan.sequences:
+            match plan.stage:
+                case Stage.ENCODE:
+                    sequence.stage = Stage.DENOISE
+                case Stage.DENOISE:
+                    sequence.step += 1
+                    if sequence.left == 0:
+                        sequence.stage = Stage.DECODE
+                case Stage.DECODE:
+                    self._turns.remove(plan.sequences)
+            self._note_latest(sequence)
+
+    def restart(self, sequences: Sequence[PlannedSequence]) -> None:
+        """Sends sequences back to their first step: what they had so far was wrong."""
+        for sequence in sequences:
+            sequence.stage, sequence.step = Stage.DENOISE, 0
+            self._note_latest(sequence)
+
+    def limit_batch(self, shape: StepShape, count: int) -> None:
+        """Never again more than `count` sequences of this shape in a step: there was no memory for more."""
+        self._batching.limit(shape, count)
+
+    def expected_seconds(self, plan: Plan) -> float:
+        """What `plan` should cost; 0 for encoding, which is short, and where nothing was measured."""
+        shape = plan.sequences[0].shape
+        match plan.stage:
+            case Stage.ENCODE:
+                return 0.0
+            case Stage.DENOISE:
+                return self._batching.seconds(shape, len(plan.sequences))
+            case Stage.DECODE:
+                return self._costs.decode(shape.height, shape.width)
+
+    def observe(self, plan: Plan, seconds: float) -> None:
+        """Takes in what `plan` has cost."""
+        shape, count = plan.sequences[0].shape, len(plan.sequences)
+        if plan.stage is Stage.DECODE:
+            self._costs.observe(StepCost(shape.height, shape.width, 1, seconds, Component.IMAGE_DECODER))
+        elif plan.stage is Stage.DENOISE and shape.one_forward:
+            self._costs.observe(StepCost(shape.height, shape.width, count * shape.rows, seconds))
+
+    def forecast(self, now: float) -> dict[int, Forecast]:
+        """By key, when each request that has not begun will, if nothing more urgent arrives."""
+        ordered = self._turns.ordered(now)
+        costs = {shape: self._seconds_in_company(shape, n) for shape, n in Counter(s.shape for s in ordered).items()}
+        begun = {s.key for s in ordered if s.started} | {s.key for s in self._aside}
+        forecasts: dict[int, Forecast] = {}
+        starts = now
+        for sequence in ordered:
+            if sequence.key not in begun:
+                forecasts.setdefault(sequence.key, Forecast(len(forecasts), starts))
+            step, decode = costs[sequence.shape]
+            starts += sequence.left * step + decode
+        return forecasts
+
+    def _next_step(self, mates: list[PlannedSequence], now: float) -> Plan:
+        """A step for the first of `mates` and its company; whoever is to share it has to be encoded before."""
+        count = self._batching.count(mates[0].shape, len(mates), self._longest_step(mates[0], now))
+        company = mates[:count]
+        unencoded = next((s for s in company if s.stage is Stage.ENCODE), None)
+        return Plan(Stage.DENOISE, tuple(company)) if unencoded is None else Plan(Stage.ENCODE, (unencoded,))
+
+    def _wait_for_company(self, mates: list[PlannedSequence], now: float) -> Wait | None:
+        """The window opens when the first one arrives, and no later arrival prolongs it."""
+        first, full = mates[0], self._batching.largest(mates[0].shape)
+        until = first.claim.arrived + self._batching.max_delay
+        if now >= until or first.step > 0 or len(mates) >= full:
+            return None
+        worth_it = self._batching.count(first.shape, full, self._longest_step(first, until)) > len(mates)
+        return Wait(until) if worth_it else None
+
+    def _longest_step(self, sequence: PlannedSequence, now: float) -> float:
+        """Seconds that each of its steps may take if it is to meet its deadline."""
+        if sequence.claim.deadline is None:
+            return float("inf")
+        decode = self._costs.decode(sequence.shape.height, sequence.shape.width)
+        return (sequence.claim.deadline - now - decode) / max(1, sequence.left)
+
+    def _note_latest(self, sequence: PlannedSequence) -> None:
+        if sequence.claim.deadline is not None:
+            steps = sequence.left * self._batching.seconds(sequence.shape, 1)
+            decode = self._costs.decode(sequence.shape.height, sequence.shape.width)
+            sequence.latest = sequence.claim.deadline - steps - decode
+
+    def _seconds_in_company(self, shape: StepShape, waiting: int) -> tuple[float, float]:
+        """A sequence's part of a step when `waiting` of its shape share steps as they would, and its decoding."""
+        count = self._batching.count(shape, waiting, float("inf"))
+        return self._batching.seconds(shape, count) / count, self._costs.decode(shape.height, shape.width)

@@ -1,0 +1,172 @@
+"""What a worker answers `Generate` with: from a decoded request through the loop to encoded images.
+
+Runs on the event loop; tokenising and image encoding run in a thread pool, the device's work on the loop's thread.
+"""
+
+import asyncio
+import itertools
+import os
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import ParamSpec, TypeVar
+
+from export.spec import Component
+from server.config import ModelConfig
+from server.errors import ModelNotFoundError
+from server.requests import (
+    Completed,
+    Event,
+    GenerationRequest,
+    Image,
+    InstanceInfo,
+    Preview,
+    Progress,
+    Queued,
+    Started,
+    Timings,
+)
+from server.service import ModelStatus
+from server.worker.events import Failed, FinishedImage, LoopEvent, PreviewPixels, SequenceStarted
+from server.worker.executor import ImageSequence, make_sequences
+from server.worker.images import encode_image, encode_preview
+from server.worker.loop import WorkerLoop
+from server.worker.prompts import PromptTokenizer, TokenIds
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass
+class _Progress:
+    """What is known of a request while it runs."""
+
+    arrived: float
+    started: float | None = None
+    finished: list[ImageSequence] = field(default_factory=list)
+    image_encode_seconds: float = 0.0
+
+
+class WorkerService:
+    """The `ImageService` of one worker. `describe` is asked anew each time: engines, memory and costs change."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        describe: Callable[[], InstanceInfo],
+        *,
+        loop: WorkerLoop,
+        tokenizer: PromptTokenizer,
+        shift: float,
+    ) -> None:
+        self._model, self._describe = model, describe
+        self._loop, self._tokenizer, self._shift = loop, tokenizer, shift
+        self._name = describe().name
+        self._pool = ThreadPoolExecutor(max_workers=max(2, os.cpu_count() or 2), thread_name_prefix="images")
+        self._keys = itertools.count()
+
+    def model(self, name: str) -> ModelStatus:
+        """See `ImageService`."""
+        if name not in ("", self._model.name):
+            raise ModelNotFoundError(f"model {name!r} is not here; this worker serves {self._model.name!r}")
+        alive = self._loop.alive
+        reason = "" if alive else "the device has not come back from its last step"
+        return ModelStatus(self._model, (self._describe(),), ready=alive, reason=reason)
+
+    def models(self) -> list[ModelStatus]:
+        """See `ImageService`."""
+        return [self.model("")]
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """See `ImageService`."""
+        state = _Progress(arrived=time.monotonic())
+        prompts = await self._tokenize(request)
+        # Not the request's id: two clients may use the same one at the same time.
+        key = next(self._keys)
+        sequences = make_sequences(request, prompts, key=key, shift=self._shift, now=state.arrived)
+        try:
+            async for event in self._submit(sequences):
+                if isinstance(event, Failed):
+                    raise event.error
+                async for answer in self._answer(event, request, state):
+                    yield answer
+                if len(state.finished) == request.num_images:
+                    break
+        finally:
+            self._loop.cancel(key)
+        yield self._completed(request, state)
+
+    async def _tokenize(self, request: GenerationRequest) -> tuple[TokenIds, ...]:
+        fields = {"prompt": request.prompt} | ({"negative_prompt": request.negative_prompt} if request.guided else {})
+        return tuple(
+            [
+                await self._in_pool(self._tokenizer.encode, name, text, request.long_prompt)
+                for name, text in fields.items()
+            ]
+        )
+
+    async def _submit(self, sequences: tuple[ImageSequence, ...]) -> AsyncIterator[LoopEvent]:
+        """What the loop reports, carried from its thread to this event loop."""
+        here = asyncio.get_running_loop()
+        events: asyncio.Queue[LoopEvent] = asyncio.Queue()
+
+        def listen(event: LoopEvent) -> None:
+            here.call_soon_threadsafe(events.put_nowait, event)
+
+        self._loop.submit(sequences, listen)
+        while True:
+            yield await events.get()
+
+    async def _answer(self, event: LoopEvent, request: GenerationRequest, state: _Progress) -> AsyncIterator[Event]:
+        match event:
+            case SequenceStarted(at):
+                # The loop's own time: it is on to the first stage before this event loop hears of it.
+                if state.started is None:
+                    state.started = at
+                    yield Started(self._name)
+            case Progress() | Queued():
+                yield event
+            case PreviewPixels(step, index, pixels):
+                height, width, _ = pixels.shape
+                yield Preview(step, index, await self._in_pool(encode_preview, pixels), width, height)
+            case FinishedImage():
+                yield await self._image(event, request, state)
+
+    async def _image(self, event: FinishedImage, request: GenerationRequest, state: _Progress) -> Image:
+        began = time.monotonic()
+        data = await self._in_pool(encode_image, event.pixels, request.image_format, request.quality)
+        seconds = time.monotonic() - began
+        state.image_encode_seconds += seconds
+        state.finished.append(event.sequence)
+        sequence = event.sequence
+        return Image(
+            sequence.image_index,
+            sequence.seed,
+            request.width,
+            request.height,
+            request.image_format,
+            data,
+            decode_ms=1e3 * sequence.seconds.get(Component.IMAGE_DECODER, 0.0),
+            image_encode_ms=1e3 * seconds,
+        )
+
+    def _completed(self, request: GenerationRequest, state: _Progress) -> Completed:
+        seconds = {c: sum(s.seconds.get(c, 0.0) for s in state.finished) for c in Component}
+        last = state.finished[-1]
+        return Completed(
+            Timings(
+                queue_ms=1e3 * ((state.started or state.arrived) - state.arrived),
+                encode_ms=1e3 * seconds[Component.PROMPT_ENCODER],
+                denoise_ms=1e3 * seconds[Component.DENOISER],
+                decode_ms=1e3 * seconds[Component.IMAGE_DECODER],
+                image_encode_ms=1e3 * state.image_encode_seconds,
+                total_ms=1e3 * (time.monotonic() - state.arrived),
+            ),
+            tuple(last.engines[c] for c in Component),
+            prompt_cached=state.finished[0].prompt_cached,
+            denoiser_forwards=request.forwards,
+        )
+
+    async def _in_pool(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: work(*args, **kwargs))

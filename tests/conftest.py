@@ -1,0 +1,58 @@
+"""Fixtures shared by all tests: the demo checkpoint, diffusers' own pipeline over it, and an exported repository."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import ZImagePipeline
+
+ROOT = Path(__file__).parent.parent
+CHECKPOINT = ROOT / "demo" / "checkpoint"
+# Kept between runs: an export is reused only while the manifest still fits the checkpoint, the code and the libraries.
+REPOSITORY = ROOT / "build" / "test-models"
+TENSORRT_REPOSITORY = ROOT / "build" / "test-models-tensorrt"
+MODEL = "z-image-demo"
+# Models as small as the demo's gain little from a second thread, and wait for it long where it has much else to do.
+torch.set_num_threads(1)
+
+
+def load_pipeline(dtype: torch.dtype) -> ZImagePipeline:
+    """diffusers' own pipeline over the demo checkpoint, without its progress bars."""
+    pipeline = ZImagePipeline.from_pretrained(CHECKPOINT, dtype=dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="session")
+def pipeline() -> ZImagePipeline:
+    """The demo checkpoint in diffusers, fp32: what everything here is held against."""
+    return load_pipeline(torch.float32)
+
+
+def run_export(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`zserve export` of the demo checkpoint in a process of its own."""
+    command = [sys.executable, "-m", "zserve", "export", "--checkpoint", str(CHECKPOINT), *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """A model repository with the demo model on ONNX Runtime."""
+    done = run_export(
+        "--repository", str(REPOSITORY), "--name", MODEL, "--backend", "onnxruntime", "--default-size", "256x256"
+    )
+    assert done.returncode == 0, done.stderr
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def tensorrt_repository() -> Path:
+    """The demo model as TensorRT-RTX plans for two kinds of GPU, neither of which is here."""
+    done = run_export(
+        "--repository", str(TENSORRT_REPOSITORY), "--name", MODEL, "--backend", "tensorrt_rtx",
+        "--target", "sm89,sm120", "--default-size", "256x256",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return TENSORRT_REPOSITORY

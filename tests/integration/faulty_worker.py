@@ -1,0 +1,85 @@
+"""The real worker with engines that fail: a request's width says how, FAULTY_WARM_UP which one fails at the start.
+
+The gate is a file that a test makes: a request of four steps and the gated width takes three of them and the last one
+only once the file is there, on a machine of any speed.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from export.manifest import EngineRecord
+from export.spec import PIXELS_PER_LATENT, Component, ComponentSpec
+from server.engines.base import Engine, Shapes
+from server.engines.load import EngineLoader
+from server.worker import main as worker
+from server.worker.loop import WorkerLoop
+from server.worker.planner import Plan
+
+KILLS, HANGS, STARVES, OVERFLOWS, TOO_LARGE_TOGETHER, GATED = (80, 96, 112, 128, 144, 160)  # widths in pixels
+GATE = "FAULTY_GATE"  # the environment variable that names the file
+STEPS_BEFORE_THE_GATE = 3
+GATED_FROM = 0.4  # of the way from noise to image: the fourth step of four begins at 0.5
+
+
+class FaultyEngine:
+    """An engine that does as the size tells it."""
+
+    def __init__(self, engine: Engine, component: Component) -> None:
+        self._engine, self._component = engine, component
+        self.backend = engine.backend
+
+    def fits(self, shapes: Shapes) -> bool:
+        return self._engine.fits(shapes)
+
+    def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        if os.environ.get("FAULTY_WARM_UP") == self._component:
+            os.abort()
+        output = self._engine.run(inputs)
+        return self._spoil(inputs, output) if self._component is Component.DENOISER else output
+
+    def close(self) -> None:
+        self._engine.close()
+
+    def _spoil(self, inputs: Mapping[str, Tensor], output: Tensor) -> Tensor:
+        rows, width = output.shape[0], output.shape[-1] * PIXELS_PER_LATENT
+        match width:
+            case _ if width == KILLS:
+                os.kill(os.getpid(), signal.SIGKILL)
+            case _ if width == HANGS:
+                time.sleep(600)
+            case _ if width == STARVES or (width == TOO_LARGE_TOGETHER and rows > 1):
+                raise torch.OutOfMemoryError("tried to allocate 900 GiB")
+            case _ if width == OVERFLOWS:
+                return output * float("nan")
+            case _ if width == GATED:
+                while inputs["timestep"].max() > GATED_FROM and not Path(os.environ[GATE]).exists():
+                    time.sleep(0.01)
+        return output
+
+
+class FaultyLoader(EngineLoader):
+    """Loads the real engines and spoils them."""
+
+    def _compiled(self, record: EngineRecord, spec: ComponentSpec) -> Engine:
+        return FaultyEngine(super()._compiled(record, spec), spec.component)
+
+
+class ImpatientLoop(WorkerLoop):
+    """Gives up at once on what is known to hang, and on nothing else however slow the machine is."""
+
+    def _run(self, plan: Plan) -> None:
+        self._patience = 0.2 if plan.sequences[0].shape.width == HANGS else 600.0
+        super()._run(plan)
+
+
+if __name__ == "__main__":
+    worker.EngineLoader = FaultyLoader  # type: ignore[misc]
+    worker.WorkerLoop = ImpatientLoop  # type: ignore[misc]
+    sys.exit(worker.main())

@@ -1,0 +1,75 @@
+"""AOTInductor: really compiled, lent the eager module's weights, drawing the same picture."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from export.devices import current_target
+from export.manifest import Backend, Manifest
+from export.spec import Component, ShapePoint, component_specs, example_inputs
+from server.config import FallbackPolicy
+from server.engines.eager import EagerModules
+from server.engines.load import EngineLoader
+from tests.conftest import CHECKPOINT, REPOSITORY, run_export
+from tests.integration.process import ServerProcess
+
+NAME = "demo-aotinductor"
+PROMPT = "a red circle on a white background"
+
+
+@pytest.fixture(scope="module")
+def aoti_repository() -> Path:
+    repository = REPOSITORY.with_name("test-models-aotinductor")
+    done = run_export(
+        "--repository", str(repository), "--name", NAME, "--backend", "aotinductor", "--default-size", "256x256"
+    )
+    assert done.returncode == 0, done.stderr
+    return repository
+
+
+@pytest.fixture(scope="module")
+def loader(aoti_repository: Path) -> EngineLoader:
+    folder = max((p for p in (aoti_repository / NAME).iterdir() if p.name.isdecimal()), key=lambda p: int(p.name))
+    manifest = Manifest.read(folder)
+    modules = EagerModules(CHECKPOINT, manifest.precision, "cpu")
+    return EngineLoader(folder, manifest, current_target("cpu"), modules, 2, FallbackPolicy.REFUSE)
+
+
+# 176x208 has 143 tokens, padded to 160: a dynamic number of padding tokens was once compiled wrongly.
+@pytest.mark.parametrize("point", [ShapePoint(1, 32, 256, 256), ShapePoint(3, 64, 176, 208), ShapePoint(8, 32, 64, 64)])
+@pytest.mark.parametrize("component", list(Component))
+def test_the_package_agrees_with_eager(loader: EngineLoader, component: Component, point: ShapePoint) -> None:
+    dimensions = loader.manifest.checkpoint.dimensions
+    spec = component_specs(dimensions)[component]
+    inputs = example_inputs(spec, point, dimensions, seed=9)
+    got, use = loader.load_all()[component].run(inputs)
+    with torch.inference_mode():
+        expected = loader.modules[component](**inputs)
+    assert use.backend is Backend.AOTINDUCTOR
+    error = (got.double() - expected.double()).norm() / expected.double().norm()
+    assert error <= spec.tolerance[loader.manifest.precision]
+
+
+def test_the_engine_and_eager_share_one_copy_of_the_weights(loader: EngineLoader) -> None:
+    dimensions = loader.manifest.checkpoint.dimensions
+    spec = component_specs(dimensions)[Component.DENOISER]
+    inputs = example_inputs(spec, ShapePoint(1, 32, 64, 64), dimensions)
+    engine = loader.load_all()[Component.DENOISER]
+    bias = loader.modules[Component.DENOISER].final_layer.linear.bias  # type: ignore[union-attr]
+    before, _ = engine.run(inputs)
+    with torch.no_grad():
+        bias.add_(1.0)  # type: ignore[operator]
+        after, _ = engine.run(inputs)
+        bias.sub_(1.0)  # type: ignore[operator]
+    assert torch.allclose(after, before - 1.0, atol=1e-5)
+
+
+def test_the_server_draws_the_same_with_it(aoti_repository: Path, server: ServerProcess) -> None:
+    with server.client() as client:
+        expected = np.asarray(client.draw(PROMPT, seed=7).images[0].pillow()).astype(int)
+    with ServerProcess(aoti_repository, "--require-engine") as compiled, compiled.client() as client:
+        drawing = client.draw(PROMPT, seed=7)
+    assert {e.backend for e in drawing.completed.engines} == {"aotinductor"}
+    assert np.abs(np.asarray(drawing.images[0].pillow()).astype(int) - expected).max() <= 1

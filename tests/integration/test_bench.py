@@ -1,0 +1,69 @@
+"""`zserve bench` on the demo model: what is measured is what is named."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.cli import main
+from benchmarks.load import Arrival
+from benchmarks.record import BenchmarkError
+from benchmarks.traffic import Manners, Traffic
+from export.spec import Component
+from tests.conftest import CHECKPOINT, MODEL
+from tests.integration.process import ServerProcess
+
+BACKENDS = ("diffusers", "eager", "onnxruntime")
+
+
+def bench(name: str, repository: Path, capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
+    """Runs it on the smallest image, once; its last line."""
+    common = ("--checkpoint", str(CHECKPOINT), "--model", str(repository / MODEL), "--size", "64x64", "--device", "cpu")
+    assert main([name, *common, "-n", "1", "--warm-up", "1", *options]) == 0
+    told: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["benchmark"] == name
+    return told
+
+
+def test_components_names_every_engine_and_counts_its_calls(
+    repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = bench("components", repository, capsys)
+    found = {(r["case"]["component"], r["case"]["engine"]): r for r in told["rows"]}
+    assert set(found) == {(component.value, backend) for component in Component for backend in BACKENDS}
+    for (component, engine), row in found.items():
+        assert row["forwards"] == (4 if engine == "eager" else 3)  # checked, warm-up, measured; eager is the reference
+        assert row["ms"]["n"] == 1
+        assert set(row["speedup"]) == {"diffusers", "eager"} - {engine}
+        if (component, engine) != ("prompt_encoder", "diffusers"):
+            assert row["relative_error"] < 1e-3
+
+
+def test_image_draws_what_diffusers_draws(repository: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    plot = tmp_path / "image.svg"
+    told = bench("image", repository, capsys, "--steps", "2", "--batch", "2", "--plot", str(plot))
+    assert [r["case"]["engine"] for r in told["rows"]] == list(BACKENDS)
+    for row in told["rows"]:
+        assert row["forwards"] == 2
+        assert row["largest_difference"] <= 1
+        assert set(row["engines"].values()) == {row["case"]["engine"]}
+        stages = {stage: values["p50"] for stage, values in row["stages_ms"].items()}
+        assert all(stages[component] > 0 for component in Component)
+        assert sum(stages.values()) == pytest.approx(row["ms"]["p50"], rel=1e-3)
+    assert plot.read_text().startswith("<?xml")
+
+
+async def test_traffic_is_answered_and_checks_who_answered(server: ServerProcess) -> None:
+    traffic = Traffic(server.url, "onnxruntime", ["a red circle", "a blue star"], steps=1)
+    closed = await traffic.closed_loop(2, 0.01, [(64, 64)])
+    assert len(closed) >= 2
+    assert all(o.latency is not None for o in closed)
+    arrivals = [Arrival(0.01 * n, "all", (64, 64), 1, 60.0) for n in range(3)]
+    answered = await traffic.open_loop(arrivals, Manners.TELL)
+    assert [o.arrival for o in answered] == arrivals
+    assert all(o.good for o in answered)
+    hopeless = await traffic.open_loop([Arrival(0.0, "all", (64, 64), 1, 1e-4)], Manners.TELL)
+    assert hopeless[0].latency is None
+    with pytest.raises(BenchmarkError, match="tensorrt is to be measured"):
+        await Traffic(server.url, "tensorrt", ["a red circle"], steps=1).closed_loop(1, 0.01, [(64, 64)])

@@ -1,0 +1,119 @@
+"""Every error class through a real channel: its status, its text, and nothing of what was not foreseen."""
+
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+
+import grpc
+import grpc.aio
+import pytest
+
+from protos.zserve.v1 import image_generation_pb2 as pb
+from protos.zserve.v1 import image_generation_pb2_grpc as pb_grpc
+from server import errors
+from server.config import ModelConfig
+from server.errors import ZServeError, error_of_status
+from server.requests import Event, GenerationRequest, Queued
+from server.rpc.images import ImageGenerationClient, ImageGenerationServicer
+from server.rpc.interceptors import ErrorInterceptor
+from server.service import ModelStatus
+from tests.fakes import a_request
+
+
+class FailingService:
+    """An image service that admits every request and then raises."""
+
+    def __init__(self) -> None:
+        self.error: Exception = ZServeError("")
+        self.closed = 0
+
+    def model(self, name: str) -> ModelStatus:
+        return ModelStatus(ModelConfig("demo"), (), ready=True)
+
+    def models(self) -> list[ModelStatus]:
+        raise self.error
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        try:
+            yield Queued(0)
+            raise self.error
+        finally:
+            self.closed += 1
+
+
+def subclasses(kind: type[ZServeError]) -> Iterator[type[ZServeError]]:
+    """The tree of `server.errors`; a translation of it for another protocol is not part of it."""
+    yield kind
+    for sub in kind.__subclasses__():
+        if sub.__module__ == errors.__name__:
+            yield from subclasses(sub)
+
+
+@pytest.fixture
+async def running() -> AsyncIterator[tuple[FailingService, str]]:
+    service = FailingService()
+    server = grpc.aio.server(interceptors=[ErrorInterceptor()])
+    pb_grpc.add_ImageGenerationServicer_to_server(ImageGenerationServicer(service), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    yield service, f"127.0.0.1:{port}"
+    await server.stop(None)
+
+
+async def answers(url: str) -> list[tuple[grpc.StatusCode, str]]:
+    """How each kind of call ends: unary, streaming, and unary over a stream of events."""
+    ends = []
+    async with grpc.aio.insecure_channel(url) as channel:
+        stub = pb_grpc.ImageGenerationStub(channel)
+        request = pb.GenerateRequest(prompt="a cat")
+        for call in (stub.ListModels(pb.ListModelsRequest()), stub.GenerateImage(request)):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call
+            ends.append((caught.value.code(), caught.value.details() or ""))
+        stream = stub.Generate(request)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            assert [event async for event in stream] == []
+        ends.append((caught.value.code(), caught.value.details() or ""))
+    return ends
+
+
+@pytest.mark.parametrize("kind", list(subclasses(ZServeError)), ids=lambda k: k.__name__)
+async def test_an_error_arrives_with_its_status_and_text(
+    running: tuple[FailingService, str], kind: type[ZServeError]
+) -> None:
+    service, url = running
+    service.error = kind("what was wrong; what is accepted")
+    assert await answers(url) == [(kind.status, "what was wrong; what is accepted")] * 3
+    assert service.closed == 2
+
+
+async def test_what_was_not_foreseen_keeps_its_detail_in_the_log(
+    running: tuple[FailingService, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    service, url = running
+    service.error = ValueError("the password is swordfish")
+    for code, text in await answers(url):
+        assert code is grpc.StatusCode.INTERNAL
+        assert "swordfish" not in text
+        reference = text.removeprefix("internal error ").partition(";")[0]
+        assert reference in caplog.text
+    assert "swordfish" in caplog.text
+
+
+async def test_a_workers_error_is_raised_again_as_itself(running: tuple[FailingService, str]) -> None:
+    service, url = running
+    client = ImageGenerationClient(url)
+    for kind in (errors.InvalidRequestError, errors.DeviceMemoryError, errors.DeadlinePassedError):
+        service.error = kind("because")
+        with pytest.raises(kind, match="because"):
+            async for event in client.generate(a_request()):
+                assert event == Queued(0)
+    await client.close()
+
+
+def test_the_tree_at_the_top_of_the_file_is_true() -> None:
+    described = errors.__doc__ or ""
+    for kind in subclasses(ZServeError):
+        line = next(line for line in described.splitlines() if f" {kind.__name__} " in f" {line.strip('│├└─ ')} ")
+        statuses = [code.name for code in grpc.StatusCode if f" {code.name} " in line]
+        if statuses:
+            assert statuses == [kind.status.name]
+    assert isinstance(error_of_status(grpc.StatusCode.DATA_LOSS, "x"), ZServeError)

@@ -1,0 +1,161 @@
+"""Workers that are killed, hang, starve or compute rubbish: what a client sees, and that the server goes on."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import grpc
+import pytest
+import pytest_asyncio
+
+from client import GenerationFailedError
+from client.messages import ImageRequest
+from server.frontend.workers import Worker
+from tests.conftest import MODEL
+from tests.integration import faulty_worker
+from tests.integration.frontend import FAULTY, Running, Seen, draw, make_repository, serving
+
+CONFIG = """
+max_batch_size: 4
+instance_group { count: 2 kind: KIND_CPU }
+parameters { key: "default_size" value { string_value: "64x64" } }
+parameters { key: "default_num_inference_steps" value { string_value: "4" } }
+"""
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+class Gate:
+    """Holds requests of the gated width in the middle of their steps; see `faulty_worker`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def shut(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+    def open(self) -> None:
+        self.path.touch()
+
+
+@pytest.fixture(scope="module")
+def gate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gate]:
+    with pytest.MonkeyPatch.context() as patch:
+        gate = Gate(tmp_path_factory.mktemp("gate") / "open")
+        patch.setenv(faulty_worker.GATE, str(gate.path))
+        yield gate
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def server(repository: Path, tmp_path_factory: pytest.TempPathFactory, gate: Gate) -> AsyncIterator[Running]:
+    models = make_repository(repository / MODEL, tmp_path_factory.mktemp("failures"), CONFIG)
+    async with serving(models, FAULTY) as running:
+        await all_ready(running)
+        yield running
+
+
+async def all_ready(server: Running) -> None:
+    await server.until(lambda: all(w.state.value == "ready" for w in server.workers))
+
+
+def asked(prompt: str = "a red circle", **options: object) -> ImageRequest:
+    return ImageRequest(prompt, image_format="raw", **{"seed": 7, **options})  # type: ignore[arg-type]
+
+
+@asynccontextmanager
+async def interrupted(server: Running, gate: Gate) -> AsyncIterator[tuple[Worker, Seen]]:
+    """A request that is held in the middle of its steps, and the worker that has it; let go and answered in the end."""
+    gate.shut()
+    seen = Seen()
+    drawing = asyncio.create_task(draw(server.client, asked(width=faulty_worker.GATED), seen))
+    await server.until(lambda: len(seen.of("progress")) == faulty_worker.STEPS_BEFORE_THE_GATE)
+    (busy,) = [w for w in server.workers if w.config.instance == seen.of("started")[0].instance]
+    yield busy, seen
+    gate.open()
+    await drawing
+
+
+async def test_a_killed_worker_is_replaced_and_its_request_starts_over(server: Running, gate: Gate) -> None:
+    async with interrupted(server, gate) as (busy, seen):
+        before = busy.restarts
+        os.kill(busy.pid or 0, signal.SIGKILL)
+    undisturbed = (await draw(server.client, asked(width=faulty_worker.GATED))).of("image")
+    assert [s.attempt for s in seen.of("started")] == [1, 2]
+    assert [i.data for i in seen.of("image")] == [i.data for i in undisturbed]
+    assert seen.kinds.count("completed") == 1
+    await server.until(lambda: busy.restarts == before + 1)
+    await all_ready(server)
+
+
+async def test_a_request_that_ends_workers_is_refused_alone(server: Running) -> None:
+    bad = draw(server.client, asked(width=faulty_worker.KILLS))
+    good = [draw(server.client, asked(seed=seed, num_inference_steps=8)) for seed in range(12)]
+    refused, *drawn = await asyncio.gather(bad, *good, return_exceptions=True)
+    assert isinstance(refused, GenerationFailedError)
+    assert refused.code is grpc.StatusCode.INTERNAL
+    assert "do not send it again" in refused.details
+    assert [len(d.of("image")) for d in drawn if isinstance(d, Seen)] == [1] * 12
+    await all_ready(server)
+
+
+async def test_a_stopped_process_is_replaced(server: Running, gate: Gate) -> None:
+    async with interrupted(server, gate) as (busy, seen):
+        heard = busy.info
+        await server.until(lambda: busy.info is not heard)  # a heartbeat that is under way would be waited for
+        os.kill(busy.pid or 0, signal.SIGSTOP)
+        patient, busy.config = busy.config, replace(busy.config, patience=0.5)
+        await server.until(lambda: busy.state.value != "ready")
+        busy.config = patient
+    assert [s.attempt for s in seen.of("started")] == [1, 2]
+    assert len(seen.of("image")) == 1
+    await all_ready(server)
+
+
+async def test_a_device_that_does_not_come_back_is_given_up(server: Running) -> None:
+    with pytest.raises(GenerationFailedError) as failure:
+        await draw(server.client, asked(width=faulty_worker.HANGS))
+    assert failure.value.code is grpc.StatusCode.INTERNAL
+    await all_ready(server)
+    assert (await draw(server.client, asked())).kinds[-1] == "completed"
+
+
+async def test_no_memory_alone_is_refused_with_the_figures(server: Running) -> None:
+    with pytest.raises(GenerationFailedError, match="MiB free of") as failure:
+        await draw(server.client, asked(width=faulty_worker.STARVES))
+    assert failure.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert (await draw(server.client, asked())).kinds[-1] == "completed"
+
+
+async def test_no_memory_together_is_tried_in_smaller_batches(server: Running) -> None:
+    requests = [asked(width=faulty_worker.TOO_LARGE_TOGETHER, seed=seed, num_images=4) for seed in range(4)]
+    drawn = await asyncio.gather(*(draw(server.client, r) for r in requests))
+    assert [len(d.of("image")) for d in drawn] == [4] * 4
+
+
+async def test_an_overflow_is_made_again_on_eager_and_said_everywhere(server: Running) -> None:
+    """The last one of this server, since its worker stays on eager."""
+    seen = await draw(server.client, asked(width=faulty_worker.OVERFLOWS))
+    denoiser = seen.of("completed")[0].engines[1]
+    assert (denoiser.component, denoiser.backend) == ("denoiser", "eager")
+    assert "not finite" in denoiser.fallback_reason
+    (used,) = [w for w in server.workers if w.config.instance == seen.of("started")[0].instance]
+    # A heartbeat brings the news to the frontend.
+    await server.until(lambda: used.info and used.info.engines[1].fallback_reason)
+    instances = {i.name: i for i in (await server.client.model()).instances}
+    assert "not finite" in instances[used.config.instance].engines[1].fallback_reason
+
+
+async def test_an_engine_that_ends_its_process_at_warm_up_is_turned_off(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAULTY_WARM_UP", "image_decoder")
+    models = make_repository(repository / MODEL, tmp_path, CONFIG.replace("count: 2", "count: 1"))
+    async with serving(models, FAULTY) as server:
+        seen = await draw(server.client, asked())
+        decoder = seen.of("completed")[0].engines[2]
+        assert (decoder.component, decoder.backend) == ("image_decoder", "eager")
+        assert "SIGABRT" in decoder.fallback_reason
+        assert server.workers[0].restarts == 1

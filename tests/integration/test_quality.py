@@ -1,0 +1,67 @@
+"""`benchmarks.quality` on few small pictures, with the real engines."""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import quality
+from export.devices import current_target
+from export.manifest import Backend, Manifest
+from export.repository import versions
+from server.config import FallbackPolicy
+from server.engines.eager import EagerModules
+from server.engines.load import EngineLoader
+from server.errors import EngineLoadError
+from tests.conftest import CHECKPOINT, MODEL
+from verify.images import Painter
+
+
+def test_every_engine_is_compared_or_says_why_not(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = repository / MODEL / str(versions(repository / MODEL)[-1])
+    exported = Manifest.read(folder)
+
+    def load(variant: quality.Variant, options: argparse.Namespace) -> Painter:
+        if variant.backend is Backend.AOTINDUCTOR:
+            raise EngineLoadError("no compiler here")
+        manifest = exported if variant.backend is Backend.ONNXRUNTIME else replace(exported, engines=())
+        manifest = replace(manifest, precision=variant.precision)
+        modules = EagerModules(CHECKPOINT, variant.precision, "cpu")
+        loader = EngineLoader(folder, manifest, current_target("cpu"), modules, 2, FallbackPolicy.REFUSE)
+        return Painter(manifest, loader.load_all(), "cpu")
+
+    size = (96, 128)
+    changes = {"load": load, "SMALL": size, "GRIDS": {"quick": (size,)}, "STEPS": 2, "OTHER_STEPS": 3}
+    for name, value in changes.items():
+        monkeypatch.setattr(quality, name, value)
+    parser = argparse.ArgumentParser()
+    quality.add_arguments(parser)
+    record = quality.run(parser.parse_args(["--images", "3", "--device", "cpu", "--sheets", str(tmp_path)]))
+
+    rows = {(row["case"]["engine"], row["case"]["against"]): row for row in record["rows"]}
+    assert {row["not_run"] for (engine, _), row in rows.items() if "aotinductor" in engine} == {"no compiler here"}
+    measured = {key: row["likeness"] for key, row in rows.items() if not row["not_run"]}
+    assert len(measured) == 12
+    assert measured["eager fp32", "eager fp32"]["largest_difference"] == 0
+    assert measured["onnxruntime fp32", "eager fp32"]["largest_difference"] <= 1
+    assert measured["eager bf16", "eager fp32"]["largest_difference"] > 1
+    for engine in ("eager fp32", "eager bf16", "onnxruntime fp32"):
+        assert measured[engine, "cached prompts"]["worst_psnr"] is None
+        assert (
+            measured[engine, "batches of 4"]["worst_psnr"] is None
+            or measured[engine, "batches of 4"]["worst_psnr"] > measured[engine, "3 steps"]["worst_psnr"]
+        )
+    table = capsys.readouterr().out
+    assert "not run: no compiler here" in table
+    assert (tmp_path / "quality_cpu.png").exists()
+    json.dumps(record, allow_nan=False)
+
+
+def test_an_unknown_engine_is_told_what_is_accepted() -> None:
+    options = argparse.Namespace(device="cpu", only=["onnxruntime fp16"])
+    with pytest.raises(SystemExit, match=r"onnxruntime fp16: .*onnxruntime fp32.* are accepted"):
+        quality.variants(options)

@@ -1,0 +1,140 @@
+"""`zserve inspect`, `zserve parity` and `zserve verify`, as their users call them."""
+
+import json
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+import pytest
+
+from export.manifest import Backend, FileRecord, Manifest
+from export.repository import versions
+from export.spec import Component
+from tests.conftest import CHECKPOINT, MODEL
+from verify import gpu, images, inspection, parity
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures, not statistics."""
+    monkeypatch.setattr(parity, "REPEATS", 1)
+    monkeypatch.setattr(images, "STEPS", 4)
+
+
+def newest(repository: Path) -> Path:
+    return repository / MODEL / str(versions(repository / MODEL)[-1])
+
+
+def test_inspect_tells_all_about_plans_that_cannot_run_here(
+    tensorrt_repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert inspection.main([str(tensorrt_repository / MODEL), "--json", "--device", "cpu"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [c["component"] for c in told["components"]] == list(Component)
+    denoiser = told["components"][1]
+    assert denoiser["inputs"][0] == {
+        "name": "latents",
+        "dtype": "float32",
+        "shape": ["batch", 16, "latent_height", "latent_width"],
+    }
+    engine = denoiser["engine"]
+    assert engine["plan"]["fused_attention"] == 9
+    assert [p["maximum"]["batch"] for p in engine["plan"]["profiles"]] == [1, 8]
+    assert engine["parity"] is None
+    assert not engine["usable_here"]
+    assert "this is cpu; rebuild it: zserve export" in engine["problem"]
+
+    assert inspection.main([str(tensorrt_repository / MODEL), "--device", "cpu"]) == 0
+    table = capsys.readouterr().out
+    assert "attention  9 fused, 0 decomposed" in table
+    assert "never run: the machine that built it has none of these GPUs" in table
+
+
+def test_inspect_knows_what_is_usable(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspection.main([str(repository / MODEL), "--device", "cpu"]) == 0
+    table = capsys.readouterr().out
+    assert table.count("usable on cpu") == 3
+    assert "relative error" in table
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (inspection.main, parity.main):
+        assert command([str(tmp_path / "m")]) == 1
+        assert "there is none; `zserve export` makes one" in capsys.readouterr().err
+
+
+def test_engines_that_are_right_pass(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert parity.main([str(repository / MODEL), "--device", "cpu", "--images", "1", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["within_tolerance"]
+    for component in report["components"]:
+        assert component["backend"] == "onnxruntime"
+        assert component["relative_error"] <= component["tolerance"]
+        assert component["cosine"] > 0.9999
+    assert report["images"]["largest_difference"] <= 1
+    assert report["images"]["score"] == report["images"]["eager_score"]
+
+
+def test_an_engine_that_is_slightly_wrong_does_not(
+    repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / MODEL / "1"
+    shutil.copytree(newest(repository), folder)
+    path = folder / "prompt_encoder.onnx"
+    model = onnx.load(path)
+    (bias,) = (t for t in model.graph.initializer if t.name == "cap_embedder.1.bias")
+    bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + 0.01, bias.name))
+    onnx.save(model, path)
+    manifest = Manifest.read(folder)
+    engines = tuple(
+        replace(e, files=(FileRecord.of(path),)) if e.component is Component.PROMPT_ENCODER else e
+        for e in manifest.engines
+    )
+    replace(manifest, engines=engines).write(folder)
+    assert parity.main([str(folder.parent), "--device", "cpu", "--images", "1"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "BAD relative error" in next(line for line in lines if "prompt_encoder" in line)
+    assert "ok  relative error" in next(line for line in lines if "denoiser" in line)
+
+
+def test_verify_reports_on_every_backend(repository: Path, tensorrt_repository: Path, tmp_path: Path) -> None:
+    """One that runs here, one that is built for other machines, and one that is not possible."""
+    kept, out = tmp_path / "kept", tmp_path / "report"
+    for backend, source in ((Backend.ONNXRUNTIME, repository), (Backend.TENSORRT_RTX, tensorrt_repository)):
+        shutil.copytree(newest(source), kept / f"verified-{backend}" / "1")
+    backends = ("--backend", "onnxruntime", "--backend", "tensorrt_rtx", "--backend", "tensorrt")
+    arguments = ("--checkpoint", str(CHECKPOINT), "--repository", str(kept), "--device", "cpu", "--images", "1")
+    assert gpu.main([*arguments, *backends, "--out", str(out)]) == 0
+    report = json.loads(out.with_suffix(".json").read_text())
+    assert report["machine"]["device"] == "cpu"
+    here, elsewhere, nowhere = report["backends"]
+    assert (here["built"], here["right"], here["problem"]) == (True, True, "")
+    assert [c["component"] for c in here["parity"]["components"]] == list(Component)
+    assert (elsewhere["built"], elsewhere["right"]) == (True, None)
+    assert elsewhere["version"]["components"][1]["engine"]["plan"]["fused_attention"] == 9
+    assert (nowhere["built"], nowhere["right"]) == (False, None)
+    assert "tensorrt" in nowhere["problem"]
+    lines = out.with_suffix(".md").read_text().splitlines()
+    for component in Component:
+        (row,) = (line for line in lines if line.startswith("| onnxruntime") and f"| {component} |" in line)
+        assert len(row.split("|")) == 9
+    assert any(line.startswith("| tensorrt_rtx |") and "| no |" not in line for line in lines)
+    assert "| tensorrt | no | | | | | |" in lines
+    assert "* tensorrt_rtx: built for sm89,sm120, and not run, as this machine has no GPU" in lines
+    assert any("1 images, PSNR at least" in line for line in lines)
+    assert list((kept / "verified-onnxruntime").glob("[0-9]*")) == [kept / "verified-onnxruntime" / "1"], "reused"
+
+
+def test_verify_fails_where_an_engine_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that is built and ends the process that compares it."""
+
+    def run(command: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        status = -11 if command == "parity" else 0
+        return subprocess.CompletedProcess([], status, "{}" if command == "inspect" else "", "")
+
+    monkeypatch.setattr(gpu, "_zserve", run)
+    out = tmp_path / "report"
+    assert gpu.main(["--backend", "aotinductor", "--device", "cpu", "--out", str(out)]) == 1
+    assert "* aotinductor: its process was killed by signal 11" in out.with_suffix(".md").read_text()

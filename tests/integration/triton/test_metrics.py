@@ -1,0 +1,99 @@
+"""Metrics: Triton's names, our own, what moves them; and that documents and dashboard speak of the same ones."""
+
+import re
+from collections.abc import Callable
+
+import tritonclient.grpc as triton
+
+from server.frontend.triton_metrics import GPU_FAMILIES
+from tests.conftest import MODEL, ROOT
+from tests.integration.process import ServerProcess
+from tests.integration.triton.conftest import bytes_tensor, some_bytes
+
+Start = Callable[..., ServerProcess]
+NAME = re.compile(r"\b(?:zserve|nv)_[a-z_]+\b")
+PARTS = re.compile(r"_(bucket|sum|count)$")  # of histograms and summaries
+
+
+def exported(server: ServerProcess) -> set[str]:
+    """The families that `server` exports; those of GPUs too, which this machine may not have."""
+    return set(re.findall(r"^# TYPE (\S+)", server.metrics(), re.MULTILINE)) | set(GPU_FAMILIES)
+
+
+def test_the_dashboard_asks_only_for_what_is_exported(triton_server: ServerProcess) -> None:
+    known = exported(triton_server)
+    text = (ROOT / "deploy" / "grafana-dashboard.json").read_text()
+    asked = set(NAME.findall(text))
+    assert len(asked) > 15
+    assert {name for name in asked if name not in known and PARTS.sub("", name) not in known} == set()
+
+
+def test_the_documents_name_every_metric_of_ours_and_no_other(triton_server: ServerProcess) -> None:
+    table = re.findall(r"^\| (`zserve_.*?) \|", (ROOT / "docs" / "operations.md").read_text(), re.MULTILINE)
+    documented = {name for row in table for name in NAME.findall(row)}
+    assert documented == {name for name in exported(triton_server) if name.startswith("zserve_")}
+
+
+def test_an_image_moves_the_metrics_of_its_steps(
+    triton_server: ServerProcess, triton_client: triton.InferenceServerClient
+) -> None:
+    def figures() -> dict[str, float]:
+        names = ("zserve_step_duration_seconds_count", "zserve_batch_size_count", "zserve_batch_size_sum")
+        found = {name: triton_server.metric(name, model=MODEL) for name in names}
+        found["seconds"] = triton_server.metric("zserve_step_duration_seconds_sum", model=MODEL)
+        found["images"] = triton_server.metric("zserve_images_total", model=MODEL)
+        for result in ("hit", "miss"):
+            found[result] = triton_server.metric("zserve_prompt_cache_lookups_total", model=MODEL, result=result)
+        return found
+
+    before = figures()
+    wanted = {"num_inference_steps": 3, "num_images": 2, "width": 64, "height": 64}
+    triton_client.infer(MODEL, [bytes_tensor("PROMPT", "a metric")], parameters=wanted)
+    change = {name: value - before[name] for name, value in figures().items()}
+    steps = change["zserve_step_duration_seconds_count"]
+    assert 3 <= steps <= 6  # as many as its images did not share
+    assert (change["zserve_batch_size_count"], change["zserve_batch_size_sum"]) == (steps, 6)
+    assert change["seconds"] > 0
+    assert (change["images"], change["hit"], change["miss"]) == (2, 0, 1)
+
+
+def test_the_queue_is_told_by_priority(triton_server: ServerProcess) -> None:
+    waiting = re.findall(rf'^zserve_queue_depth{{model="{MODEL}",priority="(\d)"}} 0$', triton_server.metrics(), re.M)
+    assert waiting == list("12345678")
+
+
+def test_metrics_in_tritons_names(triton_server: ServerProcess, triton_client: triton.InferenceServerClient) -> None:
+    before = triton_server.metric("nv_inference_request_success", model="identity", version="1")
+    triton_client.infer("identity", [some_bytes()])
+    assert triton_server.metric("nv_inference_request_success", model="identity", version="1") == before + 1
+    text = triton_server.metrics()
+    for reason in ("REJECTED", "CANCELED", "BACKEND", "OTHER"):
+        assert f'nv_inference_request_failure{{model="two",reason="{reason}",version="1"}} ' in text
+    for name in (
+        "nv_inference_count",
+        "nv_inference_exec_count",
+        "nv_inference_request_duration_us",
+        "nv_inference_queue_duration_us",
+        "nv_inference_compute_input_duration_us",
+        "nv_inference_compute_infer_duration_us",
+        "nv_inference_compute_output_duration_us",
+        "nv_inference_pending_request_count",
+        "nv_model_load_duration_secs",
+        "nv_cache_num_hits_per_model",
+        "nv_cache_num_misses_per_model",
+        "nv_cache_hit_duration_per_model",
+        "nv_cache_miss_duration_per_model",
+    ):
+        assert f'\n{name}{{model="identity",version="1"}} ' in text, name
+    assert re.search(r"^nv_cpu_memory_total_bytes \d{9,}$", text, re.MULTILINE)
+    assert not re.search(r"\d[eE][+-]?\d", re.sub(r"^#.*|\{.*\}", "", text, flags=re.MULTILINE))
+
+
+def test_summaries_and_histograms_on_request(identity_server: Start) -> None:
+    wanted = ("summary_latencies=true", "counter_latencies=false", "summary_quantiles=0.5:0.05,0.9:0.01")
+    server = identity_server(*(part for setting in wanted for part in ("--metrics-config", setting)))
+    with triton.InferenceServerClient(server.url) as client:
+        client.infer("identity", [some_bytes()])
+    assert server.metric("nv_inference_request_summary_us", model="identity", quantile="0.9") > 0
+    assert server.metric("nv_inference_request_summary_us_count", model="identity") == 1
+    assert "nv_inference_request_duration_us" not in server.metrics()

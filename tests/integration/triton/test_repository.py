@@ -1,0 +1,216 @@
+"""Versions, loading and unloading: explicit, by polling, and with a model that cannot be loaded."""
+
+import json
+import queue
+import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+
+from export.repository import versions
+from tests.conftest import MODEL
+from tests.integration.process import PATIENCE, ServerProcess, wait_for
+from tests.integration.triton.conftest import IDENTITIES, bytes_tensor, identity_config, some_bytes, tensor, write_model
+from tests.integration.triton.test_errors import status_of
+
+Start = Callable[..., ServerProcess]
+
+
+def states(client: triton.InferenceServerClient) -> dict[tuple[str, str], str]:
+    return {(m.name, m.version): m.state for m in client.get_model_repository_index().models}
+
+
+def test_load_and_unload(identity_server: Start, tmp_path: Path) -> None:
+    server = identity_server("--model-control-mode", "explicit")
+    with triton.InferenceServerClient(server.url) as client:
+        assert states(client) == {("identity", ""): ""}
+        assert client.is_server_ready()
+        client.load_model("identity")
+        assert states(client) == {("identity", "1"): "READY"}
+        assert client.is_model_ready("identity")
+        client.unload_model("identity")
+        wait_for(lambda: states(client) == {("identity", "1"): "UNAVAILABLE"})
+        assert status_of(lambda: client.infer("identity", [some_bytes()]))[0] == "NOT_FOUND"
+        client.load_model("identity")
+        assert client.infer("identity", [some_bytes()]).as_numpy("OUTPUT0").size == 5
+        assert status_of(lambda: client.unload_model("x"))[0] == "NOT_FOUND"
+        assert status_of(lambda: client.load_model("x"))[0] == "INTERNAL"
+        assert status_of(lambda: client.load_model("../models/identity"))[0] == "INTERNAL"
+
+
+class Drawing:
+    """Clients that draw one image after the other, and what version answered each; an error ends it all."""
+
+    def __init__(self, server: ServerProcess) -> None:
+        self.server, self.stop = server, threading.Event()
+        self.versions: list[str] = []
+        self.images = 0
+
+    def tensors(self) -> None:
+        parameters = {"num_inference_steps": 1, "width": 64, "height": 64}
+        with triton.InferenceServerClient(self.server.url) as client:
+            while not self.stop.is_set():
+                result = client.infer(MODEL, [bytes_tensor("PROMPT", "a star")], parameters=parameters)
+                assert result.as_numpy("IMAGE").shape == (64, 64, 3)
+                self.versions.append(result.get_response().model_version)
+
+    def one(self) -> int:
+        with self.server.client() as client:
+            return len(client.draw("a star", width=64, height=64, num_inference_steps=1).images)
+
+    def stream(self) -> None:
+        while not self.stop.is_set():
+            self.images += self.one()
+
+
+def test_a_version_is_replaced_and_unloaded_without_a_failed_request(repository: Path, tmp_path: Path) -> None:
+    newest = repository / MODEL / str(versions(repository / MODEL)[-1])
+    model = tmp_path / MODEL
+    shutil.copytree(newest, model / "1")
+    shutil.copy(repository / MODEL / "config.pbtxt", model)
+    arguments = ("--model-control-mode", "explicit", "--load-model", MODEL)
+    with ServerProcess(tmp_path, *arguments) as server, ThreadPoolExecutor(4) as pool:
+        (old,) = server.workers()
+        drawing = Drawing(server)
+        clients = [pool.submit(work) for work in (drawing.tensors, drawing.tensors, drawing.stream, drawing.stream)]
+        try:
+            wait_for(lambda: drawing.images > 3 and len(drawing.versions) > 3)
+            shutil.copytree(newest, tmp_path / "2")
+            (tmp_path / "2").rename(model / "2")
+            with triton.InferenceServerClient(server.url) as client:
+                client.load_model(MODEL)
+                assert states(client) == {(MODEL, "1"): "UNAVAILABLE", (MODEL, "2"): "READY"}
+            images = drawing.images
+            wait_for(lambda: drawing.images > images + 3 and drawing.versions.count("2") > 3)
+        finally:
+            drawing.stop.set()
+        for client in clients:
+            client.result(PATIENCE)  # none has failed
+        assert set(drawing.versions) == {"1", "2"}
+        assert not old.is_running()
+        assert len(server.workers()) == 1
+        assert server.metric("zserve_worker_restarts", model=MODEL) == 0
+        with server.standing_still(), triton.InferenceServerClient(server.url) as client:
+            last = pool.submit(drawing.one)
+            wait_for(lambda: server.metric("zserve_running_requests", model=MODEL) == 1)
+            client.unload_model(MODEL)
+            assert states(client) == {(MODEL, "1"): "UNAVAILABLE", (MODEL, "2"): "UNLOADING"}
+        assert last.result(PATIENCE) == 1
+        wait_for(lambda: not server.workers())
+
+
+def test_a_request_under_way_outlives_its_unloading(identity_server: Start) -> None:
+    server = identity_server("--model-control-mode", "explicit", "--load-model", "identity")
+    with triton.InferenceServerClient(server.url) as client:
+        results: queue.Queue[triton.InferResult] = queue.Queue()
+        client.async_infer(
+            "identity", [some_bytes()], lambda result, error: results.put(result), parameters={"execute_delay_ms": 3000}
+        )
+        wait_for(lambda: server.metric("nv_inference_pending_request_count", model="identity") == 1)
+        client.unload_model("identity")
+        assert states(client) == {("identity", "1"): "UNLOADING"}
+        for version in ("", "1"):
+            status, text = status_of(lambda v=version: client.infer("identity", [some_bytes()], model_version=v))
+            assert (status, "is not at ready state" in text) == ("UNAVAILABLE", True)
+        assert results.get(timeout=60).as_numpy("OUTPUT0").size == 5
+
+
+def test_a_config_given_with_the_load(identity_server: Start) -> None:
+    server = identity_server("--model-control-mode", "explicit")
+    config = {
+        "backend": "identity",
+        "input": [{"name": "A", "data_type": "TYPE_FP32", "dims": [2]}],
+        "output": [{"name": "B", "data_type": "TYPE_FP32", "dims": [2]}],
+    }
+    with triton.InferenceServerClient(server.url) as client:
+        client.load_model("identity", config=json.dumps(config))
+        values = np.array([1, 2], dtype=np.float32)
+        assert client.infer("identity", [tensor("A", values, "FP32")]).as_numpy("B").tolist() == [1, 2]
+        assert client.get_model_config("identity").config.input[0].name == "A"
+        assert status_of(lambda: client.load_model("identity", config="{"))[0] == "INVALID_ARGUMENT"
+        files = {"file:7/model.bin": b"weights"}
+        client.load_model("identity", config=json.dumps(config), files=files)
+        assert states(client) == {("identity", "7"): "READY", ("identity", "1"): "UNAVAILABLE"}
+        escape = {"file:../../x": b""}
+        assert (
+            status_of(lambda: client.load_model("identity", config=json.dumps(config), files=escape))[0] == "INTERNAL"
+        )
+        assert client.infer("identity", [tensor("A", values, "FP32")]).get_response().model_version == "7"
+
+
+def test_nothing_is_loaded_by_clients_unless_that_was_allowed(identity_server: Start) -> None:
+    with triton.InferenceServerClient(identity_server().url) as client:
+        for call in (client.load_model, client.unload_model):
+            status, text = status_of(lambda call=call: call("identity"))
+            assert status == "UNAVAILABLE"
+            assert text == "explicit model load / unload is not allowed if polling is enabled"
+
+
+def test_version_policy(identity_server: Start, tmp_path: Path) -> None:
+    policy = "version_policy {{ {} }}"
+    versions = ("1", "2", "10")
+    for name, choice in (("latest_two", "latest { num_versions: 2 }"), ("only", "specific { versions: [1, 2] }")):
+        config = identity_config("TYPE_UINT8", extra=policy.format(choice))
+        write_model(tmp_path / "models", name, config, versions)
+    with triton.InferenceServerClient(identity_server().url) as client:
+        assert list(client.get_model_metadata("latest_two").versions) == ["2", "10"]
+        assert list(client.get_model_metadata("only").versions) == ["1", "2"]
+        assert client.infer("latest_two", [some_bytes()]).get_response().model_version == "10"
+        assert not [k for k in states(client) if k == ("latest_two", "1")]
+
+
+def test_polling_follows_the_folders(identity_server: Start, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    server = identity_server("--model-control-mode", "poll", "--repository-poll-secs", "0.2")
+    with triton.InferenceServerClient(server.url) as client:
+        assert client.infer("identity", [some_bytes()]).get_response().model_version == "1"
+        write_model(models, "identity", IDENTITIES["identity"], ("2",))
+        wait_for(lambda: states(client).get(("identity", "2")) == "READY")
+        wait_for(lambda: states(client).get(("identity", "1")) == "UNAVAILABLE")
+        assert client.infer("identity", [some_bytes()]).get_response().model_version == "2"
+        write_model(models, "another", IDENTITIES["identity"])
+        wait_for(lambda: states(client).get(("another", "1")) == "READY")
+        shutil.rmtree(models / "another")
+        wait_for(lambda: ("another", "1") not in states(client))
+        (models / "identity" / "config.pbtxt").write_text("not a config")
+        wait_for(lambda: "failed" in server.log or "cannot load model identity" in server.log)
+        assert client.infer("identity", [some_bytes()]).get_response().model_version == "2"
+
+
+@pytest.mark.parametrize("broken", ["backend: 'nothing'", "not a config"])
+def test_a_broken_model_is_named_and_the_others_serve(identity_server: Start, tmp_path: Path, broken: str) -> None:
+    write_model(tmp_path / "models", "broken", broken)
+    server = identity_server("--strict-readiness", "false")
+    with triton.InferenceServerClient(server.url) as client:
+        wait_for(lambda: client.is_model_ready("identity") or None)
+        (entry,) = [m for m in client.get_model_repository_index().models if m.name == "broken"]
+        assert entry.state == "UNAVAILABLE"
+        assert "nothing" in entry.reason or "config.pbtxt cannot be read" in entry.reason
+        assert client.infer("identity", [some_bytes()]).as_numpy("OUTPUT0").size == 5
+        assert [m.name for m in client.get_model_repository_index().models] == ["broken", "identity"]
+
+
+def test_strict_readiness(tmp_path: Path) -> None:
+    write_model(tmp_path, "identity", IDENTITIES["identity"])
+    write_model(tmp_path, "broken", "backend: 'nothing'")
+    server = ServerProcess(tmp_path)
+    with triton.InferenceServerClient(server.url) as client:
+        wait_for(lambda: "cannot load model broken" in server.log)
+        wait_for(lambda: client.is_model_ready("identity") or None)
+        assert not client.is_server_ready()
+    assert server.stop() == 0
+
+
+@pytest.mark.parametrize("arguments", [(), ("--exit-on-error",)])
+def test_the_server_ends_when_it_has_nothing_to_serve(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    write_model(tmp_path, "broken", "backend: 'nothing'")
+    if arguments:
+        write_model(tmp_path, "identity", IDENTITIES["identity"])
+    server = ServerProcess(tmp_path, *arguments)
+    assert server.ended() == 1
+    assert "cannot load model broken" in server.log

@@ -1,0 +1,111 @@
+"""System shared memory through tritonclient's own helpers; never outside what was registered."""
+
+import os
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+import tritonclient.utils.shared_memory as shm
+
+from tests.integration.process import ServerProcess
+from tests.integration.triton.conftest import some_bytes
+from tests.integration.triton.test_errors import status_of
+
+SIZE = 64
+KEY = f"/zserve_test_{os.getpid()}"
+
+
+@pytest.fixture
+def region(triton_client: triton.InferenceServerClient) -> Iterator[object]:
+    """64 bytes that count up, registered as `region`."""
+    handle = shm.create_shared_memory_region("region", KEY, SIZE)
+    shm.set_shared_memory_region(handle, [np.arange(SIZE, dtype=np.uint8)])
+    triton_client.register_system_shared_memory("region", KEY, SIZE)
+    yield handle
+    triton_client.unregister_system_shared_memory("")
+    shm.destroy_shared_memory_region(handle)
+
+
+def shared(size: int, offset: int = 0, region: str = "region") -> triton.InferInput:
+    made = triton.InferInput("INPUT0", [size], "UINT8")
+    made.set_shared_memory(region, size, offset)
+    return made
+
+
+def test_input_and_output_in_shared_memory(triton_client: triton.InferenceServerClient, region: object) -> None:
+    output = triton.InferRequestedOutput("OUTPUT0")
+    output.set_shared_memory("region", 8, 32)
+    result = triton_client.infer("identity", [shared(8, 4)], outputs=[output])
+    assert list(result.get_response().raw_output_contents) == [b""]
+    found = shm.get_contents_as_numpy(region, np.uint8, [SIZE])
+    assert found[32:40].tolist() == list(range(4, 12))
+    assert found[:32].tolist() == list(range(32))
+    assert found[40:].tolist() == list(range(40, SIZE))
+
+
+def test_an_input_beside_one_on_the_wire(triton_client: triton.InferenceServerClient, region: object) -> None:
+    result = triton_client.infer("identity", [shared(4)])
+    assert result.as_numpy("OUTPUT0").tolist() == [0, 1, 2, 3]
+
+
+def test_status_and_unregister(triton_client: triton.InferenceServerClient, region: object) -> None:
+    found = triton_client.get_system_shared_memory_status("region").regions["region"]
+    assert (found.key, found.offset, found.byte_size) == (KEY, 0, SIZE)
+    triton_client.unregister_system_shared_memory("region")
+    assert not triton_client.get_system_shared_memory_status().regions
+    assert status_of(lambda: triton_client.get_system_shared_memory_status("region"))[0] == "NOT_FOUND"
+
+
+def test_cuda_calls_succeed_where_nothing_is_registered(triton_client: triton.InferenceServerClient) -> None:
+    triton_client.unregister_cuda_shared_memory("")
+    assert not triton_client.get_cuda_shared_memory_status().regions
+
+
+Call = Callable[[triton.InferenceServerClient], object]
+OUTSIDE: dict[str, tuple[Call, str, str]] = {
+    "input past the end": (lambda c: c.infer("identity", [shared(8, SIZE - 4)]), "INVALID_ARGUMENT", "byte size"),
+    "offset past the end": (lambda c: c.infer("identity", [shared(8, SIZE + 1)]), "INVALID_ARGUMENT", "Invalid offset"),
+    "negative offset": (lambda c: c.infer("identity", [shared(8, -4)]), "INVALID_ARGUMENT", "shared_memory_offset"),
+    "unknown": (lambda c: c.infer("identity", [shared(8, region="x")]), "NOT_FOUND", "Unable to find"),
+    "duplicate": (lambda c: c.register_system_shared_memory("region", KEY, 8), "ALREADY_EXISTS", "already in manager"),
+    "too large": (lambda c: c.register_system_shared_memory("r2", KEY, SIZE * 100), "INVALID_ARGUMENT", "byte size"),
+    "absent": (lambda c: c.register_system_shared_memory("r2", "/zserve_absent", 8), "INTERNAL", "Unable to open"),
+    "a path": (lambda c: c.register_system_shared_memory("r2", "/../../etc/passwd", 8), "INVALID_ARGUMENT", "key"),
+    "cuda": (lambda c: c.register_cuda_shared_memory("r3", b"x" * 64, 0, 8), "UNIMPLEMENTED", "CUDA"),
+}
+
+
+@pytest.mark.parametrize("case", list(OUTSIDE))
+def test_nothing_outside_what_was_registered(
+    triton_client: triton.InferenceServerClient, region: object, case: str
+) -> None:
+    call, status, text = OUTSIDE[case]
+    found = status_of(lambda: call(triton_client))
+    assert found[0] == status
+    assert text in found[1]
+
+
+def test_an_output_that_does_not_fit(triton_client: triton.InferenceServerClient, region: object) -> None:
+    output = triton.InferRequestedOutput("OUTPUT0")
+    output.set_shared_memory("region", 4)
+    found = status_of(lambda: triton_client.infer("identity", [some_bytes(8)], outputs=[output]))
+    assert found[0] == "INTERNAL"
+    assert "should be at least 8 bytes" in found[1]
+
+
+def test_memory_that_has_shrunk_is_an_error(triton_client: triton.InferenceServerClient, region: object) -> None:
+    os.truncate(f"/dev/shm{KEY}", 8)
+    assert status_of(lambda: triton_client.infer("identity", [shared(SIZE)]))[0] == "INVALID_ARGUMENT"
+    os.truncate(f"/dev/shm{KEY}", SIZE)  # the client's own mapping would fault otherwise
+    assert triton_client.infer("identity", [shared(8)]).as_numpy("OUTPUT0").size == 8
+
+
+def test_it_is_off_by_default(identity_server: Callable[..., ServerProcess]) -> None:
+    with triton.InferenceServerClient(identity_server().url) as client:
+        found = status_of(lambda: client.register_system_shared_memory("region", KEY, SIZE))
+        assert found == (
+            "UNIMPLEMENTED",
+            "Client shared memory is disabled. Start the server with '--allow-client-shm=true' to enable.",
+        )
+        assert not [e for e in client.get_server_metadata().extensions if "shared_memory" in e]

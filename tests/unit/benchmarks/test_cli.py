@@ -1,0 +1,83 @@
+"""`zserve bench`: what it offers, what it refuses, and that every benchmark keeps to the interface."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import cli
+from benchmarks.record import write
+from tests.conftest import ROOT
+from tests.unit.benchmarks.records import components
+
+
+@pytest.mark.parametrize("name", list(cli.BENCHMARKS))
+def test_every_benchmark_states_its_question_method_and_units(name: str) -> None:
+    module = importlib.import_module(f"benchmarks.{name}")
+    assert module.__doc__ is not None
+    assert "?" in module.__doc__.partition("Method:")[0]
+    assert "\nMethod:" in module.__doc__
+    assert "\nUnits:" in module.__doc__
+    with pytest.raises(SystemExit) as ended:
+        cli.main([name, "--help"])
+    assert ended.value.code == 0
+
+
+def test_the_command_lists_its_benchmarks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    listed = capsys.readouterr().out
+    assert [name for name in cli.BENCHMARKS if f"    {name} " not in listed] == []
+
+
+def test_a_client_install_does_not_load_benchmarks() -> None:
+    program = "import zserve, sys; print([m for m in sys.modules if m.startswith('benchmarks')])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["nope"], 2, "there are components, image, service"),
+        (["components", "--model", "no/where"], 1, "`zserve export` makes one"),
+        (["components", "--random-weights", "--device", "cpu"], 1, "needs a GPU with 24 GB"),
+        (["components", "--checkpoint", "no/where", "--backend", "eager"], 1, "no checkpoint folder"),
+        (["planner", "--plot", "a.svg"], 1, "there is no picture of planner"),
+        (["image", "--plot", "a.pdf"], 1, ".svg and .png are accepted"),
+    ],
+)
+def test_bad_input_is_told_what_is_accepted(
+    arguments: list[str], status: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == status
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--size", "100x100"], "multiples of 16 from 64 on"),
+        (["--size", "256"], "WIDTHxHEIGHT"),
+        (["--backend", "nope"], "diffusers"),
+        (["--batch", "0"], "a whole number from 1 on"),
+    ],
+)
+def test_bad_options_are_told_what_is_accepted(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["components", *arguments])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_output_and_last_line_are_the_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "a.json", components())
+    output = tmp_path / "out" / "c.json"
+    assert cli.main(["compare", *[str(tmp_path / "a.json")] * 2, "--output", str(output)]) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last == json.loads(output.read_text())
+    assert last["benchmark"] == "compare"

@@ -1,0 +1,68 @@
+"""`zserve bench compare` and `zserve bench check`, on records that are made up."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.cli import main
+from benchmarks.record import Record, write
+from tests.unit.benchmarks.records import components, engine_row, record
+
+
+def run(tmp_path: Path, command: str, a: Record, b: Record, *more: str) -> int:
+    write(tmp_path / "a.json", a)
+    write(tmp_path / "b.json", b)
+    return main([command, str(tmp_path / "a.json"), str(tmp_path / "b.json"), *more])
+
+
+def test_compare_sets_equal_cases_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slower = components(compiled_ms=75.0) | {"versions": {"torch": "2.14.0"}}
+    slower["rows"].append(engine_row("tensorrt", 10.0))
+    assert run(tmp_path, "compare", components(), slower) == 0
+    printed = capsys.readouterr().out
+    assert "versions differ: torch: 2.13.0 and 2.14.0" in printed
+    told = json.loads(printed.splitlines()[-1])
+    compiled = next(r for r in told["rows"] if r["case"]["engine"] == "onnxruntime")
+    assert compiled["figures"]["ms"] == [50.0, 75.0, 1.5]
+    assert compiled["figures"]["speedup.eager"][2] == pytest.approx(2 / 3, rel=1e-3)
+    assert told["missing"] == ["component denoiser, size 256x256, batch 1, engine tensorrt"]
+
+
+def test_compare_refuses_what_has_nothing_in_common(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path, "compare", components(), components() | {"benchmark": "image"}) == 1
+    assert "A is of components and B of image" in capsys.readouterr().err
+    assert run(tmp_path, "compare", components(), record("components", engine_row("eager", 1.0, batch=2))) == 1
+    assert "no row in common" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("compiled_ms", "status"), [(40.0, 0), (50.0, 0), (54.0, 0), (57.0, 1), (90.0, 1)])
+def test_check_fails_on_a_lost_speed_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], compiled_ms: float, status: int
+) -> None:
+    """A tenth of the speed-up at 50 ms is gone at 55.6 ms."""
+    assert run(tmp_path, "check", components(compiled_ms), components()) == status
+    said = capsys.readouterr()
+    assert ("lost over 10 %" in said.err) == bool(status)
+    assert "engine onnxruntime, over eager" in said.out
+
+
+def test_check_looks_at_ratios_alone(tmp_path: Path) -> None:
+    """All of the machine is half as fast today."""
+    today = record(
+        "components", engine_row("eager", 180.0), engine_row("onnxruntime", 100.0, diffusers=2.0, eager=1.8)
+    )  # fmt: skip
+    assert run(tmp_path, "check", today, components()) == 0
+
+
+def test_check_fails_where_nothing_was_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path, "check", record("components", engine_row("eager", 1.0)), components()) == 1
+    assert "not measured any more" in capsys.readouterr().err
+    assert run(tmp_path, "check", components(), record("components", engine_row("eager", 1.0))) == 1
+    assert "no speed-ups to check" in capsys.readouterr().err
+    assert run(tmp_path, "check", components() | {"benchmark": "image"}, components()) == 1
+    assert "one is of image" in capsys.readouterr().err
+
+
+def test_check_takes_another_tolerance(tmp_path: Path) -> None:
+    assert run(tmp_path, "check", components(57.0), components(), "--tolerance", "20") == 0

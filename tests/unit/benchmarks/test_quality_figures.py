@@ -1,0 +1,76 @@
+"""The quality benchmark's figures on pairs whose likeness is known, and its sheet."""
+
+import json
+import math
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+
+from benchmarks.likeness import likeness, ssim
+from benchmarks.quality_sheet import TITLE, contact_sheet, magnified
+from demo.evaluate import Share
+from verify.images import Pixels, psnr
+
+
+def flat(level: int, size: int = 32) -> Pixels:
+    return np.full((size, size, 3), level, np.uint8)
+
+
+def noise(seed: int) -> Pixels:
+    return np.random.default_rng(seed).integers(0, 256, (32, 32, 3), np.uint8)
+
+
+@pytest.mark.parametrize("difference", [1, 5, 51])
+def test_psnr_of_a_constant_difference(difference: int) -> None:
+    assert psnr(flat(100), flat(100 + difference)) == pytest.approx(20 * math.log10(255 / difference))
+
+
+def test_psnr_of_one_pixel() -> None:
+    other = flat(100)
+    other[3, 4, 1] = 110
+    assert psnr(flat(100), other) == pytest.approx(10 * math.log10(255**2 / (10**2 / (32 * 32 * 3))))
+
+
+@pytest.mark.parametrize(("a", "b"), [(100, 100), (100, 110), (0, 255), (20, 60)])
+def test_ssim_of_flat_pictures_is_that_of_their_means(a: int, b: int) -> None:
+    c = (0.01 * 255) ** 2
+    assert ssim(flat(a), flat(b)) == pytest.approx((2 * a * b + c) / (a * a + b * b + c), abs=1e-6)
+
+
+def test_ssim_of_unlike_pictures_is_about_nothing() -> None:
+    assert ssim(noise(0), noise(0)) == 1
+    assert abs(ssim(noise(0), noise(1))) < 0.1
+
+
+def test_likeness_takes_the_worst_and_the_median() -> None:
+    got = likeness([flat(100), flat(101), flat(110)], [flat(100)] * 3)
+    assert got.worst_psnr == pytest.approx(20 * math.log10(255 / 10))
+    assert got.median_psnr == pytest.approx(20 * math.log10(255))
+    assert got.worst_ssim < got.median_ssim < 1
+    assert got.largest_difference == 10
+
+
+def test_equal_pictures_have_no_psnr_and_the_record_stays_json() -> None:
+    got = likeness([noise(2)], [noise(2)])
+    assert (got.worst_psnr, got.median_psnr, got.worst_ssim, got.largest_difference) == (None, None, 1, 0)
+    assert json.loads(json.dumps(asdict(got), allow_nan=False))["worst_psnr"] is None
+
+
+# From Wilson's formula; 0 of 10 and 10 of 10 are each other's mirror.
+@pytest.mark.parametrize(
+    ("right", "count", "low", "high"),
+    [(95, 100, 0.8882, 0.9785), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (1, 2, 0.0945, 0.9055)],
+)
+def test_a_share_has_wilsons_interval(right: int, count: int, low: float, high: float) -> None:
+    share = Share.of([True] * right + [False] * (count - right))
+    assert (share.right, share.count, share.share) == (right, count, right / count)
+    assert (share.low, share.high) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
+
+
+def test_the_sheet_has_a_column_an_engine_and_shows_differences_magnified() -> None:
+    sheet = np.asarray(contact_sheet({"one": [flat(100)], "other": [flat(102)]}))
+    assert sheet.shape[0] == 2 * (32 + TITLE)
+    assert (sheet[TITLE, 0] == 100).all() and (sheet[TITLE, -1] == 102).all()
+    assert (sheet[-1, 0] == 0).all() and (sheet[-1, -1] == 64).all()
+    assert magnified(flat(0), flat(255)).max() == 255

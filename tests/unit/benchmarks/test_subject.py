@@ -1,0 +1,133 @@
+"""Random weights of the published config, shrunken; and engines that are not what they should be."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import engines, published
+from benchmarks.choice import DIFFUSERS, Choice
+from benchmarks.diffusers_row import DiffusersRow
+from benchmarks.engine_row import EngineRow
+from benchmarks.record import BenchmarkError
+from benchmarks.rows import compare_images
+from benchmarks.subject import Counted, SharedModules, Subject, describe, load_pipeline, open_subject
+from export.build import BuildInputs, Built
+from export.checkpoint import open_checkpoint
+from export.manifest import Backend
+from export.spec import Component, Precision
+from server.engines.served import ServedComponent
+from tests.fakes import FakeEngine
+
+SMALL = {
+    "transformer": {"dim": 192, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 3, "n_kv_heads": 3, "cap_feat_dim": 64,
+                    "axes_dims": [16, 24, 24]},
+    "text_encoder": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
+                     "num_key_value_heads": 1, "head_dim": 32},
+    "vae": {"block_out_channels": [32, 32, 32, 32], "layers_per_block": 1},
+}  # fmt: skip
+
+
+@pytest.fixture
+def choice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Choice:
+    """Random weights on the CPU, small enough for it."""
+    for part, changes in SMALL.items():
+        monkeypatch.setitem(published.CONFIGS, part, {**published.CONFIGS[part], **changes})
+    backends = (DIFFUSERS, Backend.EAGER.value)
+    return Choice(None, backends, models={}, repository=tmp_path, device="cpu", sizes=("64x96",))
+
+
+def test_random_weights_draw_the_same_through_both_rows(choice: Choice) -> None:
+    subject, pipeline = open_subject(choice)
+    rows = DiffusersRow(pipeline, subject.device), EngineRow(subject, Backend.EAGER)
+    drawn = [row.draw(["a cat"] * 2, size="64x96", steps=2, seed=5) for row in rows]
+    (expected, _), (images, stages) = drawn
+    assert compare_images(images, expected, Precision.FP32)["largest_difference"] <= 1
+    assert images[0].shape == (96, 64, 3)
+    assert len({image.tobytes() for image in images}) == 2  # each from its own seed
+    assert images[0].std() > 1
+    assert set(stages) == set(Component)
+    for row in rows:
+        assert row.calls[Component.DENOISER] == 2
+    assert rows[1].calls == {Component.PROMPT_ENCODER: 1, Component.DENOISER: 2, Component.IMAGE_DECODER: 2}
+
+
+def test_random_weights_are_the_same_every_time_and_make_a_whole_checkpoint(choice: Choice) -> None:
+    """In bf16, as on a GPU; what a server needs is written once."""
+    pipeline = published.random_pipeline("cpu", Precision.BF16)
+    again = published.random_pipeline("cpu", Precision.BF16)
+    for name in published.CONFIGS:
+        weights, others = getattr(pipeline, name).state_dict(), getattr(again, name).state_dict()
+        assert all(torch.equal(value, others[key]) for key, value in weights.items()), name
+        assert {p.dtype for p in getattr(pipeline, name).parameters()} == {torch.bfloat16}
+        assert all(bool(torch.isfinite(p).all()) for p in getattr(pipeline, name).parameters())
+    folder = engines.saved_checkpoint(choice)
+    checkpoint = open_checkpoint(folder)
+    assert (checkpoint.dimensions, checkpoint.shift) == (published.dimensions(), published.SHIFT)
+    served = load_pipeline(replace(choice, checkpoint=folder))
+    assert torch.equal(served.text_encoder.norm.weight, torch.ones(64))
+    expected = published.random_pipeline("cpu", choice.precision).transformer.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in served.transformer.state_dict().items())
+    changed = (folder / "model_index.json").stat().st_mtime_ns
+    assert engines.saved_checkpoint(choice) == folder
+    assert (folder / "model_index.json").stat().st_mtime_ns == changed
+
+
+class CountingBuilder:
+    """Writes a file."""
+
+    libraries = ("torch",)
+
+    def __init__(self) -> None:
+        self.built: list[Component] = []
+
+    def build(self, inputs: BuildInputs, folder: Path) -> Built:
+        self.built.append(inputs.spec.component)
+        assert inputs.module() is not None
+        path = folder / f"{inputs.spec.component}.pt2"
+        path.write_text("code")
+        return Built((path,))
+
+
+def test_engines_over_random_weights_are_built_once(choice: Choice, monkeypatch: pytest.MonkeyPatch) -> None:
+    builder = CountingBuilder()
+    monkeypatch.setattr(engines, "builder_for", lambda backend, options: builder)
+    modules = SharedModules(published.random_pipeline("cpu", Precision.FP32), Precision.FP32, "cpu")
+    first = engines.built_in_memory(choice, describe(choice), modules, Backend.AOTINDUCTOR)
+    again = engines.built_in_memory(choice, describe(choice), modules, Backend.AOTINDUCTOR)
+    assert first == again
+    assert builder.built == list(Component)
+    (choice.repository / first.name / "1" / "denoiser.pt2").write_text("other")
+    engines.built_in_memory(choice, describe(choice), modules, Backend.AOTINDUCTOR)
+    assert builder.built == 2 * list(Component)
+    with pytest.raises(BenchmarkError, match="tensorrt cannot be built from --random-weights"):
+        engines.built_in_memory(choice, describe(choice), modules, Backend.TENSORRT)
+
+
+def served(choice: Choice, engine: FakeEngine, reason: str = "") -> ServedComponent:
+    spec = Subject(choice, describe(choice), {}).specs[Component.IMAGE_DECODER]
+    eager = FakeEngine(lambda inputs: inputs["latents"], backend=Backend.EAGER)
+    return ServedComponent(spec, engine, lambda: eager, reason=reason)
+
+
+def test_an_engine_is_counted_and_nothing_else_answers_for_it(choice: Choice) -> None:
+    inputs = {"latents": torch.zeros(1, 16, 8, 8)}
+    engine = FakeEngine(lambda inputs: inputs["latents"])
+    counted = Counted(served(choice, engine), Backend.ONNXRUNTIME)
+    counted.run(inputs)
+    counted.run(inputs)
+    assert (counted.calls, engine.calls) == (2, 2)
+    engine.accepts = lambda shapes: False
+    with pytest.raises(BenchmarkError, match=r"onnxruntime is to be measured, and eager answers: .*not built for"):
+        counted.run(inputs)
+    assert counted.calls == 2
+    with pytest.raises(BenchmarkError, match="stale"):
+        Counted(served(choice, FakeEngine(lambda inputs: inputs["latents"]), "it is stale"), Backend.ONNXRUNTIME)
+
+
+def test_another_image_is_not_timed() -> None:
+    black, white = torch.zeros(8, 8, 3).numpy().astype("uint8"), torch.full((8, 8, 3), 255).numpy().astype("uint8")
+    assert compare_images([black], [black], Precision.BF16) == {"psnr_db": None, "largest_difference": 0}
+    with pytest.raises(BenchmarkError, match="the image is another one"):
+        compare_images([black, black], [black, white], Precision.BF16)

@@ -1,0 +1,76 @@
+"""What an export says it needs, and its refusal where there is not enough."""
+
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import pytest
+
+from export.cli import main
+from export.modules import load_components
+from export.spec import Component, Precision
+from tests.conftest import CHECKPOINT
+
+ARGUMENTS = ["--checkpoint", str(CHECKPOINT), "--name", "m", "--dry-run", "--backend"]
+
+
+class Free(NamedTuple):
+    """What the operating system says there is."""
+
+    free: int = 1 << 40
+    available: int = 1 << 40
+
+
+def test_a_dry_run_says_what_would_be_built_and_builds_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repository = tmp_path / "models"
+    assert main([*ARGUMENTS, "tensorrt_rtx", "--target", "sm89,sm120", "--repository", str(repository)]) == 0
+    said = capsys.readouterr().out
+    assert "download   nothing" in said
+    assert "build for  cuda (compute capability 8.9), cuda (compute capability 12.0)" in said
+    assert all(component in said for component in Component)
+    assert not repository.exists()
+
+
+def test_the_weights_are_counted_as_they_are(tmp_path: Path) -> None:
+    from export.checkpoint import open_checkpoint
+    from export.estimate import elements
+
+    modules = load_components(CHECKPOINT, precision=Precision.FP32, device="cpu")
+    held = {c: sum(p.numel() for p in m.parameters()) for c, m in modules.items()}
+    counted = {c: elements(open_checkpoint(CHECKPOINT).path, c) for c in Component}
+    assert counted[Component.DENOISER] == held[Component.DENOISER]
+    assert counted[Component.IMAGE_DECODER] == held[Component.IMAGE_DECODER]
+    # The last layer and norm of the text encoder are not used.
+    assert held[Component.PROMPT_ENCODER] < counted[Component.PROMPT_ENCODER] < 1.5 * held[Component.PROMPT_ENCODER]
+
+
+@pytest.mark.parametrize(
+    ("what", "remedy"), [("disk", "give another --repository"), ("memory", "export on a larger machine")]
+)
+@pytest.mark.parametrize("dry_run", [["--dry-run"], []])
+def test_too_little_is_refused_before_anything_is_built(
+    what: str,
+    remedy: str,
+    dry_run: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    has = Free(free=1000) if what == "disk" else Free(available=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: has)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: has)
+    arguments = [a for a in ARGUMENTS if a != "--dry-run"]
+    assert main([*arguments, "onnxruntime", "--repository", str(tmp_path / "models"), *dry_run]) == 1
+    said = capsys.readouterr().err
+    assert f"GB of {what}" in said
+    assert remedy in said
+    assert not (tmp_path / "models").exists()
+
+
+def test_what_is_not_cached_would_be_downloaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = ["--checkpoint", "owner/name", "--source", "huggingface", "--cache-dir", str(tmp_path)]
+    assert main([*source, "--name", "m", "--backend", "eager", "--dry-run"]) == 0
+    assert "hf download owner/name --include model_index.json" in capsys.readouterr().out

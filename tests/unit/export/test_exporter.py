@@ -1,0 +1,140 @@
+"""What an export builds again, and what it takes from earlier ones."""
+
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from export import exporter
+from export.build import BuildInputs, BuildOptions, Built, Runner
+from export.errors import UnsupportedError, VersionExistsError
+from export.exporter import Exported, export_model
+from export.manifest import Backend, Target
+from export.repository import INCOMPLETE, Existing, ServingDefaults, versions
+from export.request import ExportRequest
+from export.sources import Hub, Source
+from export.spec import Component, ComponentSpec, Precision
+from tests.conftest import CHECKPOINT
+
+ENCODER, DENOISER, DECODER = Component
+# No such device is here, so nothing is run.
+OPTIONS = BuildOptions((Target("cuda", "8.9"),))
+fit_preview_once = cache(exporter.fit_preview)
+
+
+@dataclass
+class FakeBuilder:
+    """Writes a few bytes an engine; stops where it is told to."""
+
+    stop_at: Component | None = None
+    built: list[Component] = field(default_factory=list)
+    libraries: tuple[str, ...] = ("torch",)
+
+    def check(self) -> None:
+        pass
+
+    def build(self, inputs: BuildInputs, folder: Path) -> Built:
+        component = inputs.spec.component
+        path = folder / f"{component}.pt2"
+        path.write_text("half")
+        if component is self.stop_at:
+            raise KeyboardInterrupt
+        path.write_text(f"engine {component}")
+        self.built.append(component)
+        return Built((path,))
+
+    def load(self, path: Path, module: nn.Module, spec: ComponentSpec) -> Runner:
+        raise AssertionError("nothing is run")
+
+
+@pytest.fixture
+def request_(tmp_path: Path) -> ExportRequest:
+    return ExportRequest(
+        source=Source(Hub.LOCAL, str(CHECKPOINT)),
+        repository=tmp_path,
+        name="m",
+        backend=Backend.AOTINDUCTOR,
+        precision=Precision.FP32,
+        device="cpu",
+        options=OPTIONS,
+        serving=ServingDefaults(default_size="256x256"),
+    )
+
+
+def run(request: ExportRequest, builder: FakeBuilder, monkeypatch: pytest.MonkeyPatch) -> Exported:
+    monkeypatch.setattr(exporter, "builder_for", lambda backend, options: builder)
+    monkeypatch.setattr(exporter, "fit_preview", fit_preview_once)
+    return export_model(request, lambda stage, done: None)
+
+
+def test_an_interrupted_export_resumes_at_the_component_it_was_building(
+    request_: ExportRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = FakeBuilder(stop_at=DENOISER), FakeBuilder()
+    with pytest.raises(KeyboardInterrupt):
+        run(request_, first, monkeypatch)
+    assert first.built == [ENCODER]
+    assert versions(request_.model) == []
+    done = run(request_, second, monkeypatch)
+    assert second.built == [DENOISER, DECODER]
+    assert done.reused == {ENCODER}
+    assert [e.component for e in done.manifest.engines] == list(Component)
+    assert (done.folder / "denoiser.pt2").read_text() == "engine denoiser", "the half-written one is gone"
+    assert not (request_.model / INCOMPLETE).exists()
+
+
+@pytest.mark.parametrize("damage", ["truncate", "other settings"])
+def test_only_what_is_whole_and_of_the_same_request_is_resumed(
+    request_: ExportRequest, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(request_, FakeBuilder(stop_at=DENOISER), monkeypatch)
+    if damage == "truncate":
+        (request_.model / INCOMPLETE / "prompt_encoder.pt2").write_text("cut")
+    else:
+        request_ = replace(request_, serving=replace(request_.serving, max_batch=2))
+    second = FakeBuilder()
+    assert run(request_, second, monkeypatch).reused == frozenset()
+    assert second.built == list(Component)
+
+
+def test_a_whole_version_is_not_built_again_unless_forced(
+    request_: ExportRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(request_, FakeBuilder(), monkeypatch)
+    again = run(request_, FakeBuilder(stop_at=ENCODER), monkeypatch)
+    assert (again.folder.name, again.reused) == ("1", frozenset(Component))
+    forced = FakeBuilder()
+    assert run(replace(request_, existing=Existing.REPLACE), forced, monkeypatch).folder.name == "2"
+    assert forced.built == list(Component)
+
+
+def test_a_damaged_engine_of_the_newest_version_is_built_again_alone(
+    request_: ExportRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(request_, FakeBuilder(), monkeypatch)
+    (request_.model / "1" / "denoiser.pt2").write_text("engine damaged!")
+    builder = FakeBuilder()
+    done = run(request_, builder, monkeypatch)
+    assert builder.built == [DENOISER]
+    assert done.folder.name == "2"
+    assert (done.folder / "prompt_encoder.pt2").read_text() == "engine prompt_encoder"
+
+
+def test_a_version_number_of_ones_own(request_: ExportRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbered = replace(request_, version=7)
+    assert run(numbered, FakeBuilder(), monkeypatch).folder.name == "7"
+    with pytest.raises(VersionExistsError, match="--force replaces it"):
+        run(numbered, FakeBuilder(), monkeypatch)
+    assert run(replace(numbered, existing=Existing.REPLACE), FakeBuilder(), monkeypatch).folder.name == "7"
+    assert versions(request_.model) == [7]
+
+
+def test_sizes_past_the_checkpoints_position_tables_are_refused(
+    request_: ExportRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    too_large = replace(request_, serving=replace(request_.serving, max_size=8208))
+    with pytest.raises(UnsupportedError, match="give --max-size 8192 or less"):
+        run(too_large, FakeBuilder(), monkeypatch)

@@ -1,0 +1,89 @@
+"""The components against diffusers itself, which is the definition of right."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ZImagePipeline
+from torch import Tensor
+
+from export.modules import build_components
+from export.spec import Component
+from tests.conftest import load_pipeline
+
+# latent height and width, tokens of each row's caption (all of one padded length)
+CASES = [
+    ((32, 32), [15]),
+    ((32, 40), [33, 64]),
+    ((36, 44), [40, 60, 33]),  # 396 image tokens: padded to 416
+    ((26, 30), [3, 20, 31, 32]),
+]
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def pair(request: pytest.FixtureRequest, pipeline: ZImagePipeline) -> tuple[ZImagePipeline, float]:
+    """A pipeline and the relative error its precision allows."""
+    if request.param is torch.float32:
+        return pipeline, 1e-6
+    return load_pipeline(torch.bfloat16), 1e-2
+
+
+def relative(got: Tensor, expected: Tensor) -> float:
+    got, expected = got.double(), expected.double()
+    return float((got - expected).norm() / expected.norm())
+
+
+def diffusers_velocity(
+    pipeline: ZImagePipeline, latents: Tensor, times: Tensor, ids: Tensor, lengths: list[int]
+) -> Tensor:
+    """What the pipeline's own loop does with a right-padded batch of token ids."""
+    mask = torch.arange(ids.shape[1])[None] < torch.tensor(lengths)[:, None]
+    hidden = pipeline.text_encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[-2]
+    captions = [row[:length] for row, length in zip(hidden, lengths, strict=True)]
+    rows = [row.unsqueeze(1).to(pipeline.transformer.dtype) for row in latents]
+    out = pipeline.transformer(rows, times, captions, return_dict=False)[0]
+    return -torch.stack(list(out)).squeeze(2).float()
+
+
+@pytest.mark.parametrize(("size", "lengths"), CASES)
+def test_prompt_encoder_and_denoiser_equal_diffusers(
+    pair: tuple[ZImagePipeline, float], size: tuple[int, int], lengths: list[int]
+) -> None:
+    pipeline, tolerance = pair
+    components = build_components(pipeline)
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(len(lengths), 16, *size, generator=generator)
+    times = torch.rand(len(lengths), generator=generator)
+    padded = -(-max(lengths) // 32) * 32
+    vocabulary = pipeline.text_encoder.config.vocab_size
+    ids = torch.randint(0, vocabulary, (len(lengths), padded), generator=generator)
+    with torch.inference_mode():
+        caption = components[Component.PROMPT_ENCODER](ids, torch.tensor(lengths))
+        velocity = components[Component.DENOISER](latents, times, caption)
+        expected = diffusers_velocity(pipeline, latents, times, ids, lengths)
+    assert velocity.dtype == caption.dtype == torch.float32
+    assert relative(velocity, expected) <= tolerance
+
+
+@pytest.mark.parametrize("size", [(32, 32), (24, 40)])
+def test_image_decoder_equals_diffusers(pair: tuple[ZImagePipeline, float], size: tuple[int, int]) -> None:
+    pipeline, tolerance = pair
+    latents = torch.randn(2, 16, *size, generator=torch.Generator().manual_seed(2))
+    config = pipeline.vae.config
+    with torch.inference_mode():
+        image = build_components(pipeline)[Component.IMAGE_DECODER](latents)
+        scaled = latents.to(pipeline.vae.dtype) / config.scaling_factor + config.shift_factor
+        decoded = pipeline.vae.decode(scaled, return_dict=False)[0]
+        expected = pipeline.image_processor.postprocess(decoded, output_type="np")
+    expected = (expected * 255).round().astype(np.uint8)
+    assert image.shape == (2, 8 * size[0], 8 * size[1], 3)
+    assert relative(image, torch.from_numpy(expected)) <= tolerance
+    assert np.abs(image.numpy().astype(int) - expected.astype(int)).max() <= 1
+
+
+def test_weights_are_shared(pipeline: ZImagePipeline) -> None:
+    """An engine over the components costs no second copy of the checkpoint."""
+    own = {
+        p.data_ptr() for part in ("transformer", "text_encoder", "vae") for p in getattr(pipeline, part).parameters()
+    }
+    components = build_components(pipeline)
+    assert all(p.data_ptr() in own for module in components.values() for p in module.parameters())

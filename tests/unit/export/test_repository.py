@@ -1,0 +1,88 @@
+"""A reader never sees half a version."""
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from export.errors import VersionExistsError
+from export.repository import Existing, ServingDefaults, new_version, versions, write_config
+from server.config import read_model_config
+
+
+def test_versions_are_numbered_and_appear_whole(tmp_path: Path) -> None:
+    model = tmp_path / "m"
+    for expected in ([1], [1, 2]):
+        with new_version(model) as folder:
+            (folder / "engine").write_text("x")
+            assert versions(model) == expected[:-1]
+        assert versions(model) == expected
+        assert (model / str(expected[-1]) / "engine").read_text() == "x"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failed_export_publishes_nothing_and_leaves_its_work_to_the_next(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    with pytest.raises(error), new_version(tmp_path / "m") as folder:
+        (folder / "engine").write_text("finished")
+        raise error
+    assert versions(tmp_path / "m") == []
+    with new_version(tmp_path / "m") as folder:
+        assert (folder / "engine").read_text() == "finished"
+    assert versions(tmp_path / "m") == [1]
+
+
+def _die_while_building(model: Path) -> None:
+    with new_version(model) as folder:
+        (folder / "engine").write_text("half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_export_leaves_no_version_and_no_lock(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=_die_while_building, args=(tmp_path / "m",))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert versions(tmp_path / "m") == []
+    with new_version(tmp_path / "m"):
+        pass
+    assert versions(tmp_path / "m") == [1]
+
+
+def test_an_existing_number_is_kept_unless_it_is_to_be_replaced(tmp_path: Path) -> None:
+    model = tmp_path / "m"
+    for text in ("old", "new"):
+        with new_version(model, 3, Existing.REPLACE) as folder:
+            (folder / "engine").write_text(text)
+    assert (model / "3" / "engine").read_text() == "new"
+    with pytest.raises(VersionExistsError, match="--force replaces it"), new_version(model, 3):
+        pass
+    assert sorted(p.name for p in model.iterdir() if p.is_dir()) == ["3"]
+
+
+def test_two_exports_of_one_model_do_not_meet(tmp_path: Path) -> None:
+    with (
+        new_version(tmp_path / "m"),
+        pytest.raises(VersionExistsError, match="another export"),
+        new_version(tmp_path / "m"),
+    ):
+        pass
+
+
+def test_the_servers_reader_understands_the_config(tmp_path: Path) -> None:
+    model = tmp_path / "m"
+    model.mkdir()
+    write_config(model, ServingDefaults(default_size="512x256", warmup_sizes=("256x256",), max_batch=2, max_size=1024))
+    config = read_model_config(model)
+    assert config.default_size == (512, 256)
+    assert config.warmup_sizes == ((512, 256), (256, 256))
+    assert (config.max_batch_size, config.max_size, config.default_num_inference_steps) == (2, 1024, 8)
+
+
+def test_an_existing_config_is_the_operators(tmp_path: Path) -> None:
+    (tmp_path / "config.pbtxt").write_text('name: "mine"')
+    write_config(tmp_path, ServingDefaults())
+    assert (tmp_path / "config.pbtxt").read_text() == 'name: "mine"'

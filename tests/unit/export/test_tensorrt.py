@@ -1,0 +1,245 @@
+"""Real TensorRT-RTX plans, built on whatever machine this is; nothing here runs one."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+
+from export.build import BuildInputs, BuildOptions, builder_for, tensorrt
+from export.build.plan_graph import fit_for_tensorrt
+from export.build.shared_plans import find_plan
+from export.checkpoint import data_start, open_checkpoint
+from export.errors import BuildError, UnsupportedError
+from export.manifest import Backend, EngineRecord, Manifest, PlanWeights, Target, sha256
+from export.modules import load_components
+from export.onnx import GraphLimits, GraphSource, outline_graph
+from export.profiles import serving_profiles
+from export.repository import versions
+from export.spec import Component, DType, Precision, ShapePoint, component_specs, example_inputs
+from tests.conftest import CHECKPOINT, MODEL
+
+TARGETS = (Target("cuda", "8.9"), Target("cuda", "12.0"))
+DEMO = open_checkpoint(CHECKPOINT)
+SPECS = component_specs(DEMO.dimensions)
+LIMITS = GraphLimits(8, 1024)
+
+
+@pytest.fixture(scope="module")
+def exported(tensorrt_repository: Path) -> tuple[Path, Manifest]:
+    folder = tensorrt_repository / MODEL / str(versions(tensorrt_repository / MODEL)[-1])
+    return folder, Manifest.read(folder)
+
+
+def engine(manifest: Manifest, component: Component) -> EngineRecord:
+    record = manifest.engine(component)
+    assert record is not None
+    return record
+
+
+@pytest.mark.parametrize("component", list(Component))
+def test_a_plan_is_built_for_every_gpu_it_was_asked_for(exported: tuple[Path, Manifest], component: Component) -> None:
+    folder, manifest = exported
+    record = engine(manifest, component)
+    assert record.backend is Backend.TENSORRT_RTX
+    assert record.built_for == TARGETS
+    plan = (folder / record.file).read_bytes()
+    assert plan[:4] == b"vtrt"
+    # The plan's own word for it.
+    assert b"sm89 sm120 " in re.findall(rb"accelerators=\{([^}]*)\}", plan)
+    assert record.parity is None, "no such GPU is here, so nothing may be claimed"
+
+
+def attention_layers() -> tuple[int, int, int]:
+    """Of each component, from the checkpoint's configs; the image decoder's has no fused kernel and no node."""
+    transformer = json.loads((CHECKPOINT / "transformer" / "config.json").read_text())
+    text = json.loads((CHECKPOINT / "text_encoder" / "config.json").read_text())
+    refiners = transformer["n_refiner_layers"]
+    return text["num_hidden_layers"] - 1 + refiners, transformer["n_layers"] + refiners, 0
+
+
+def test_the_manifest_says_what_a_plan_is(exported: tuple[Path, Manifest]) -> None:
+    folder, manifest = exported
+    assert manifest.precision is Precision.BF16
+    for component, attention in zip(Component, attention_layers(), strict=True):
+        plan = engine(manifest, component).plan
+        assert plan is not None
+        assert plan.profiles == serving_profiles((256, 256), 8, 2048)
+        assert (plan.fused_attention, plan.decomposed_attention) == (attention, 0)
+        assert plan.weights is PlanWeights.INSIDE
+    # Graph and weights are only needed beside a plan that was stripped of them.
+    assert sorted(p.suffix for p in folder.iterdir()) == [".json", ".plan", ".plan", ".plan"]
+
+
+def test_the_profiles_take_what_is_served() -> None:
+    fixed, ranged = serving_profiles((1024, 768), 8, 2048)
+    spec = SPECS[Component.DENOISER]
+
+    def takes(point: ShapePoint) -> tuple[bool, bool]:
+        shapes = spec.input_shapes(point)
+        return fixed.takes(spec, shapes), ranged.takes(spec, shapes)
+
+    assert takes(ShapePoint(1, 32, 768, 1024)) == (True, True)
+    assert takes(ShapePoint(1, 512, 768, 1024)) == (True, True)
+    assert takes(ShapePoint(1, 32, 1024, 768)) == (False, True)
+    assert takes(ShapePoint(8, 512, 2048, 2048)) == (False, True)
+    assert takes(ShapePoint(9, 32, 768, 1024)) == (False, False)
+    assert takes(ShapePoint(1, 32, 2064, 64)) == (False, False)
+
+
+@pytest.mark.parametrize("component", list(Component))
+def test_a_graph_made_without_weights_is_the_component(component: Component, tmp_path: Path) -> None:
+    spec, precision = SPECS[component], Precision.FP32
+    source = GraphSource(CHECKPOINT, DEMO.dimensions, precision, LIMITS)
+    outlined = outline_graph(source, spec)
+    outlined.attach(source, tmp_path / "weights.safetensors")
+    ir.save(outlined.model, tmp_path / "graph.onnx")
+    assert (tmp_path / "graph.onnx").stat().st_size < 1 << 20, "the weights are beside it"
+    session = onnxruntime.InferenceSession(tmp_path / "graph.onnx", providers=["CPUExecutionProvider"])
+    module = load_components(CHECKPOINT, precision=precision, device="cpu", wanted=[component])[component]
+    # The second has a number of image tokens that is padded.
+    for point in (ShapePoint(3, 64, 128, 256), ShapePoint(1, 96, 208, 144)):
+        inputs = example_inputs(spec, point, DEMO.dimensions)
+        got = torch.from_numpy(session.run(None, {name: t.numpy() for name, t in inputs.items()})[0]).double()
+        expected = module(**inputs).double()
+        assert (got - expected).norm() / expected.norm() <= spec.tolerance[precision]
+
+
+def test_a_network_that_is_not_the_spec_is_refused(tmp_path: Path) -> None:
+    spec = SPECS[Component.PROMPT_ENCODER]
+    other = replace(spec, output=replace(spec.output, dtype=DType.INT64))
+    builder = builder_for(Backend.TENSORRT_RTX, BuildOptions(TARGETS))
+    assert builder is not None
+    inputs = BuildInputs(
+        GraphSource(CHECKPOINT, DEMO.dimensions, Precision.BF16, LIMITS),
+        other,
+        serving_profiles((256, 256), 2, 512),
+        tmp_path,
+        lambda: pytest.fail("a plan needs no weights in memory"),
+    )
+    with pytest.raises(BuildError, match="its spec says"):
+        builder.build(inputs, tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this is the answer of a machine without a GPU")
+@pytest.mark.parametrize(
+    ("version", "says"), [("10.13.3", "10.14 is the oldest that can"), ("11.2.0", "and this machine has none")]
+)
+def test_the_full_flavour_says_what_it_needs(version: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt, "import_flavour", lambda library: SimpleNamespace(__version__=version))
+    builder = builder_for(Backend.TENSORRT, BuildOptions(TARGETS[:1]))
+    assert builder is not None
+    with pytest.raises(UnsupportedError, match=says):
+        builder.check()
+
+
+def test_plans_without_weights_need_a_gpu_that_is_not_here() -> None:
+    builder = builder_for(Backend.TENSORRT_RTX, BuildOptions(TARGETS, PlanWeights.STRIPPED))
+    assert builder is not None
+    with pytest.raises(UnsupportedError, match="one target and on a machine with a GPU only"):
+        builder.check()
+
+
+class TimingConfig:
+    """A builder's configuration on a GPU that `good` was measured on."""
+
+    def __init__(self) -> None:
+        self.tried: list[bytes] = []
+
+    def create_timing_cache(self, measured: bytes) -> bytes:
+        return measured
+
+    def set_timing_cache(self, cache: bytes, ignore_mismatch: bool) -> bool:
+        assert not ignore_mismatch, "another GPU's measurements would choose the wrong kernels"
+        self.tried.append(cache)
+        return cache in (b"", b"good")
+
+
+@pytest.mark.parametrize(("kept", "used"), [(None, b""), (b"good", b"good"), (b"of another GPU", b"")])
+def test_what_an_earlier_build_measured_is_used_where_it_holds(tmp_path: Path, kept: bytes | None, used: bytes) -> None:
+    config, file = TimingConfig(), tmp_path / tensorrt.TIMING_CACHE
+    if kept is not None:
+        file.write_bytes(kept)
+    tensorrt._use_timing_cache(config, file)
+    assert config.tried[-1] == used
+
+
+def test_fine_tunes_share_a_plan_that_is_equal_and_whole(
+    exported: tuple[Path, Manifest], tensorrt_repository: Path, tmp_path: Path
+) -> None:
+    folder, manifest = exported
+    plan = engine(manifest, Component.DENOISER).plan
+    assert plan is not None
+    shared = find_plan(tensorrt_repository, plan, TARGETS)
+    assert shared is not None
+    assert shared.name == "denoiser.plan"
+    assert find_plan(tensorrt_repository, plan, TARGETS[:1]) is None
+    assert find_plan(tensorrt_repository, replace(plan, graph="another"), TARGETS) is None
+    copy = tmp_path / "m" / "1"
+    shutil.copytree(folder, copy)
+    (copy / "denoiser.plan").write_bytes(b"damaged")
+    assert find_plan(tmp_path, plan, TARGETS) is None
+
+
+def test_a_graph_does_not_depend_on_its_weights(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "fine-tune"
+    shutil.copytree(CHECKPOINT, checkpoint)
+    weights = checkpoint / "text_encoder" / "model.safetensors"
+    with weights.open("r+b") as f:
+        f.seek(data_start(weights))
+        f.write(bytes(4096))
+    hashes = []
+    for number, source in enumerate((CHECKPOINT, checkpoint)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        graph = GraphSource(source, DEMO.dimensions, Precision.BF16, LIMITS)
+        outlined = outline_graph(graph, SPECS[Component.PROMPT_ENCODER])
+        outlined.attach(graph, folder / "weights.safetensors")
+        fit_for_tensorrt(outlined.model)
+        ir.save(outlined.model, folder / "graph.onnx")
+        hashes.append((sha256(folder / "graph.onnx"), sha256(folder / "weights.safetensors")))
+    assert hashes[0][0] == hashes[1][0], "one plan serves both"
+    assert hashes[0][1] != hashes[1][1]
+
+
+def attention_graph(dtype: ir.DataType, head: int) -> ir.Model:
+    """One attention node over 3 heads of width `head`."""
+    qkv = [ir.val(name, dtype=dtype, shape=ir.Shape(["batch", 3, 64, head])) for name in "qkv"]
+    node = ir.node("Attention", qkv)
+    return ir.Model(ir.Graph(qkv, node.outputs, nodes=[node], opset_imports={"": 23}), ir_version=10)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head", "fused"),
+    [
+        (ir.DataType.BFLOAT16, 128, True),
+        (ir.DataType.BFLOAT16, 256, True),
+        (ir.DataType.BFLOAT16, 512, False),
+        (ir.DataType.FLOAT, 64, False),
+    ],
+)
+def test_only_attention_without_a_fused_kernel_may_be_decomposed(dtype: ir.DataType, head: int, fused: bool) -> None:
+    model = attention_graph(dtype, head)
+    attention = fit_for_tensorrt(model)
+    assert (attention.fused, attention.decomposed) == ((1, 0) if fused else (0, 1))
+    assert ("TRT_decomposable" in model.graph[0].attributes) is not fused
+
+
+def test_bf16_is_resized_in_fp32(tmp_path: Path) -> None:
+    image = ir.val("image", dtype=ir.DataType.BFLOAT16, shape=ir.Shape([1, 1, 2, 2]))
+    scales = ir.val("scales", const_value=ir.tensor([1.0, 1.0, 2.0, 2.0], name="scales"))
+    resize = ir.node("Resize", [image, None, scales], {"mode": "nearest"})
+    resize.outputs[0].dtype = ir.DataType.BFLOAT16
+    wide = ir.node("Cast", [resize.outputs[0]], {"to": ir.DataType.FLOAT})
+    graph = ir.Graph([image], wide.outputs, nodes=[resize, wide], initializers=[scales], opset_imports={"": 20})
+    model = ir.Model(graph, ir_version=10)
+    fit_for_tensorrt(model)
+    assert [n.op_type for n in model.graph] == ["Cast", "Resize", "Cast", "Cast"]
+    assert resize.inputs[0] is not image
+    assert resize.outputs[0].dtype is ir.DataType.FLOAT

@@ -1,0 +1,185 @@
+"""The registry, the batcher and the text of the metrics, without a server."""
+
+import asyncio
+import re
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+from server.backends import registry
+from server.backends.base import ModelFile, ModelFolder, QueuePolicy, VersionPolicy
+from server.backends.batcher import Batcher
+from server.errors import ConfigError, QueueFullError, QueueTimeoutError
+from server.frontend.exposition import decimal, render
+from server.frontend.statistics import Statistics
+from server.tensors import DataType, InferRequest, ModelSpec, Tensor, TensorSpec, join_strings, split_strings
+from tests.conftest import ROOT
+
+SPEC = ModelSpec("m", "1", "identity", (TensorSpec("A", DataType.UINT8, (-1,)),), (), max_batch_size=4)
+
+
+def a_request(rows: int = 1, name: str = "", priority: int = 0, width: int = 1) -> InferRequest:
+    tensor = Tensor("A", DataType.UINT8, (rows, width), b"\0" * rows * width)
+    return InferRequest(SPEC, name, {"A": tensor}, priority=priority)
+
+
+class Runs:
+    """Remembers the batches, and holds each of them until it is let go."""
+
+    def __init__(self, policy: QueuePolicy, instances: int = 1) -> None:
+        self.batches: list[list[str]] = []
+        self.go = asyncio.Event()
+        self.statistics = Statistics()
+        self.batcher = Batcher(self.execute, self.statistics, policy=policy, max_batch_size=4, instances=instances)
+
+    async def execute(self, requests: list[InferRequest]) -> None:
+        self.batches.append([r.id for r in requests])
+        await self.go.wait()
+
+    def start(self, *requests: InferRequest) -> list["asyncio.Task[object]"]:
+        return [asyncio.ensure_future(self.batcher.run(r)) for r in requests]
+
+
+async def test_what_waits_together_runs_together_up_to_the_limit() -> None:
+    runs = Runs(QueuePolicy(batch_delay=0.0))
+    tasks = runs.start(*(a_request(name=str(n)) for n in range(6)))
+    await asyncio.sleep(0)
+    runs.go.set()
+    await asyncio.gather(*tasks)
+    assert runs.batches == [["0"], ["1", "2", "3", "4"], ["5"]]
+    assert sorted(runs.statistics.batches) == [1, 4]
+
+
+async def test_rows_of_different_shapes_do_not_share_a_batch() -> None:
+    runs = Runs(QueuePolicy(batch_delay=0.001))
+    runs.go.set()
+    await asyncio.gather(*runs.start(a_request(name="a"), a_request(name="b", width=2), a_request(name="c", width=2)))
+    assert runs.batches == [["a"], ["b", "c"]]
+
+
+async def test_priority_goes_first_then_arrival() -> None:
+    runs = Runs(QueuePolicy(default_priority=2))
+    tasks = runs.start(*(a_request(name=n, priority=p) for n, p in (("x", 0), ("low", 3), ("none", 0), ("high", 1))))
+    await asyncio.sleep(0)
+    runs.go.set()
+    await asyncio.gather(*tasks)
+    assert [b[0] for b in runs.batches] == ["x", "high", "none", "low"]
+
+
+async def test_a_full_queue_refuses() -> None:
+    runs = Runs(QueuePolicy(max_size=1))
+    started = runs.start(a_request(), a_request())
+    await asyncio.sleep(0)
+    with pytest.raises(QueueFullError):
+        await runs.batcher.run(a_request())
+    runs.go.set()
+    await asyncio.gather(*started)
+
+
+async def test_a_late_request_is_refused() -> None:
+    runs = Runs(QueuePolicy(timeout=0.001))
+    running, waiting = runs.start(a_request(), a_request())
+    with pytest.raises(QueueTimeoutError, match=r"^Request timeout expired$"):
+        await waiting
+    runs.go.set()
+    await running
+
+
+async def test_a_batch_that_nobody_wants_any_more_is_stopped() -> None:
+    runs = Runs(QueuePolicy())
+    first, second = runs.start(a_request(name="a"), a_request(name="b"))
+    await asyncio.sleep(0)
+    for task in (first, second):
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await asyncio.sleep(0)
+    (third,) = runs.start(a_request(name="c"))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert runs.batches == [["a"], ["b"], ["c"]]
+    runs.go.set()
+    await third
+
+
+async def test_a_cancelled_request_leaves_its_place() -> None:
+    runs = Runs(QueuePolicy(max_size=1))
+    running, waiting = runs.start(a_request(name="a"), a_request(name="b"))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    (third,) = runs.start(a_request(name="c"))
+    runs.go.set()
+    await asyncio.gather(running, third)
+    assert runs.batches == [["a"], ["c"]]
+
+
+@pytest.mark.parametrize(
+    ("policy", "chosen"),
+    [
+        (VersionPolicy(), ["10"]),
+        (VersionPolicy(latest=2), ["9", "10"]),
+        (VersionPolicy(latest=0), ["2", "9", "10"]),
+        (VersionPolicy(latest=0, specific=("2", "3")), ["2"]),
+    ],
+)
+def test_version_policies(policy: VersionPolicy, chosen: list[str]) -> None:
+    assert policy.choose(["10", "9", "2"]) == chosen
+
+
+async def test_a_package_can_add_a_backend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The example of docs/backends.md, as it stands there."""
+    text = (ROOT / "docs" / "backends.md").read_text("utf-8")
+    example = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    offer = re.search(r'^(\w+) = "(.*)"$', text, re.MULTILINE)
+    assert example and offer
+    (tmp_path / "reverse_backend.py").write_text(example[1], "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    entry = EntryPoint(offer[1], offer[2], registry.ENTRY_POINTS)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [entry])
+    signature = (TensorSpec("TEXT", DataType.BYTES, (-1,)),)
+    folder = ModelFolder(tmp_path, "1", ModelFile("reverse", "reverse", "", inputs=signature))
+    model = registry.find_backend("reverse")(folder, None)  # type: ignore[arg-type]
+    await model.load()
+    tensor = Tensor("TEXT", DataType.BYTES, (2,), join_strings([b"abc", b"de"]))
+    (response,) = [r async for r in model.infer(InferRequest(model.spec, "", {"TEXT": tensor}))]
+    assert response.outputs[0].strings() == [b"cba", b"ed"]
+    assert model.statistics.success.count == 1
+
+
+@pytest.mark.parametrize("value", ["x", "gone"])
+def test_a_backend_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    entry = EntryPoint("gone", "no_such_module:Model", registry.ENTRY_POINTS)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [entry])
+    with pytest.raises(ConfigError, match=value):
+        registry.find_backend(value)
+
+
+def test_strings_there_and_back() -> None:
+    elements = [b"", b"a\0b", "日本".encode()]
+    assert list(split_strings(join_strings(elements))) == elements
+    with pytest.raises(ValueError, match="incomplete"):
+        list(split_strings(b"\xff\xff\xff\xff"))
+
+
+NUMBERS = {8589934592.0: "8589934592", 1e30: str(int(1e30)), 0.25: "0.25", 1e-7: "0.0000001", float("inf"): "+Inf"}
+
+
+@pytest.mark.parametrize(("value", "text"), NUMBERS.items())
+def test_numbers_have_no_exponent(value: float, text: str) -> None:
+    assert decimal(value) == text
+
+
+def test_the_exposition() -> None:
+    metrics = CollectorRegistry()
+    Counter("made", 'with "quotes"', ("b", "a"), registry=metrics).labels('x"y', "1").inc(3)
+    Gauge("held", "bytes", registry=metrics).set(2**40)
+    assert render(metrics).splitlines() == [
+        '# HELP made_total with "quotes"',
+        "# TYPE made_total counter",
+        r'made_total{a="1",b="x\"y"} 3',
+        "# HELP held bytes",
+        "# TYPE held gauge",
+        "held 1099511627776",
+    ]

@@ -1,0 +1,124 @@
+"""config.pbtxt: what is understood, and that nothing is silently dropped."""
+
+from pathlib import Path
+
+import pytest
+
+from export.spec import Component
+from server.config import FallbackPolicy, ModelConfig, read_model_config
+from server.errors import ConfigError
+from server.launch import WorkerConfig, announce, announced
+from server.queue_policy import LevelPolicy, QueuePolicy, TimeoutAction
+
+OFF = {Component.DENOISER: "it = broken"}
+
+
+def read(tmp_path: Path, text: str) -> ModelConfig:
+    folder = tmp_path / "demo"
+    folder.mkdir()
+    (folder / "config.pbtxt").write_text(text)
+    return read_model_config(folder)
+
+
+def test_everything_has_a_default(tmp_path: Path) -> None:
+    assert read(tmp_path, "") == ModelConfig("demo")
+
+
+def test_what_is_said_is_taken(tmp_path: Path) -> None:
+    config = read(
+        tmp_path,
+        """
+        name: "demo"
+        max_batch_size: 2
+        instance_group [ { count: 2 kind: KIND_CPU }, { count: 2 kind: KIND_GPU gpus: [0, 3] }, { count: 1 } ]
+        dynamic_batching {
+          preferred_batch_size: [ 2 ]
+          max_queue_delay_microseconds: 5000
+          priority_levels: 3
+          default_queue_policy { max_queue_size: 5 }
+          priority_queue_policy {
+            key: 3
+            value { timeout_action: DELAY default_timeout_microseconds: 2000000 allow_timeout_override: true }
+          }
+        }
+        response_cache { enable: true }
+        model_warmup { name: "320x256" }
+        parameters { key: "default_size" value { string_value: "512x256" } }
+        parameters { key: "warmup_sizes" value { string_value: "256x256, 512x256" } }
+        parameters { key: "prompt_cache_size" value { string_value: "9" } }
+        """,
+    )
+    assert config.max_batch_size == 2
+    assert config.devices == ("cpu", "cpu", "cuda:0", "cuda:3", "cuda:0", "cuda:3", "auto")
+    assert config.queue == QueuePolicy(
+        levels=3,
+        default_level=2,
+        default=LevelPolicy(max_size=5),
+        by_level={3: LevelPolicy(128, 2.0, TimeoutAction.DELAY, request_may_set_timeout=True)},
+        preferred_batch_sizes=(2,),
+        max_delay=0.005,
+    )
+    assert config.response_cache
+    assert config.default_size == (512, 256)
+    assert config.warmup_sizes == ((256, 256), (512, 256), (320, 256))
+    assert config.prompt_cache_size == 9
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nonsense", "cannot be read"),
+        ("no_such_field: 1", "cannot be read"),
+        ('name: "other"', "differs from its folder's"),
+        ("sequence_batching { }", "sequence_batching.* not supported"),
+        ("dynamic_batching { preserve_ordering: true }", "preserve_ordering.* not supported"),
+        ("dynamic_batching { priority_levels: 2 default_priority_level: 3 }", "priority level 3 is not accepted"),
+        ("dynamic_batching { priority_queue_policy { key: 9 value { } } }", "priority level 9 is not accepted"),
+        ("instance_group { kind: KIND_MODEL }", "KIND_MODEL .* not supported"),
+        ("instance_group { kind: KIND_CPU gpus: 0 }", "gpus only with the first two"),
+        ('model_warmup { name: "large" }', "not WIDTHxHEIGHT"),
+        ('model_warmup { name: "256x256" inputs { key: "x" value { } } }', "inputs not supported"),
+        ('parameters { key: "color" value { string_value: "x" } }', "unknown parameter 'color'"),
+        ('parameters { key: "max_size" value { string_value: "big" } }', "not a whole number"),
+        ('parameters { key: "default_size" value { string_value: "256" } }', "not WIDTHxHEIGHT"),
+        ('parameters { key: "default_size" value { string_value: "250x256" } }', "a multiple of 16"),
+        ('parameters { key: "warmup_sizes" value { string_value: "4096x256" } }', "from 64 to 2048"),
+    ],
+)
+def test_what_is_not_understood_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read(tmp_path, text)
+
+
+def test_a_group_of_gpus_without_a_list_is_all_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert read(tmp_path, "instance_group { kind: KIND_GPU }").devices == ("cuda:0", "cuda:1")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.pbtxt cannot be read"):
+        read_model_config(tmp_path)
+
+
+def test_a_workers_arguments_read_back() -> None:
+    config = WorkerConfig(Path("/m/a"), "3", "a-0", Path("/tmp/s"), "cuda:1", 2, FallbackPolicy.REFUSE, 9.0, OFF)
+    assert WorkerConfig.parse(config.arguments()) == config
+    with pytest.raises(ConfigError, match="a worker takes exactly"):
+        WorkerConfig.parse([*config.arguments(), "--colour=red"])
+
+
+def test_the_last_thing_a_worker_said_names_the_engine_that_ran(capsys: pytest.CaptureFixture[str]) -> None:
+    announce(Component.PROMPT_ENCODER)
+    announce(Component.DENOISER)
+    said = capsys.readouterr().out
+    assert announced(said) is Component.DENOISER
+    assert announced(said + "the checkpoint is missing\n") is None
+    assert announced("") is None
+
+
+def test_a_request_may_only_shorten_the_queue_timeout_and_only_where_it_may() -> None:
+    free, bounded = LevelPolicy(request_may_set_timeout=True), LevelPolicy(timeout=2.0, request_may_set_timeout=True)
+    policies = (LevelPolicy(), LevelPolicy(timeout=2.0), free, bounded)
+    assert [p.timeout_of(5.0) for p in policies] == [None, 2.0, 5.0, 2.0]
+    assert bounded.timeout_of(1.0) == 1.0
+    assert bounded.timeout_of(None) == 2.0

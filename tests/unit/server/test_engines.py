@@ -1,0 +1,176 @@
+"""Falling back, at load and at run time, with the reason kept."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from export.devices import current_target
+from export.errors import StaleEngineError
+from export.manifest import Backend, Manifest, Target, check_engine
+from export.spec import Component, ModelDimensions, ShapePoint, component_specs, example_inputs
+from server.config import FallbackPolicy
+from server.engines.eager import EagerEngine, EagerModules
+from server.engines.load import EngineLoader
+from server.engines.served import ServedComponent
+from server.errors import EngineLoadError, EngineRunError
+from tests.conftest import CHECKPOINT, MODEL
+from tests.fakes import FakeEngine, raising
+
+SPECS = component_specs(ModelDimensions(16, 192, 1024))
+INPUTS = {"latents": torch.zeros(1, 16, 8, 8)}
+
+
+def served(engine: FakeEngine, eager: FakeEngine) -> ServedComponent:
+    return ServedComponent(SPECS[Component.IMAGE_DECODER], engine, lambda: eager)
+
+
+def eager_engine() -> FakeEngine:
+    return FakeEngine(lambda inputs: torch.ones(1), backend=Backend.EAGER)
+
+
+class Threads(torch.nn.Module):
+    def forward(self) -> torch.Tensor:
+        return torch.tensor(torch.get_num_threads())
+
+
+def test_eager_computes_with_its_own_threads_and_leaves_the_others_as_they_were() -> None:
+    before = torch.get_num_threads()
+    assert EagerEngine(Threads(), threads=before + 1).run({}).item() == before + 1
+    assert EagerEngine(Threads()).run({}).item() == before
+    assert torch.get_num_threads() == before
+
+
+def test_a_good_engine_is_used_and_eager_is_never_made() -> None:
+    engine = FakeEngine(lambda inputs: torch.zeros(1))
+
+    def no_eager() -> FakeEngine:
+        raise AssertionError("eager was made")
+
+    component = ServedComponent(SPECS[Component.IMAGE_DECODER], engine, no_eager)
+    output, use = component.run(INPUTS)
+    assert output.item() == 0
+    assert (use.backend, use.fallback_reason) == (Backend.ONNXRUNTIME, "")
+
+
+def test_an_engine_that_fails_is_replaced_for_good_and_the_call_succeeds() -> None:
+    engine, eager = FakeEngine(raising(EngineRunError("kaput"))), eager_engine()
+    component = served(engine, eager)
+    for _ in range(2):
+        output, use = component.run(INPUTS)
+        assert output.item() == 1
+        assert (use.backend, use.fallback_reason) == (Backend.EAGER, "kaput")
+    assert engine.calls == 1
+    assert engine.closed
+    assert component.use.fallback_reason == "kaput"
+
+
+def test_a_failing_fallback_is_an_error_not_a_loop() -> None:
+    broken = FakeEngine(raising(EngineRunError("eager too")), backend=Backend.EAGER)
+    with pytest.raises(EngineRunError, match="eager too"):
+        served(FakeEngine(raising(EngineRunError("kaput"))), broken).run(INPUTS)
+
+
+def test_out_of_memory_is_not_the_engines_fault() -> None:
+    engine = FakeEngine(raising(torch.OutOfMemoryError("full")))
+    component = served(engine, eager_engine())
+    with pytest.raises(torch.OutOfMemoryError):
+        component.run(INPUTS)
+    assert component.use.backend is Backend.ONNXRUNTIME
+
+
+def test_a_shape_the_engine_was_not_built_for_goes_to_eager_alone() -> None:
+    engine = FakeEngine(lambda inputs: torch.zeros(1), accepts=lambda shapes: shapes["latents"][2] <= 8)
+    component = served(engine, eager_engine())
+    output, use = component.run({"latents": torch.zeros(1, 16, 16, 16)})
+    assert output.item() == 1
+    assert "not built for" in use.fallback_reason
+    output, use = component.run(INPUTS)
+    assert (output.item(), use.fallback_reason) == (0, "")
+
+
+@pytest.fixture(scope="module")
+def exported(repository: Path) -> tuple[Path, Manifest]:
+    folder = max((p for p in (repository / MODEL).iterdir() if p.name.isdecimal()), key=lambda p: int(p.name))
+    return folder, Manifest.read(folder)
+
+
+def loader(folder: Path, manifest: Manifest, policy: FallbackPolicy = FallbackPolicy.EAGER) -> EngineLoader:
+    modules = EagerModules(CHECKPOINT, manifest.precision, "cpu")
+    return EngineLoader(folder, manifest, current_target("cpu"), modules, 1, policy)
+
+
+@pytest.mark.parametrize("component", list(Component))
+@pytest.mark.parametrize("point", [ShapePoint(1, 32, 128, 128), ShapePoint(3, 64, 144, 208)])
+def test_the_compiled_engine_agrees_with_eager(
+    exported: tuple[Path, Manifest], component: Component, point: ShapePoint
+) -> None:
+    folder, manifest = exported
+    engine = loader(folder, manifest).load_all()[component]
+    eager = loader(folder, dataclasses.replace(manifest, engines=())).load_all()[component]
+    spec = SPECS[component]
+    inputs = example_inputs(spec, point, manifest.checkpoint.dimensions, seed=5)
+    (got, use), (expected, eager_use) = engine.run(inputs), eager.run(inputs)
+    assert (use.backend, eager_use.backend) == (Backend.ONNXRUNTIME, Backend.EAGER)
+    error = (got.double() - expected.double()).norm() / expected.double().norm()
+    assert error <= spec.tolerance[manifest.precision]
+
+
+def stale(manifest: Manifest, **changes: object) -> Manifest:
+    engines = tuple(dataclasses.replace(e, **changes) for e in manifest.engines)  # type: ignore[arg-type]
+    return dataclasses.replace(manifest, engines=engines)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"built_with": {"onnxruntime": "0.1"}}, "was built with onnxruntime 0.1, this is"),
+        ({"built_for": (Target("cuda", "9.0"),)}, r"was built for cuda \(compute capability 9.0\), this is cpu"),
+        ({"built_with": {"tensorrt_rtx": "0.1"}, "backend": Backend.TENSORRT_RTX}, "was built with tensorrt_rtx 0.1"),
+        ({"built_with": {"tensorrt": "10.0"}, "backend": Backend.TENSORRT}, "tensorrt 10.0, which is not installed"),
+    ],
+)
+def test_a_stale_engine_is_named_with_the_command_that_rebuilds_it(
+    exported: tuple[Path, Manifest], changes: dict[str, object], message: str
+) -> None:
+    folder, manifest = exported
+    changed = stale(manifest, **changes)
+    with pytest.raises(StaleEngineError, match=message) as caught:
+        check_engine(changed.engines[0], folder, current_target("cpu"), "zserve export ...")
+    assert str(caught.value).endswith("rebuild it: zserve export ...")
+    use = loader(folder, changed).load_all()[Component.DENOISER].use
+    assert use.backend is Backend.EAGER
+    assert f"--name {MODEL} --backend {changed.engines[0].backend}" in use.fallback_reason
+    with pytest.raises(EngineLoadError, match="--require-engine"):
+        loader(folder, changed, FallbackPolicy.REFUSE).load_all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sha256": "0" * 64}, "is damaged: the bytes of"),
+        ({"bytes": 7}, "is damaged: 7 bytes of"),
+        ({"name": "nothing.onnx"}, "nothing.onnx is missing"),
+    ],
+)
+def test_every_file_of_an_engine_is_checked(
+    exported: tuple[Path, Manifest], changes: dict[str, object], message: str
+) -> None:
+    folder, manifest = exported
+    record = manifest.engines[0]
+    beside = dataclasses.replace(record.files[0], **changes)  # type: ignore[arg-type]
+    changed = dataclasses.replace(record, files=(record.files[0], beside))
+    with pytest.raises(StaleEngineError, match=message):
+        check_engine(changed, folder, current_target("cpu"), "zserve export ...")
+
+
+def test_bytes_that_onnxruntime_refuses_are_a_load_error(tmp_path: Path) -> None:
+    from server.engines.limits import ShapeLimits
+    from server.engines.onnxruntime import OnnxRuntimeEngine
+
+    bad = tmp_path / "bad.onnx"
+    bad.write_bytes(b"not a graph")
+    spec = SPECS[Component.DENOISER]
+    with pytest.raises(EngineLoadError, match="ONNX Runtime cannot load"):
+        OnnxRuntimeEngine(bad, spec, ShapeLimits(spec, 8, 256), 1)

@@ -1,0 +1,315 @@
+"""The worker's loop: every request is answered, and one request's fault is no other's."""
+
+import dataclasses
+import queue
+import threading
+import time
+
+import pytest
+import torch
+
+from server.costs import CostTable
+from server.errors import DeadlinePassedError, DeviceMemoryError, NonFiniteError
+from server.requests import Progress, Queued, StepCost
+from server.worker.batching import BatchPolicy
+from server.worker.events import Failed, FinishedImage, LoopEvent, PreviewPixels, SequenceStarted
+from server.worker.executor import Executor, ImageSequence, make_sequences
+from server.worker.images import Pixels
+from server.worker.lanes import Pending
+from server.worker.loop import WorkerLoop
+from server.worker.planner import Planner
+from tests.fakes import FakeClock, a_request
+
+PATIENCE = 100.0  # seconds for what has to come about
+
+
+class FakeMark:
+    """A point that the device passes when it is told to."""
+
+    def __init__(self) -> None:
+        self.passed = threading.Event()
+        self.looks = 0
+
+    def query(self) -> bool:
+        self.looks += 1
+        return self.passed.is_set()
+
+    def synchronize(self) -> None:
+        self.passed.wait(PATIENCE)
+
+
+class ScriptedExecutor(Executor):
+    """Does nothing, unless a request's prompt says what is to go wrong."""
+
+    def __init__(self) -> None:
+        self.faults: dict[str, Exception] = {}
+        self.quarantines = 0
+        self.freed = 0
+        self.largest = 100  # batch that there is memory for
+        self.batches: list[int] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.resets = 0
+        self.marks: dict[tuple[str, str], list[FakeMark]] = {}  # of stages, by prompt, that run beside the steps
+
+    def encode(self, sequence: ImageSequence) -> Pending[None]:
+        return Pending(lambda: None, *self.marks.get(("encode", sequence.request.prompt), ()))
+
+    def denoise(self, sequences: list[ImageSequence]) -> None:  # type: ignore[override]
+        self.gate.wait(PATIENCE)
+        self.batches.append(len(sequences))
+        if len(sequences) > self.largest:
+            raise torch.OutOfMemoryError("together")
+        for sequence in sequences:
+            if fault := self.faults.get(sequence.request.prompt):
+                raise fault
+
+    def decode(self, sequence: ImageSequence) -> Pending[Pixels]:
+        prompt = sequence.request.prompt
+
+        def finish() -> Pixels:
+            if prompt == "never finite" or (prompt == "overflow" and not self.resets):
+                raise NonFiniteError("inf")
+            return torch.zeros(8, 8, 3, dtype=torch.uint8).numpy()
+
+        return Pending(finish, *self.marks.get(("decode", prompt), ()))
+
+    def preview(self, sequence: ImageSequence, step: int) -> Pixels:
+        return torch.zeros(1, 1, 3, dtype=torch.uint8).numpy()
+
+    def quarantine(self, component: object, reason: str) -> bool:
+        self.quarantines += 1
+        return self.quarantines == 1
+
+    def reset(self, sequence: ImageSequence) -> None:
+        self.resets += 1
+
+    def free_memory(self) -> None:
+        self.freed += 1
+
+
+class Harness:
+    """A running loop, and the events of each request."""
+
+    def __init__(self) -> None:
+        self.executor, self.clock = ScriptedExecutor(), FakeClock()
+        costs = CostTable([StepCost(64, 64, rows, 1.0 + 0.1 * rows) for rows in (1, 2, 4)])
+        self.loop = WorkerLoop(self.executor, Planner(costs, BatchPolicy(4)), clock=self.clock, patience=10.0)
+        self.keys = iter(range(100))
+
+    def submit(self, prompt: str = "fine", **changes: object) -> "queue.SimpleQueue[LoopEvent]":
+        events: queue.SimpleQueue[LoopEvent] = queue.SimpleQueue()
+        request = dataclasses.replace(a_request(), prompt=prompt, **changes)  # type: ignore[arg-type]
+        self.loop.submit(make_sequences(request, ((1, 2),), key=next(self.keys), shift=3.0, now=0.0), events.put)
+        return events
+
+
+@pytest.fixture
+def harness() -> Harness:
+    return Harness()
+
+
+def until_the_end(events: "queue.SimpleQueue[LoopEvent]", images: int = 1) -> list[LoopEvent]:
+    seen: list[LoopEvent] = []
+    while sum(isinstance(e, FinishedImage) for e in seen) < images:
+        seen.append(events.get(timeout=PATIENCE))
+        if isinstance(seen[-1], Failed):
+            break
+    return seen
+
+
+def test_a_request_is_reported_from_start_to_image(harness: Harness) -> None:
+    harness.loop.start()
+    events = until_the_end(harness.submit(num_inference_steps=3, preview_interval=2))
+    kinds = [type(e) for e in events]
+    assert kinds == [Queued, SequenceStarted, Progress, Progress, PreviewPixels, Progress, FinishedImage]
+    assert [e.step for e in events if isinstance(e, Progress)] == [1, 2, 3]
+    harness.loop.stop()
+    harness.loop.join(PATIENCE)
+    assert not harness.loop.is_alive()
+
+
+def test_a_fault_is_answered_once_and_others_go_on(harness: Harness) -> None:
+    harness.executor.faults = {"bad": ValueError("boom")}
+    bad, good = harness.submit("bad", num_images=3), harness.submit()
+    harness.loop.start()
+    (*_, failed) = until_the_end(bad)
+    assert isinstance(failed, Failed)
+    assert str(failed.error) == "boom"
+    assert isinstance(until_the_end(good)[-1], FinishedImage)
+    assert bad.empty()
+
+
+def test_out_of_memory_is_resource_exhausted_with_figures_and_the_loop_goes_on(harness: Harness) -> None:
+    harness.executor.faults = {"huge": torch.OutOfMemoryError("tried to allocate 9 GiB")}
+    huge, good = harness.submit("huge"), harness.submit()
+    harness.loop.start()
+    (*_, failed) = until_the_end(huge)
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, DeviceMemoryError)
+    for word in ("allocated", "reserved", "free", "tried to allocate 9 GiB"):
+        assert word in str(failed.error)
+    assert isinstance(until_the_end(good)[-1], FinishedImage)
+    assert harness.executor.freed == 3, "for the two together, for it alone, and when that was tried again"
+
+
+def test_an_overflow_quarantines_the_denoiser_and_the_image_is_made_again(harness: Harness) -> None:
+    events = harness.submit("overflow")
+    harness.loop.start()
+    seen = until_the_end(events)
+    assert [e.step for e in seen if isinstance(e, Progress)] == [1, 2, 1, 2]
+    assert isinstance(seen[-1], FinishedImage)
+    assert (harness.executor.quarantines, harness.executor.resets) == (1, 1)
+
+
+def test_a_cancelled_request_is_not_worked_on(harness: Harness) -> None:
+    cancelled, good = harness.submit(), harness.submit()
+    harness.loop.cancel(0)
+    harness.loop.start()
+    until_the_end(good)
+    assert cancelled.empty(), "not even its place in the queue was told"
+
+
+def test_a_passed_deadline_is_said(harness: Harness) -> None:
+    late, good = harness.submit(timeout=5.0), harness.submit()
+    harness.clock.now = 6.0
+    harness.loop.start()
+    (*_, failed) = until_the_end(late)
+    assert "2 of 2 steps were still to do" in str(failed.error)  # type: ignore[union-attr]
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, DeadlinePassedError)
+    assert isinstance(until_the_end(good)[-1], FinishedImage)
+
+
+def test_a_batch_without_memory_is_halved_and_nobody_fails(harness: Harness) -> None:
+    harness.executor.largest = 1
+    requests = [harness.submit() for _ in range(4)]
+    harness.loop.start()
+    assert all(isinstance(until_the_end(events)[-1], FinishedImage) for events in requests)
+    assert harness.executor.batches[:3] == [4, 2, 1]
+    assert set(harness.executor.batches[2:]) == {1}
+
+
+def test_every_sequence_of_a_bad_batch_starts_over_and_a_hopeless_one_fails_alone(harness: Harness) -> None:
+    """The second one is decoded when the engine is in quarantine already; it was denoised before."""
+    harness.executor.gate.clear()
+    hopeless, other = harness.submit("never finite"), harness.submit("overflow")
+    harness.loop.start()
+    harness.executor.gate.set()
+    failed = until_the_end(hopeless)[-1]
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, NonFiniteError)
+    assert isinstance(until_the_end(other)[-1], FinishedImage)
+
+
+def test_those_that_wait_are_told_where_they_stand(harness: Harness) -> None:
+    harness.executor.gate.clear()
+    harness.submit(width=128), harness.submit(width=192)
+    events = harness.submit(width=256, height=256)
+    harness.loop.start()
+    assert events.get(timeout=PATIENCE) == Queued(2, pytest.approx(1e3 * (2 * 1.2 + 2 * 1.2 * 1.5)))
+    harness.executor.gate.set()
+    assert [e.position for e in until_the_end(events) if isinstance(e, Queued)] == [1, 0]
+
+
+def test_a_device_that_does_not_come_back_is_noticed(harness: Harness) -> None:
+    assert not harness.loop.alive, "not started"
+    harness.executor.gate.clear()
+    events = harness.submit()
+    harness.loop.start()
+    while not isinstance(events.get(timeout=PATIENCE), SequenceStarted):
+        pass
+    assert harness.loop.alive
+    harness.clock.now = 10.0 + 20 * 1.1 + 1
+    assert not harness.loop.alive
+    harness.executor.gate.set()
+    assert isinstance(until_the_end(events)[-1], FinishedImage)
+    assert harness.loop.alive
+
+
+def beside(harness: Harness, stage: str, prompt: str) -> FakeMark:
+    """Lets a stage of the request with this prompt run beside the others' steps."""
+    mark = FakeMark()
+    harness.executor.marks[stage, prompt] = [mark]
+    return mark
+
+
+@pytest.mark.parametrize("stage", ["encode", "decode"])
+def test_others_go_on_while_a_request_is_encoded_or_decoded(harness: Harness, stage: str) -> None:
+    mark = beside(harness, stage, "slow")
+    slow = harness.submit("slow")
+    harness.loop.start()
+    for number in range(3):
+        assert isinstance(until_the_end(harness.submit(str(number)))[-1], FinishedImage)
+    waiting_for_it = [slow.get(timeout=PATIENCE) for _ in range(2 if stage == "encode" else 4)]
+    assert slow.empty()
+    assert sum(isinstance(e, Progress) for e in waiting_for_it) == (0 if stage == "encode" else 2)
+    mark.passed.set()
+    assert isinstance(until_the_end(slow)[-1], FinishedImage)
+    assert harness.executor.batches == [1] * 8
+
+
+def test_a_request_that_is_cancelled_while_it_is_decoded_leaves_nothing(harness: Harness) -> None:
+    """Not before the device is done with it: until then its memory is not to be used for anything else."""
+    mark = beside(harness, "decode", "unwanted")
+    unwanted = harness.submit("unwanted")
+    harness.loop.start()
+    while not isinstance(unwanted.get(timeout=PATIENCE), Progress):
+        pass
+    harness.loop.cancel(0)
+    until_the_end(harness.submit())
+    (flight,) = harness.loop._flights
+    assert flight.sequence.request.prompt == "unwanted"
+    assert not harness.loop._planner._aside
+    mark.passed.set()
+    until_the_end(harness.submit())
+    assert not harness.loop._flights
+    assert not [e for e in drain(unwanted) if isinstance(e, FinishedImage | Failed)]
+
+
+def drain(events: "queue.SimpleQueue[LoopEvent]") -> list[LoopEvent]:
+    return [events.get() for _ in range(events.qsize())]
+
+
+def test_what_goes_wrong_beside_the_steps_is_seen_when_it_is_collected(harness: Harness) -> None:
+    mark = beside(harness, "decode", "overflow")
+    overflow = harness.submit("overflow")
+    harness.loop.start()
+    until_the_end(harness.submit())
+    assert harness.executor.quarantines == 0
+    mark.passed.set()
+    seen = until_the_end(overflow)
+    assert [e.step for e in seen if isinstance(e, Progress)] == [1, 2, 1, 2]
+    assert isinstance(seen[-1], FinishedImage)
+    assert (harness.executor.quarantines, harness.executor.resets) == (1, 1)
+
+
+def test_memory_is_freed_when_nothing_runs_beside_the_steps(harness: Harness) -> None:
+    mark = beside(harness, "decode", "slow")
+    slow = harness.submit("slow")
+    harness.loop.start()
+    until_the_end(harness.submit())
+    harness.executor.faults = {"huge": torch.OutOfMemoryError("tried to allocate 9 GiB")}
+    huge = harness.submit("huge")
+    looks = mark.looks
+    while mark.looks < looks + 3:
+        time.sleep(0.001)
+    assert harness.executor.freed == 0
+    mark.passed.set()
+    assert isinstance(until_the_end(slow)[-1], FinishedImage)
+    assert isinstance(until_the_end(huge)[-1], Failed)
+    assert harness.executor.freed == 2
+
+
+def test_a_decode_that_does_not_come_back_is_noticed(harness: Harness) -> None:
+    mark = beside(harness, "decode", "slow")
+    slow = harness.submit("slow")
+    harness.loop.start()
+    until_the_end(harness.submit())
+    assert harness.loop.alive
+    harness.clock.now = 11.0
+    assert not harness.loop.alive
+    mark.passed.set()
+    assert isinstance(until_the_end(slow)[-1], FinishedImage)
+    until_the_end(harness.submit())
+    assert harness.loop.alive

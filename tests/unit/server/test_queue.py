@@ -1,0 +1,218 @@
+"""Who gets which worker when, what waits, and what is refused; with workers that are ordinary objects."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from server.config import ModelConfig
+from server.costs import CostTable
+from server.errors import (
+    DeadlinePassedError,
+    ModelNotReadyError,
+    PoisonRequestError,
+    QueueFullError,
+    QueueTimeoutError,
+    ShuttingDownError,
+    WorkerLostError,
+    ZServeError,
+)
+from server.frontend.assignment import Place
+from server.frontend.metrics import Metrics
+from server.frontend.queue import ModelQueue
+from server.frontend.serving import Serving
+from server.frontend.workers import WorkerState
+from server.queue_policy import LevelPolicy, QueuePolicy, TimeoutAction
+from server.requests import (
+    Completed,
+    Event,
+    GenerationRequest,
+    Image,
+    ImageFormat,
+    Progress,
+    Started,
+    StepCost,
+    Timings,
+)
+from tests.fakes import FakeClock, a_request
+
+SECOND = CostTable([StepCost(64, 64, 1, 0.5)])  # a request of a_request's two steps takes a second
+STRICT = QueuePolicy(default=LevelPolicy(max_size=3))
+
+
+@dataclass(eq=False)
+class FakeWorker:
+    """Answers at once, or breaks off after `breaks_after` events."""
+
+    name: str = "fake"
+    state: WorkerState = WorkerState.READY
+    reason: str = ""
+    costs: CostTable = field(default_factory=lambda: SECOND)
+    breaks_after: int | None = None
+    served: list[str] = field(default_factory=list)
+
+    def lose(self) -> None:
+        self.state = WorkerState.RESTARTING
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        self.served.append(request.request_id)
+        image = Image(0, request.seed, 64, 64, ImageFormat.RAW, b"")
+        done = Completed(Timings(), (), prompt_cached=False, denoiser_forwards=2)
+        for number, event in enumerate((Started(self.name), Progress(1, 2, 0), image, Progress(2, 2, 0), done)):
+            if number == self.breaks_after:
+                raise WorkerLostError("gone")
+            yield event
+
+
+def make(*workers: FakeWorker, clock: FakeClock | None = None, **config: object) -> ModelQueue:
+    model = ModelConfig("demo", **{"max_batch_size": 1, "queue": STRICT, **config})  # type: ignore[arg-type]
+    return ModelQueue(model, workers, clock or FakeClock())  # type: ignore[arg-type]
+
+
+def enter(queue: ModelQueue, count: int = 1, **changes: object) -> list[Place]:
+    return [queue.enter(replace(a_request(), **changes)) for _ in range(count)]  # type: ignore[arg-type]
+
+
+async def test_a_worker_gets_its_window_and_the_rest_wait_in_turn() -> None:
+    queue = make(FakeWorker())
+    places = enter(queue, 4)
+    assert [p.worker is not None for p in places] == [True, True, False, False]
+    queue.leave(places[0])
+    assert [p.worker is not None for p in places[1:]] == [True, True, False]
+
+
+async def test_a_more_urgent_request_is_not_kept_from_a_full_worker() -> None:
+    queue = make(FakeWorker())
+    enter(queue, 3)
+    (urgent,) = enter(queue, priority=1)
+    assert urgent.worker is not None
+
+
+async def test_the_worker_with_the_least_to_do_is_chosen() -> None:
+    queue = make(FakeWorker("a"), FakeWorker("b"))
+    (large,) = enter(queue, num_inference_steps=20)
+    small = enter(queue, 2)
+    assert large.worker is not small[0].worker is small[1].worker
+
+
+async def test_places_learn_where_they_stand() -> None:
+    queue = make(FakeWorker())
+    (*_, third, fourth) = enter(queue, 4)
+    assert [(p.standing.position, p.standing.estimated_start_ms) for p in (third, fourth) if p.standing] == [
+        (2, 2000.0),
+        (3, 3000.0),
+    ]
+    third.moved.clear(), fourth.moved.clear()
+    queue.leave(third)
+    await asyncio.wait_for(fourth.moved.wait(), 100)
+    assert fourth.standing is not None
+    assert (fourth.standing.position, fourth.standing.estimated_start_ms) == (2, 2000.0)
+
+
+async def test_a_full_queue_refuses_with_advice() -> None:
+    queue = make(FakeWorker())
+    enter(queue, 5)
+    with pytest.raises(QueueFullError, match="3 requests of priority 4 waiting") as refusal:
+        enter(queue)
+    assert refusal.value.retry_after == 2.0
+    enter(queue, priority=5)  # a level of its own
+
+
+async def test_what_cannot_meet_its_deadline_is_refused_at_once() -> None:
+    queue = make(FakeWorker())
+    with pytest.raises(DeadlinePassedError, match="needs 1 s of the device"):
+        enter(queue, timeout=0.9)
+    enter(queue, 4, priority=2)
+    with pytest.raises(DeadlinePassedError, match="free for it in 4 s"):
+        enter(queue, timeout=3.5)
+    (urgent,) = enter(queue, priority=2, timeout=3.5)
+    assert urgent.worker is not None
+
+
+@pytest.mark.parametrize("action", TimeoutAction)
+async def test_queue_timeouts(action: TimeoutAction) -> None:
+    level = LevelPolicy(timeout=5.0, on_timeout=action, request_may_set_timeout=True)
+    clock = FakeClock()
+    queue = make(FakeWorker(), clock=clock, queue=QueuePolicy(default=level))
+    (*_, early, late) = enter(queue, 4, queue_timeout=3.0)
+    assert queue.patience(early) == 3.0
+    clock.now = 3.0
+    if action is TimeoutAction.REJECT:
+        with pytest.raises(QueueTimeoutError):
+            queue.time_out(early)
+        return
+    queue.time_out(early)
+    (after,) = enter(queue)
+    queue.time_out(late)
+    order = sorted((early, late, after), key=lambda p: p.claim.rank(3.0, queue.config.queue.turns))
+    assert order == [after, early, late]
+    assert queue.patience(early) is None
+
+
+async def test_a_model_without_a_worker_refuses_but_waits_for_one_that_restarts() -> None:
+    with pytest.raises(ModelNotReadyError):
+        enter(make(FakeWorker(state=WorkerState.STARTING)))
+    worker = FakeWorker(state=WorkerState.RESTARTING)
+    queue = make(worker)
+    (place,) = enter(queue)
+    worker.state = WorkerState.READY
+    queue.change()
+    assert place.worker is worker  # type: ignore[comparison-overlap]
+
+
+async def serve(queue: ModelQueue, max_retries: int = 3, **changes: object) -> list[Event]:
+    request = replace(a_request(), **changes)  # type: ignore[arg-type]
+    serving = Serving(queue, request, max_retries=max_retries, metrics=Metrics())
+    return [event async for event in serving.events()]
+
+
+async def test_a_lost_request_goes_on_with_another_worker_and_no_image_comes_twice() -> None:
+    queue = make(FakeWorker("a", breaks_after=3), FakeWorker("b"))
+    events = await serve(queue)
+    assert [e.attempt for e in events if isinstance(e, Started)] == [1, 2]
+    assert sum(isinstance(e, Image) for e in events) == 1
+    assert isinstance(events[-1], Completed)
+    assert queue.running == queue.waiting == 0
+
+
+async def test_a_request_that_loses_two_workers_once_begun_is_poison() -> None:
+    queue = make(*(FakeWorker(breaks_after=1) for _ in range(3)))
+    with pytest.raises(PoisonRequestError):
+        await serve(queue)
+    assert queue.running == queue.waiting == 0
+
+
+async def test_losing_workers_before_it_began_is_not_its_fault_but_ends_too() -> None:
+    queue = make(*(FakeWorker(breaks_after=0) for _ in range(4)))
+    with pytest.raises(WorkerLostError) as failure:
+        await serve(queue, max_retries=2)
+    assert failure.value.retry_after == 1.0
+    assert sum(bool(w.served) for w in queue.workers) == 3  # type: ignore[attr-defined]
+
+
+async def test_a_suspect_gets_a_worker_for_itself() -> None:
+    first, second = FakeWorker("a"), FakeWorker("b")
+    queue = make(first, second)
+    places = enter(queue, 4)
+    suspect = next(p for p in places if p.worker is first)  # type: ignore[comparison-overlap]
+    suspect.started = True
+    queue.lose(suspect)
+    queue.rejoin(suspect)
+    others = [p for p in places if p.worker is second]  # type: ignore[comparison-overlap]
+    assert suspect.worker is None
+    for place in others:
+        queue.leave(place)
+    assert suspect.worker is second  # type: ignore[comparison-overlap]
+    (newcomer,) = enter(queue)
+    assert newcomer.worker is None
+
+
+async def test_a_closed_queue_refuses_whoever_waits() -> None:
+    queue = make(FakeWorker())
+    enter(queue, 2)
+    waiting = asyncio.create_task(serve(queue))
+    await asyncio.sleep(0)
+    queue.close(ShuttingDownError("bye"))
+    with pytest.raises(ZServeError, match="bye"):
+        await waiting

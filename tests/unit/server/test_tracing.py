@@ -1,0 +1,161 @@
+"""Traces: which requests get one, what it holds, and the OpenTelemetry spans it becomes."""
+
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+from opentelemetry import trace as otel
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from server.cli import parser, read_config
+from server.errors import ConfigError
+from server.frontend.statistics import RequestRecord, Spent
+from server.frontend.telemetry import Telemetry
+from server.frontend.tracing import Call, Trace, Tracer
+from server.requests import Completed, Event, Image, ImageFormat, Progress, Queued, Started, Timings
+from server.settings import TelemetryConfig, TraceLevel, TraceMode, TraceSettings
+from server.tensors import DataType, Tensor, join_strings
+
+ON = TraceSettings(trace_level=frozenset({TraceLevel.TIMESTAMPS}), trace_rate=1, trace_mode=TraceMode.OPENTELEMETRY)
+PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+IMAGE = Image(0, 7, 64, 64, ImageFormat.PNG, b"", decode_ms=20.0, image_encode_ms=10.0)
+DRAWN: tuple[Event, ...] = (
+    Queued(1),
+    Started("w0"),
+    Progress(1, 2, 0, step_ms=30.0, batch_size=2),
+    Progress(2, 2, 0, step_ms=40.0),
+    IMAGE,
+    Completed(Timings(encode_ms=5.0), (), prompt_cached=False, denoiser_forwards=2),
+)
+
+
+def a_trace(*events: Event, **call: str) -> Trace:
+    made = Trace(id=1, model="demo", version="1", request_id="r", settings=ON, call=Call("service/Generate", call))
+    for event in events:
+        made.see(event)
+    return made
+
+
+def milliseconds(trace: Trace) -> dict[str, float]:
+    return {s.name: (s.ended - s.began) / 1e6 for s in trace.stages}
+
+
+def test_the_stages_of_an_image_have_the_lengths_that_the_worker_measured() -> None:
+    trace = a_trace(*DRAWN)
+    trace.end()
+    assert [s.name for s in trace.stages] == ["queue", "step", "step", "decode", "encode_image", "encode", "send"]
+    found = milliseconds(trace)
+    assert (found["step"], found["decode"], found["encode_image"], found["encode"]) == (40.0, 20.0, 10.0, 5.0)
+    assert trace.stages[3].ended == trace.stages[4].began
+    assert trace.stages[1].attributes == {"step": 1, "of": 2, "image_index": 0, "batch_size": 2}
+
+
+def test_every_attempt_waits_anew() -> None:
+    queues = [s for s in a_trace(Started("w0"), Progress(1, 2, 0), Started("w1", 2)).stages if s.name == "queue"]
+    assert [q.attributes["attempt"] for q in queues] == [1, 2]
+    assert queues[1].began >= queues[0].ended
+
+
+def test_an_answer_from_the_cache_does_not_bring_its_old_stages() -> None:
+    assert a_trace(IMAGE, replace(DRAWN[-1], response_cached=True)).stages == []  # type: ignore[type-var]
+
+
+def traced(settings: TraceSettings, *calls: Call) -> list[bool]:
+    tracer = Tracer(settings, lambda trace: None, lambda: None)
+    return [tracer.begin("m", "1", "", call) is not None for call in calls]
+
+
+def test_one_request_in_rate_is_traced_and_count_in_all() -> None:
+    plain = [Call("m")] * 6
+    assert traced(replace(ON, trace_rate=2, trace_count=2), *plain) == [True, False, True, False, False, False]
+    assert not any(traced(replace(ON, trace_level=frozenset()), *plain))
+
+
+def test_who_brings_a_trace_context_is_traced_at_any_rate_by_opentelemetry_alone() -> None:
+    calls = (Call("m"), Call("m", {"traceparent": PARENT}))
+    assert traced(replace(ON, trace_rate=0), *calls) == [False, True]
+    assert traced(replace(ON, trace_rate=0, trace_mode=TraceMode.TRITON, trace_file="x"), *calls) == [False, False]
+
+
+def spans(trace: Trace) -> dict[str, ReadableSpan]:
+    """What a collector gets to see of `trace`."""
+    memory = InMemorySpanExporter()
+    telemetry = Telemetry(TelemetryConfig(resource=(("service.name", "test"),)), memory)
+    trace.end()
+    telemetry.write(trace)
+    telemetry.close()
+    return {s.name: s for s in memory.get_finished_spans()}
+
+
+def test_spans_hang_below_the_callers() -> None:
+    found = spans(a_trace(*DRAWN, traceparent=PARENT))
+    call = found.pop("service/Generate")
+    assert call.kind is otel.SpanKind.SERVER
+    assert call.parent is not None
+    assert (f"{call.parent.trace_id:032x}", f"{call.parent.span_id:016x}") == tuple(PARENT.split("-")[1:3])
+    assert set(found) == {"queue", "encode", "step", "decode", "encode_image", "send"}
+    assert {s.parent.span_id for s in found.values() if s.parent} == {call.context.span_id}
+    assert call.attributes is not None
+    assert call.attributes["triton.model_name"] == "demo"
+    assert call.resource.attributes["service.name"] == "test"
+    assert abs((call.end_time or 0) - time.time_ns()) < 60e9
+
+
+def test_without_a_caller_the_call_is_the_root_and_an_error_is_its_status() -> None:
+    trace = a_trace(Queued(1))
+    with pytest.raises(ValueError), trace.answering():
+        raise ValueError("no")
+    call = spans(trace)["service/Generate"]
+    assert call.parent is None
+    assert call.status.status_code is otel.StatusCode.ERROR
+    assert call.status.description == "ValueError: no"
+
+
+def test_a_model_without_events_has_the_stages_of_its_statistics() -> None:
+    trace = a_trace()
+    trace.observe(RequestRecord(spent=Spent(queue=4_000_000, compute_input=1_000_000, compute_infer=2_000_000)))
+    found = spans(trace)
+    lengths = {name: ((s.end_time or 0) - (s.start_time or 0)) / 1e6 for name, s in found.items()}
+    assert (lengths["queue"], lengths["compute"]) == (4.0, 3.0)
+
+
+def test_the_flags() -> None:
+    wanted = (
+        "mode=opentelemetry", "level=TIMESTAMPS", "level=TENSORS", "rate=5", "opentelemetry,url=http://c:1/v1/traces",
+        "opentelemetry,resource=service.name=x", "opentelemetry,resource=zone=a=b",
+        "opentelemetry,bsp_schedule_delay=9",
+    )  # fmt: skip
+    config = read_config(parser().parse_args([part for text in wanted for part in ("--trace-config", text)]))
+    assert config.trace == TraceSettings(frozenset(TraceLevel), trace_rate=5, trace_mode=TraceMode.OPENTELEMETRY)
+    assert config.telemetry.url == "http://c:1/v1/traces"
+    assert dict(config.telemetry.resource) == {"service.name": "x", "zone": "a=b"}
+    assert config.telemetry.schedule_delay == 9
+
+
+@pytest.mark.parametrize("text", ["rate=-1", "level=MAX", "mode=zipkin", "rate", "colour=red"])
+def test_a_wrong_setting_is_refused_with_what_is_accepted(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parser().parse_args(["--trace-config", text])
+    assert text in capsys.readouterr().err
+
+
+def test_without_the_extra_the_error_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "opentelemetry", None)
+    with pytest.raises(ConfigError, match=r"pip install 'zserve\[tracing\]'"):
+        Telemetry(TelemetryConfig())
+
+
+@pytest.mark.parametrize(
+    ("datatype", "data", "values"),
+    [
+        (DataType.BOOL, b"\1\0", [True, False]),
+        (DataType.INT16, b"\xff\xff\2\0", [-1, 2]),
+        (DataType.FP16, b"\0\x3c\0\xc0", [1.0, -2.0]),
+        (DataType.BF16, b"\x80\x3f\0\xc0", [1.0, -2.0]),
+        (DataType.BYTES, join_strings([b"a", "é".encode()]), ["a", "é"]),
+    ],
+)
+def test_the_elements_of_a_tensor(datatype: DataType, data: bytes, values: list[object]) -> None:
+    assert Tensor("t", datatype, (2,), data).values() == values

@@ -1,0 +1,173 @@
+"""`zserve verify`: builds, checks and times every kind of engine that this machine can run.
+
+Each backend is exported and compared with eager in processes of their own, so one that fails, or kills its process,
+is a line of the report like any other. Writes OUT.json and OUT.md.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from export.devices import default_device
+from export.manifest import BINDING_LIBRARIES, Backend, installed_version
+
+ON_CUDA = (Backend.TENSORRT, Backend.TENSORRT_RTX, Backend.AOTINDUCTOR)
+ON_CPU = (Backend.ONNXRUNTIME, Backend.AOTINDUCTOR, Backend.TENSORRT_RTX)
+AHEAD_OF_TIME = "sm89,sm120"  # what TensorRT-RTX builds for where there is no GPU
+
+COMPILED = [backend for backend in Backend if backend is not Backend.EAGER]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one backend."""
+
+    backend: Backend
+    built: bool = False
+    right: bool | None = None  # whether it runs and is as close to eager as it must be; None where it cannot run
+    export_seconds: float = 0.0
+    problem: str = ""  # why it was not built, or not run
+    parity: dict[str, Any] = field(default_factory=dict)  # as `zserve parity --json` gives it
+    version: dict[str, Any] = field(default_factory=dict)  # as `zserve inspect --json` gives it
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs all backends; returns 1 if one that was built for this machine does not run or is past its tolerance."""
+    parser = argparse.ArgumentParser(prog="zserve verify", description=__doc__)
+    parser.add_argument("--checkpoint", default="demo/checkpoint", help="default: %(default)s")
+    parser.add_argument("--default-size", default="256x256", help="default: %(default)s; 1024x1024 for the real model")
+    parser.add_argument("--device", default=default_device(), help="default: %(default)s")
+    parser.add_argument("--backend", type=Backend, choices=COMPILED, action="append", help="default: all that fit")
+    parser.add_argument("--images", type=int, default=4, help="images drawn with each (default: %(default)s)")
+    parser.add_argument("--repository", type=Path, help="keep the engines here and reuse them (default: deleted)")
+    parser.add_argument("--out", type=Path, default=Path("out/verify"), help="report without suffix (%(default)s)")
+    arguments = parser.parse_args(argv)
+    backends = arguments.backend or (ON_CUDA if arguments.device.startswith("cuda") else ON_CPU)
+    with _repository(arguments.repository) as repository:
+        verdicts = [verify(backend, arguments, repository) for backend in backends]
+    write_report(arguments.out, machine(arguments.device), verdicts)
+    print(f"report: {arguments.out}.md and {arguments.out}.json")
+    return 1 if any(v.right is False for v in verdicts) else 0
+
+
+@contextmanager
+def _repository(kept: Path | None) -> Iterator[Path]:
+    """`kept`, or a folder for the time of the block."""
+    if kept is not None:
+        yield kept
+        return
+    with tempfile.TemporaryDirectory(prefix="zserve-verify-") as folder:
+        yield Path(folder)
+
+
+def verify(backend: Backend, arguments: argparse.Namespace, repository: Path) -> Verdict:
+    """Exports one backend and holds it against eager."""
+    print(f"{backend}: building ...", flush=True)
+    started = time.perf_counter()
+    name, device = f"verified-{backend}", ("--device", arguments.device)
+    options = ("--checkpoint", arguments.checkpoint, "--default-size", arguments.default_size, *device)
+    elsewhere = backend is Backend.TENSORRT_RTX and not arguments.device.startswith("cuda")
+    target = ("--target", AHEAD_OF_TIME) if elsewhere else ()
+    export = _zserve("export", *options, *target, "--repository", repository, "--name", name, "--backend", backend)
+    seconds = round(time.perf_counter() - started, 1)
+    if export.returncode != 0:
+        print(f"{backend}: not possible here", flush=True)
+        return Verdict(backend, export_seconds=seconds, problem=_last_words(export))
+    model = repository / name
+    version = json.loads(_zserve("inspect", model, *device, "--json").stdout)
+    built = Verdict(backend, built=True, export_seconds=seconds, version=version)
+    if elsewhere:
+        return replace(built, problem=f"built for {AHEAD_OF_TIME}, and not run, as this machine has no GPU")
+    print(f"{backend}: comparing with eager ...", flush=True)
+    parity = _zserve("parity", model, *device, "--json", "--images", arguments.images)
+    if not parity.stdout.startswith("{"):
+        return replace(built, right=False, problem=_last_words(parity))
+    measured = json.loads(parity.stdout)
+    problem = "; ".join(c["not_run"] for c in measured["components"] if c["not_run"])
+    return replace(built, right=measured["within_tolerance"], problem=problem, parity=measured)
+
+
+def _zserve(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "zserve", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def _last_words(done: subprocess.CompletedProcess[str]) -> str:
+    if done.returncode < 0:
+        return f"its process was killed by signal {-done.returncode}"
+    said = [line for line in done.stderr.splitlines() if line.strip()]
+    return said[-1] if said else f"its process ended with status {done.returncode} and said nothing"
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the report is about."""
+    import torch
+
+    cuda = device.startswith("cuda")
+    libraries = {library for names in BINDING_LIBRARIES.values() for library in names}
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
+        "compute_capability": ".".join(map(str, torch.cuda.get_device_capability(device))) if cuda else None,
+        "memory_gb": round(torch.cuda.get_device_properties(device).total_memory / 1e9, 1) if cuda else None,
+        "cuda": torch.version.cuda,
+        "libraries": {name: installed_version(name) for name in sorted(libraries)},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def write_report(out: Path, here: dict[str, Any], verdicts: list[Verdict]) -> None:
+    """Writes `out`.json and `out`.md."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    whole = {"machine": here, "backends": [asdict(v) for v in verdicts]}
+    out.with_suffix(".json").write_text(json.dumps(whole, indent=2) + "\n", "utf-8")
+    out.with_suffix(".md").write_text(as_markdown(here, verdicts), "utf-8")
+
+
+def as_markdown(here: dict[str, Any], verdicts: list[Verdict]) -> str:
+    """The report for people."""
+    lines = [f"# zserve on {here['device']}", ""]
+    lines += [f"* {key}: {value}" for key, value in here.items() if key not in ("device", "libraries")]
+    lines += [f"* {name}: {version or 'not installed'}" for name, version in here["libraries"].items()]
+    lines += [
+        "",
+        "| backend | built | component | relative error | tolerance | ms | eager ms |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [row for verdict in verdicts for row in _rows(verdict)]
+    lines += ["", *(line for verdict in verdicts for line in _notes(verdict))]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(verdict: Verdict) -> list[str]:
+    built = f"{verdict.export_seconds} s" if verdict.built else "no"
+    if not verdict.parity:
+        return [f"| {verdict.backend} | {built} | | | | | |"]
+    return [
+        f"| {verdict.backend} | {built} | {c['component']} | not run | | | |"
+        if c["not_run"]
+        else f"| {verdict.backend} | {built} | {c['component']} | {c['relative_error']:.1e} | {c['tolerance']:.0e} | "
+        f"{c['milliseconds']:.2f} | {c['eager_milliseconds']:.2f} |"
+        for c in verdict.parity["components"]
+    ]
+
+
+def _notes(verdict: Verdict) -> list[str]:
+    notes = [f"* {verdict.backend}: {verdict.problem}"] if verdict.problem else []
+    if verdict.parity:
+        images, least = verdict.parity["images"], verdict.parity["least_psnr"]
+        notes.append(
+            f"* {verdict.backend}: {images['images']} images, PSNR at least {images['worst_psnr']:.1f} dB "
+            f"(tolerance {least:.0f}), at most {images['largest_difference']} grey levels from eager"
+        )
+        if images["score"] is not None:
+            notes.append(f"* {verdict.backend}: {images['score']:.0%} of the demo's images show what was asked for")
+    return notes

@@ -1,0 +1,149 @@
+"""`zserve inspect`: what a version holds, and what of it can be used on this machine."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from export.devices import current_target, default_device
+from export.errors import ExportError, StaleEngineError
+from export.manifest import Backend, EngineRecord, Target, check_engine, rebuild_command
+from export.spec import ComponentSpec, TensorSpec, component_specs
+from verify.version import Version, add_arguments, open_version
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints the version; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="zserve inspect", description=__doc__)
+    add_arguments(parser)
+    parser.add_argument("--device", help="device to compare with (default: cuda where there is one)")
+    arguments = parser.parse_args(argv)
+    try:
+        version = open_version(arguments)
+    except ExportError as error:
+        print(f"zserve inspect: {error}", file=sys.stderr)
+        return 1
+    described = describe(version, current_target(arguments.device or default_device()))
+    print(json.dumps(described, indent=2) if arguments.json else as_table(described))
+    return 0
+
+
+def describe(version: Version, here: Target) -> dict[str, Any]:
+    """Everything about the version, ready for JSON."""
+    manifest = version.manifest
+    specs = component_specs(manifest.checkpoint.dimensions)
+    return {
+        "model": manifest.name,
+        "version": version.folder.name,
+        "created": manifest.created,
+        "precision": manifest.precision,
+        "checkpoint": asdict(manifest.checkpoint),
+        "default_size": manifest.default_size,
+        "max_size": manifest.max_size,
+        "max_batch": manifest.max_batch,
+        "this_machine": str(here),
+        "components": [
+            {
+                "component": component,
+                "inputs": [_tensor(t) for t in spec.inputs],
+                "output": _tensor(spec.output),
+                "engine": _engine(version, spec, here),
+            }
+            for component, spec in specs.items()
+        ],
+    }
+
+
+def _tensor(spec: TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.dims)}
+
+
+def _engine(version: Version, spec: ComponentSpec, here: Target) -> dict[str, Any]:
+    record = version.manifest.engine(spec.component)
+    if record is None:
+        return {"backend": Backend.EAGER, "usable_here": True}
+    problem = _problem(version, record, here)
+    return {
+        **asdict(record),
+        "bytes": record.bytes,
+        "tolerance": spec.tolerance[version.manifest.precision],
+        "usable_here": not problem,
+        "problem": problem,
+    }
+
+
+def _problem(version: Version, record: EngineRecord, here: Target) -> str:
+    rebuild = rebuild_command(version.manifest, version.folder.parent.parent, record)
+    try:
+        check_engine(record, version.folder, here, rebuild)
+    except StaleEngineError as error:
+        return str(error)
+    return ""
+
+
+def as_table(described: dict[str, Any]) -> str:
+    """The same for a person, in lines of ordinary width but for paths."""
+    lines = [
+        f"{described['model']} version {described['version']}, {described['precision']}, made {described['created']}",
+        f"  from {described['checkpoint']['path']}",
+        f"  default size {described['default_size']}, up to {described['max_size']} pixels a side and "
+        f"{described['max_batch']} images a batch",
+    ]
+    for component in described["components"]:
+        lines += ["", *_component_lines(component, described["this_machine"])]
+    return "\n".join(lines)
+
+
+def _component_lines(component: dict[str, Any], here: str) -> list[str]:
+    engine = component["engine"]
+    tensors = [_tensor_text(t) for t in component["inputs"]]
+    lines = [f"{component['component']}: {engine['backend']}"]
+    lines.append(f"  takes      {', '.join(tensors)}")
+    lines.append(f"  gives      {_tensor_text(component['output'])}")
+    if engine["backend"] is not Backend.EAGER:
+        lines += _engine_lines(engine)
+    lines.append(f"  here       {f'usable on {here}' if engine['usable_here'] else engine['problem']}")
+    return lines
+
+
+def _engine_lines(engine: dict[str, Any]) -> list[str]:
+    names = ", ".join(f["name"] for f in engine["files"])
+    lines = [
+        f"  files      {names} ({engine['bytes'] / 1e6:.1f} MB)",
+        f"  built for  {', '.join(str(Target(**t)) for t in engine['built_for'])}",
+        f"  built with {', '.join(f'{name} {version}' for name, version in engine['built_with'].items())}",
+        f"  parity     {_parity_text(engine)}",
+    ]
+    if engine["plan"] is not None:
+        lines += _plan_lines(engine["plan"])
+    return lines
+
+
+def _plan_lines(plan: dict[str, Any]) -> list[str]:
+    lines = [
+        f"  attention  {plan['fused_attention']} fused, {plan['decomposed_attention']} decomposed",
+        f"  weights    {plan['weights']}, layers told: {plan['verbosity']}",
+    ]
+    for profile in plan["profiles"]:
+        low, high = profile["minimum"], profile["maximum"]
+        lines.append(
+            f"  profile    batch {low['batch']}-{high['batch']}, caption {low['caption']}-{high['caption']}, "
+            f"{low['width']}x{low['height']} to {high['width']}x{high['height']}"
+        )
+    return lines
+
+
+def _parity_text(engine: dict[str, Any]) -> str:
+    parity = engine["parity"]
+    if parity is None:
+        return "never run: the machine that built it has none of these GPUs"
+    return (
+        f"relative error {parity['relative_error']:.1e} (tolerance {engine['tolerance']:.0e}), "
+        f"cosine {parity['cosine']:.7f}, over {parity['points']} shapes"
+    )
+
+
+def _tensor_text(tensor: dict[str, Any]) -> str:
+    return f"{tensor['name']} {tensor['dtype']} [{', '.join(map(str, tensor['shape']))}]"

@@ -1,0 +1,39 @@
+"""One version of a model, found by the path its owner types."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from export.errors import ManifestError
+from export.manifest import Manifest
+from export.repository import versions
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version's folder and manifest."""
+
+    folder: Path
+    manifest: Manifest
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that `open_version` reads."""
+    parser.add_argument("model", type=Path, help="the model's folder in the repository, such as models/z-image-demo")
+    parser.add_argument("--version", type=int, help="default: the newest")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+
+
+def open_version(arguments: argparse.Namespace) -> Version:
+    """The version asked for.
+
+    Raises:
+        ManifestError: it is not there, or its manifest cannot be read.
+    """
+    numbers = versions(arguments.model)
+    number = arguments.version or (numbers[-1] if numbers else None)
+    if number not in numbers:
+        there = f"there are {numbers}" if numbers else "there is none; `zserve export` makes one"
+        raise ManifestError(f"{arguments.model} has no version {number or 'at all'}: {there}")
+    folder = arguments.model / str(number)
+    return Version(folder, Manifest.read(folder))
