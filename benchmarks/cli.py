@@ -23,6 +23,7 @@ BENCHMARKS = {
     "image": "a whole image in one process, by stage",
     "service": "through gRPC: one at a time against diffusers, closed loop, open loop",
     "quality": "whether compiling changes the picture, by engine and precision",
+    "demo_quality": "whether the demo model draws what it is asked for, by size and language",
     "startup": "from starting the process to the first image",
     "memory": "host and device memory, stage by stage",
     "scheduling": "the planner against first in, first out, under load",

@@ -6,17 +6,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.choice import pixels
 from benchmarks.timing import Stages
 from export.spec import Component
+from server.worker.images import Pixels
 
 if TYPE_CHECKING:
     from diffusers import ZImagePipeline
-
-Pixels = NDArray[np.uint8]
 
 
 class DiffusersRow:

@@ -18,12 +18,13 @@ from typing import Any
 
 from benchmarks import choice, rows
 from benchmarks.choice import DIFFUSERS
-from benchmarks.diffusers_row import DiffusersRow, Pixels
+from benchmarks.diffusers_row import DiffusersRow
 from benchmarks.engine_row import EngineRow
 from benchmarks.record import Row, percentiles, print_table, row
 from benchmarks.subject import Subject, open_subject
 from export.manifest import Backend
 from export.spec import Component
+from server.worker.images import Pixels
 
 STEPS = 8
 OTHER = "other"
@@ -100,7 +101,7 @@ class Images:
         drawer = self._rows[name]
         if isinstance(drawer, DiffusersRow):
             return {component.value: DIFFUSERS for component in Component}
-        return {use.component.value: use.backend.value for use in drawer.executor.engines()}
+        return drawer.backends
 
     def _draw(self, drawer: DiffusersRow | EngineRow, prompts: list[str], size: str, seed: int) -> Drawn:
         before, began = drawer.calls[Component.DENOISER], time.perf_counter()

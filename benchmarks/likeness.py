@@ -8,7 +8,8 @@ from statistics import median
 import numpy as np
 from skimage.metrics import structural_similarity
 
-from verify.images import Pixels, psnr
+from server.worker.images import Pixels
+from verify.images import psnr
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ Units: milliseconds; `share` is preview over step, pair by pair.
 import argparse
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,15 @@ import torch
 
 from benchmarks.record import percentiles, print_table, row
 from benchmarks.serving import add_model
-from benchmarks.simulation import a_request
-from export.devices import current_target, default_device
+from export.devices import default_device
 from export.manifest import Manifest
 from export.spec import Component
-from server.config import FallbackPolicy, cpu_threads
+from server.config import FallbackPolicy
 from server.engines.eager import EagerModules
-from server.engines.load import EngineLoader
 from server.worker.executor import Executor, make_sequences
 from server.worker.images import encode_preview
+from verify.painter import one_image
+from verify.version import load_engines
 
 SIZES = (256, 512, 1024)
 PROMPT = (1,) * 20  # token ids; which ones costs nothing
@@ -55,14 +54,14 @@ def load(folder: Path, device: str) -> Executor:
     torch.set_num_threads(1)  # as in a worker
     manifest = Manifest.read(folder)
     modules = EagerModules(Path(manifest.checkpoint.path), manifest.precision, device)
-    loader = EngineLoader(folder, manifest, current_target(device), modules, cpu_threads(1), FallbackPolicy.REFUSE)
-    return Executor(loader.load_all(), manifest, device, prompt_cache_size=1)
+    return Executor(
+        load_engines(folder, manifest, modules, FallbackPolicy.REFUSE), manifest, device, prompt_cache_size=1
+    )
 
 
 def measure(executor: Executor, size: int, pairs: int) -> dict[str, Any]:
     """Steps and previews in turn, at one size."""
-    request = replace(a_request(size, size), num_inference_steps=STEPS)
-    (sequence,) = make_sequences(request, (PROMPT,), key=0, shift=3.0, now=0.0)
+    (sequence,) = make_sequences(one_image("", (size, size), STEPS), (PROMPT,), key=0, shift=3.0, now=0.0)
     executor.encode(sequence).result()
     executor.denoise([sequence])
     executor.preview(sequence, 1)

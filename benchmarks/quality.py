@@ -21,20 +21,21 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record
+from benchmarks.demo_quality import LARGE, Share
 from benchmarks.likeness import Likeness, likeness
 from benchmarks.quality_sheet import contact_sheet
-from demo.evaluate import LARGE, Share
 from demo.scenes import Scene, sample_scenes
 from demo.score import score
-from export.devices import current_target, default_device
+from export.devices import default_device
 from export.manifest import Backend, Manifest
 from export.repository import versions
 from export.spec import Precision
-from server.config import FallbackPolicy, cpu_threads
+from server.config import FallbackPolicy
 from server.engines.eager import EagerModules
-from server.engines.load import EngineLoader
 from server.errors import EngineLoadError
-from verify.images import Painter, Pixels, Size
+from server.worker.images import Pixels
+from verify.painter import Painter, Size
+from verify.version import load_engines
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -172,16 +173,19 @@ def _measure(
         right = Share.of([score(p, scene).all_correct for p, scene in zip(pictures, scenes, strict=True)])
         return Row(*told, right, likeness(pictures, expected)), size, pictures
 
+    def draw(steps: int = STEPS, at_once: int = 1) -> list[Pixels]:
+        return painter.draw(prompts, size, steps=steps, at_once=at_once).pictures
+
     painter.forget()
-    alone = painter.draw(prompts, size, steps=STEPS)
+    alone = draw()
     yield row("eager fp32", alone, reference.setdefault(size, alone))
     encoded = painter.encoded
-    cached = painter.draw(prompts, size, steps=STEPS)
+    cached = draw()
     assert painter.encoded == encoded, "a prompt was encoded again"
     yield row("cached prompts", cached, alone)
     painter.forget()
-    yield row(f"batches of {BATCH}", painter.draw(prompts, size, steps=STEPS, at_once=BATCH), alone)
-    yield row(f"{OTHER_STEPS} steps", painter.draw(prompts, size, steps=OTHER_STEPS), alone)
+    yield row(f"batches of {BATCH}", draw(at_once=BATCH), alone)
+    yield row(f"{OTHER_STEPS} steps", draw(OTHER_STEPS), alone)
 
 
 def load(variant: Variant, options: argparse.Namespace) -> Painter:
@@ -203,6 +207,5 @@ def load(variant: Variant, options: argparse.Namespace) -> Painter:
     folder = options.repository / model / str(versions(options.repository / model)[-1])
     manifest = Manifest.read(folder)
     modules = EagerModules(Path(manifest.checkpoint.path), manifest.precision, options.device)
-    target = current_target(options.device)
-    engines = EngineLoader(folder, manifest, target, modules, cpu_threads(1), FallbackPolicy.REFUSE).load_all()
+    engines = load_engines(folder, manifest, modules, FallbackPolicy.REFUSE)
     return Painter(manifest, engines, options.device)

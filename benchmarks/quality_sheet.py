@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from verify.images import Pixels
+from server.worker.images import Pixels
 
 MAGNIFIED = 32
 TITLE = 24  # pixels above each picture

@@ -8,11 +8,11 @@ import numpy as np
 
 from benchmarks import choice
 from benchmarks.choice import DIFFUSERS, Choice
-from benchmarks.diffusers_row import Pixels
 from benchmarks.record import BenchmarkError, ratios
 from demo.scenes import sample_scenes
 from export.manifest import Backend
 from export.spec import IMAGE_PSNR, Precision
+from server.worker.images import Pixels
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, repetitions: int) -> None:

@@ -27,10 +27,11 @@ from server.errors import ZServeError
 from server.frontend.assignment import Place
 from server.frontend.queue import ModelQueue
 from server.frontend.workers import WorkerState
-from server.requests import GenerationRequest, ImageFormat, LongPrompt, StepCost
+from server.requests import GenerationRequest, StepCost
 from server.turns import Claim
 from server.worker.batching import BatchPolicy, StepShape
 from server.worker.planner import Plan, PlannedSequence, Planner, Stage
+from verify.painter import one_image
 
 GPUS, LOADS = (1, 2, 4, 8), (0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 3.0)
 SIZES = {(1024, 1024): 0.7, (512, 512): 0.3}
@@ -150,30 +151,8 @@ class Simulation:
         self._queue.leave(place)
 
     def _request(self, arrival: Arrival) -> GenerationRequest:
-        request = a_request(*arrival.size)
+        request = one_image("", arrival.size, STEPS)
         return replace(request, priority=arrival.priority, timeout=arrival.patience) if self._deadlines else request
-
-
-def a_request(width: int, height: int) -> GenerationRequest:
-    """One image of default priority."""
-    return GenerationRequest(
-        request_id="",
-        model="z",
-        prompt="",
-        negative_prompt="",
-        width=width,
-        height=height,
-        num_inference_steps=STEPS,
-        guidance_scale=0.0,
-        seed=0,
-        num_images=1,
-        image_format=ImageFormat.RAW,
-        quality=90,
-        preview_interval=0,
-        priority=4,
-        long_prompt=LongPrompt.REFUSE,
-        timeout=None,
-    )
 
 
 async def simulate(policy: str, gpus: int, load: float) -> Row:

@@ -1,24 +1,19 @@
 """Whole images from engines and from eager, for the same prompts and noise, and how far they are apart."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
 from demo.scenes import Scene, sample_scenes
 from demo.score import score
 from export.checkpoint import open_checkpoint
 from export.errors import CheckpointError
 from export.manifest import Manifest
-from server.requests import GenerationRequest, ImageFormat, LongPrompt
-from server.worker.executor import Components, Executor, ImageSequence, make_sequences
-from server.worker.prompts import PromptTokenizer
+from server.worker.executor import Components
+from server.worker.images import Pixels
+from verify.painter import Painter
 
 STEPS = 8
 PROMPTS = (
@@ -27,11 +22,6 @@ PROMPTS = (
     "A watercolour of a lighthouse on a cliff, gulls above the sea",
 )
 DEMO_CHECKPOINT = Path(__file__).parent.parent / "demo" / "checkpoint"
-
-KEPT_PROMPTS = 256
-Pixels = NDArray[np.uint8]
-Size = tuple[int, int]  # width and height in pixels
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -45,12 +35,12 @@ class ImageParity:
     eager_score: float | None = None
 
 
-def draw(manifest: Manifest, components: Components, device: torch.device, count: int) -> list[Pixels]:
+def draw(manifest: Manifest, components: Components, device: str, count: int) -> list[Pixels]:
     """`count` images at the default size, always the same prompts and noise."""
     scenes = _scenes(manifest, count)
     prompts = [s.prompt for s in scenes] if scenes else [PROMPTS[i % len(PROMPTS)] for i in range(count)]
     width, height = map(int, manifest.default_size.split("x"))
-    return Painter(manifest, components, str(device)).draw(prompts, (width, height))
+    return Painter(manifest, components, device).draw(prompts, (width, height), steps=STEPS).pictures
 
 
 def compare_images(manifest: Manifest, compiled: list[Pixels], expected: list[Pixels]) -> ImageParity:
@@ -69,58 +59,6 @@ def compare_images(manifest: Manifest, compiled: list[Pixels], expected: list[Pi
 def _scenes(manifest: Manifest, count: int) -> list[Scene] | None:
     """What the demo is asked for; None for other models, whose images cannot be scored."""
     return list(sample_scenes(count, seed=1)) if is_demo(manifest) else None
-
-
-class Painter:
-    """The server's image path without the server: encode -> denoise -> decode, with its prompt cache."""
-
-    def __init__(self, manifest: Manifest, components: Components, device: str) -> None:
-        self._executor = Executor(components, manifest, device, KEPT_PROMPTS)
-        self._tokenizer = PromptTokenizer(Path(manifest.checkpoint.path))
-        self._shift = manifest.checkpoint.shift
-        self.encoded = 0  # prompts that were not in the cache
-
-    def draw(self, prompts: Sequence[str], size: Size, *, steps: int | None = None, at_once: int = 1) -> list[Pixels]:
-        """Image i from seed i, uint8 [H, W, 3]; up to `at_once` of one shape share a step."""
-        sequences = [self._sequence(prompt, seed, size, steps or STEPS) for seed, prompt in enumerate(prompts)]
-        alike = sorted(sequences, key=lambda s: s.shape.captions)
-        for _, group in groupby(alike, key=lambda s: s.shape):
-            for batch in batched(group, at_once):
-                self._denoise(batch)
-        return [self._executor.decode(sequence).result() for sequence in sequences]
-
-    def forget(self) -> None:
-        """Empties the prompt cache."""
-        self._executor.free_memory()
-
-    def problem(self) -> str:
-        """Why an engine is not the one that was loaded; empty if all are."""
-        return "; ".join(use.fallback_reason for use in self._executor.engines() if use.fallback_reason)
-
-    def _sequence(self, prompt: str, seed: int, size: Size, steps: int) -> ImageSequence:
-        request = GenerationRequest(
-            request_id="", model="", prompt=prompt, negative_prompt="", width=size[0], height=size[1],
-            num_inference_steps=steps, guidance_scale=0.0, seed=seed, num_images=1, image_format=ImageFormat.RAW,
-            quality=0, preview_interval=0, priority=1, long_prompt=LongPrompt.REFUSE, timeout=None,
-        )  # fmt: skip
-        ids = self._tokenizer.encode("prompt", prompt, LongPrompt.REFUSE)
-        (sequence,) = make_sequences(request, (ids,), key=seed, shift=self._shift, now=0.0)
-        self._executor.encode(sequence).result()
-        self.encoded += not sequence.prompt_cached
-        return sequence
-
-    def _denoise(self, batch: Sequence[ImageSequence]) -> None:
-        for _ in range(batch[0].steps):
-            self._executor.denoise(batch)
-            for sequence in batch:
-                sequence.step += 1
-
-
-def batched(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:
-    """`items` in tuples of `size`, the last one maybe shorter."""
-    rest = iter(items)
-    while batch := tuple(islice(rest, size)):
-        yield batch
 
 
 def psnr(a: Pixels, b: Pixels) -> float:

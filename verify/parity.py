@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from export.devices import current_target, default_device
+from export.devices import default_device
 from export.errors import ExportError
 from export.manifest import Backend, Manifest
 from export.parity import POINTS
 from export.spec import CAPTION_MULTIPLE, IMAGE_PSNR, Component, ShapePoint, component_specs, example_inputs
 from server.config import FallbackPolicy, cpu_threads
 from server.engines.eager import EagerModules
-from server.engines.load import EngineLoader
 from server.engines.served import ServedComponent
 from server.requests import EngineUse
-from verify.images import ImageParity, Pixels, compare_images, draw
-from verify.version import Version, add_arguments, open_version
+from server.worker.images import Pixels
+from verify.images import ImageParity, compare_images, draw
+from verify.version import Version, add_arguments, load_engines, open_version
 
 REPEATS = 5
 
@@ -119,11 +119,10 @@ class _Measured:
 
 def _measure(folder: Path, manifest: Manifest, modules: EagerModules, images: int) -> _Measured:
     """Runs what `manifest` lists, eager for the rest."""
-    target = current_target(str(modules.device))
-    served = EngineLoader(folder, manifest, target, modules, cpu_threads(1), FallbackPolicy.EAGER).load_all()
+    served = load_engines(folder, manifest, modules, FallbackPolicy.EAGER)
     measured = _Measured(
         {c: _outputs(manifest, c, served[c], modules.device) for c in Component},
-        draw(manifest, served, modules.device, images),
+        draw(manifest, served, str(modules.device), images),
     )
     for component in served.values():
         component.close()

@@ -4,9 +4,14 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from export.devices import current_target
 from export.errors import ManifestError
 from export.manifest import Manifest
 from export.repository import versions
+from server.config import FallbackPolicy, cpu_threads
+from server.engines.eager import EagerModules
+from server.engines.load import EngineLoader
+from server.worker.executor import Components
 
 
 @dataclass(frozen=True)
@@ -37,3 +42,13 @@ def open_version(arguments: argparse.Namespace) -> Version:
         raise ManifestError(f"{arguments.model} has no version {number or 'at all'}: {there}")
     folder = arguments.model / str(number)
     return Version(folder, Manifest.read(folder))
+
+
+def load_engines(folder: Path, manifest: Manifest, modules: EagerModules, policy: FallbackPolicy) -> Components:
+    """The components of the version in `folder` as one worker alone loads them: eager where `manifest` has no engine.
+
+    Raises:
+        EngineLoadError: an engine cannot be used, and the policy is not to fall back.
+    """
+    target = current_target(str(modules.device))
+    return EngineLoader(folder, manifest, target, modules, cpu_threads(1), policy).load_all()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import demo_quality
 from benchmarks.cli import main
 from benchmarks.load import Arrival
 from benchmarks.record import BenchmarkError
@@ -67,3 +68,32 @@ async def test_traffic_is_answered_and_checks_who_answered(server: ServerProcess
     assert hopeless[0].latency is None
     with pytest.raises(BenchmarkError, match="tensorrt is to be measured"):
         await Traffic(server.url, "tensorrt", ["a red circle"], steps=1).closed_loop(1, 0.01, [(64, 64)])
+
+
+def test_demo_quality_scores_what_the_server_draws_and_keeps_the_pictures(
+    repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    question = demo_quality.Question(256, 256, 4)
+    guided = demo_quality.Question(128, 96, 1, steps=2, guidance=1.5)
+    monkeypatch.setitem(demo_quality.SUITES, "quick", (question, guided))
+
+    def told() -> dict[str, Any]:
+        options = ("demo_quality", "--model", str(repository / MODEL), "--device", "cpu", "--images", str(tmp_path))
+        assert main(options) == 0
+        record: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        return record
+
+    first = told()
+    assert first["settings"] == {"suite": "quick", "engine": "onnxruntime", "pictures_of_earlier_runs": 0}
+    row, other = first["rows"]
+    assert row["all_correct"]["right"] == row["all_correct"]["count"] == 4
+    assert sum(share["count"] for share in row["languages"].values()) == 4
+    assert row["wrong"] == []
+    assert other["all_correct"]["count"] == 1
+
+    (tmp_path / question.name / "2.png").write_bytes((tmp_path / question.name / "3.png").read_bytes())
+    again = told()
+    assert again["settings"]["pictures_of_earlier_runs"] == 5
+    assert again["rows"][0]["all_correct"]["right"] == 3
+    assert [text.partition(":")[0] for text in again["rows"][0]["wrong"]] == ["2"]
+    assert again["rows"][1] == other

@@ -8,15 +8,14 @@ from pathlib import Path
 import pytest
 
 from benchmarks import quality
-from export.devices import current_target
 from export.manifest import Backend, Manifest
 from export.repository import versions
 from server.config import FallbackPolicy
 from server.engines.eager import EagerModules
-from server.engines.load import EngineLoader
 from server.errors import EngineLoadError
 from tests.conftest import CHECKPOINT, MODEL
-from verify.images import Painter
+from verify.painter import Painter
+from verify.version import load_engines
 
 
 def test_every_engine_is_compared_or_says_why_not(
@@ -31,8 +30,7 @@ def test_every_engine_is_compared_or_says_why_not(
         manifest = exported if variant.backend is Backend.ONNXRUNTIME else replace(exported, engines=())
         manifest = replace(manifest, precision=variant.precision)
         modules = EagerModules(CHECKPOINT, variant.precision, "cpu")
-        loader = EngineLoader(folder, manifest, current_target("cpu"), modules, 2, FallbackPolicy.REFUSE)
-        return Painter(manifest, loader.load_all(), "cpu")
+        return Painter(manifest, load_engines(folder, manifest, modules, FallbackPolicy.REFUSE), "cpu")
 
     size = (96, 128)
     changes = {"load": load, "SMALL": size, "GRIDS": {"quick": (size,)}, "STEPS": 2, "OTHER_STEPS": 3}

@@ -14,6 +14,7 @@ ALLOWED = {
     "export": ("export",),
     "verify": ("verify", "export.", "server.", "demo."),
     "client": ("client", "protos"),
+    "demo": ("demo", "client"),
     "server/worker": ("export.", "server", "protos"),
     "server/frontend": ("export.spec", "export.manifest", "server", "protos"),
     "server/engines": ("export.", "server.engines", "server.errors", "server.requests", "server.config"),

@@ -7,10 +7,11 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
+from benchmarks.demo_quality import Share
 from benchmarks.likeness import likeness, ssim
 from benchmarks.quality_sheet import TITLE, contact_sheet, magnified
-from demo.evaluate import Share
-from verify.images import Pixels, psnr
+from server.worker.images import Pixels
+from verify.images import psnr
 
 
 def flat(level: int, size: int = 32) -> Pixels:
