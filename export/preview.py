@@ -22,7 +22,7 @@ def fit_preview(checkpoint: Path) -> PreviewProjection:
     """The projection of the checkpoint's VAE, for latents as the denoiser sees them."""
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL.from_pretrained(checkpoint / "vae", dtype=torch.float32).eval()
+    vae = AutoencoderKL.from_pretrained(checkpoint / "vae", dtype=torch.float32, low_cpu_mem_usage=False).eval()
     images = _colour_fields()
     with torch.inference_mode():
         encoded = vae.encode(images * 2 - 1).latent_dist.mode()

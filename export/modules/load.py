@@ -34,16 +34,9 @@ def load_components(
     wanted: Collection[Component] = tuple(Component),
 ) -> dict[Component, nn.Module]:
     """Reads the weights that the `wanted` components need, in `precision`, onto `device`, ready for inference."""
-    from diffusers import AutoencoderKL, ZImageTransformer2DModel
-    from transformers import AutoModel
-
-    readers = {"transformer": ZImageTransformer2DModel, "text_encoder": AutoModel, "vae": AutoencoderKL}
-    needed = {part for component in wanted for part in PARTS[component]}
+    needed = sorted({part for component in wanted for part in PARTS[component]})
     with _quiet_loading():
-        parts = {
-            part: readers[part].from_pretrained(checkpoint / part, dtype=TORCH_DTYPES[precision])
-            for part in sorted(needed)
-        }
+        parts = {part: _read(checkpoint / part, TORCH_DTYPES[precision]) for part in needed}
     modules = {c: build_component(c, parts) for c in wanted}
     return {c: m.eval().requires_grad_(False).to(device) for c, m in modules.items()}
 
@@ -63,6 +56,22 @@ def build_component(component: Component, parts: dict[str, nn.Module]) -> nn.Mod
             return Denoiser(parts["transformer"])
         case Component.IMAGE_DECODER:
             return ImageDecoder(parts["vae"])
+
+
+def _read(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The model in one folder of a checkpoint."""
+    from diffusers import AutoencoderKL, ZImageTransformer2DModel
+    from transformers import AutoModel
+
+    model: nn.Module
+    match folder.name:
+        case "text_encoder":
+            model = AutoModel.from_pretrained(folder, dtype=dtype)
+        case name:
+            # Weights are mapped from their file either way; without this diffusers asks for accelerate at every load.
+            kind = {"transformer": ZImageTransformer2DModel, "vae": AutoencoderKL}[name]
+            model = kind.from_pretrained(folder, dtype=dtype, low_cpu_mem_usage=False)
+    return model
 
 
 @contextmanager
