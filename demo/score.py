@@ -108,11 +108,12 @@ def _ground_asked(h: int, w: int, scene: Scene) -> Floats:
 
 
 def _ground_names(names: Names, scene: Scene) -> list[int]:
-    """Names of background: the colours asked for, and the one that the border mostly has."""
-    border = np.concatenate([names[0], names[-1], names[:, 0], names[:, -1]])
-    most = int(np.bincount(border[border >= 0].astype(np.int64), minlength=len(COLOURS)).argmax())
+    """Names of background: the colours asked for, and another one if most of the border has it."""
     palette = list(COLOURS)
-    return [most, palette.index(scene.background.first), palette.index(scene.background.second)]
+    asked = [palette.index(scene.background.first), palette.index(scene.background.second)]
+    border = np.concatenate([names[0], names[-1], names[:, 0], names[:, -1]])
+    counts = np.bincount(border[border >= 0].astype(np.int64), minlength=len(COLOURS))
+    return [*asked, int(counts.argmax())] if 2 * counts.max() > border.size else asked
 
 
 def _thing_masks(names: Names, open_cells: Mask, scene: Scene) -> tuple[list[Mask], bool]:

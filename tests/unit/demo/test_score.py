@@ -123,10 +123,15 @@ def test_wrong_colour_fails_colours_alone(colour: str, background: Background) -
         assert faulty(drawn, asked) == replace(RIGHT, colours=False)
 
 
-def test_a_thing_too_many_fails_colours_alone() -> None:
-    asked = scene("above", "star", "ring")
-    extra = Thing("circle", "black", "", (0.7, 0.7), 0.2, 0.7, 0.7, 0.2)
-    assert faulty(replace(asked, things=(*asked.things, extra)), asked) == replace(RIGHT, colours=False)
+@pytest.mark.parametrize("colour", COLOURS)
+def test_a_thing_too_many_fails_colours_alone(colour: str) -> None:
+    ground, *others = (name for name in COLOURS if name != colour)
+    asked = scene("above", "star", "ring", background=Background("plain", ground, ground))
+    things = tuple(replace(thing, colour=other) for thing, other in zip(asked.things, others, strict=False))
+    extra = Thing("circle", colour, "", (0.7, 0.7), 0.2, 0.7, 0.7, 0.2)
+    assert faulty(replace(asked, things=(*things, extra)), replace(asked, things=things)) == replace(
+        RIGHT, colours=False
+    )
 
 
 @pytest.mark.parametrize("background", [Background("plain", "green", "green"), STRIPED], ids=lambda b: b.kind)
