@@ -4,6 +4,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import published
 from benchmarks.record import BenchmarkError
 from export.manifest import Backend, Manifest, installed_version
 from export.repository import versions
@@ -19,7 +20,7 @@ LARGEST = 2048
 class Choice:
     """The model, the engines, the shapes and the device."""
 
-    checkpoint: Path | None  # None: random weights of the published config
+    checkpoint: Path
     backends: tuple[str, ...]
     models: dict[str, Path]  # versions that are there already, by backend
     repository: Path  # where other engines are built, and found again
@@ -29,8 +30,8 @@ class Choice:
 
     @property
     def precision(self) -> Precision:
-        """As `zserve export` chooses it."""
-        return Precision.BF16 if self.device.startswith("cuda") else Precision.FP32
+        """What all rows compute in."""
+        return precision_on(self.device)
 
     @property
     def compiled(self) -> tuple[str, ...]:
@@ -49,8 +50,12 @@ class Choice:
 
     def settings(self) -> dict[str, str]:
         """For the record."""
-        checkpoint = "random weights of the published config" if self.checkpoint is None else str(self.checkpoint)
-        return {"checkpoint": checkpoint, "precision": self.precision, "device": self.device}
+        return {"checkpoint": str(self.checkpoint), "precision": self.precision, "device": self.device}
+
+
+def precision_on(device: str) -> Precision:
+    """As `zserve export` chooses it."""
+    return Precision.BF16 if device.startswith("cuda") else Precision.FP32
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read(options: argparse.Namespace) -> Choice:
-    """The choice that `options` make.
+    """The choice that `options` make; random weights are written where there are none yet.
 
     Raises:
         BenchmarkError: a model is missing, or the device cannot run what is asked for.
@@ -92,8 +97,11 @@ def read(options: argparse.Namespace) -> Choice:
     _check_device(options.device, cuda, options.random_weights)
     models = {backend: folder for model in options.model for backend, folder in [_newest(model)]}
     chosen = tuple(options.backend or (DIFFUSERS, Backend.EAGER.value, *(models or _compiled(options))))
+    checkpoint = options.checkpoint
+    if options.random_weights:
+        checkpoint = published.checkpoint(options.repository, options.device, precision_on(options.device))
     return Choice(
-        checkpoint=None if options.random_weights else options.checkpoint,
+        checkpoint=checkpoint,
         backends=tuple(dict.fromkeys(chosen)),
         models=models,
         repository=options.repository,
@@ -116,10 +124,10 @@ def _check_device(device: str, cuda: bool, random_weights: bool) -> None:
 
 
 def _compiled(options: argparse.Namespace) -> tuple[str, ...]:
-    """What can be built and run on the device; TensorRT builds from files alone."""
+    """What can be built and run on the device."""
     if not options.device.startswith("cuda"):
         return (Backend.AOTINDUCTOR.value, Backend.ONNXRUNTIME.value)
-    tensorrt = (Backend.TENSORRT.value,) if installed_version("tensorrt") and not options.random_weights else ()
+    tensorrt = (Backend.TENSORRT.value,) if installed_version("tensorrt") else ()
     return (Backend.AOTINDUCTOR.value, *tensorrt)
 
 

@@ -3,14 +3,17 @@
 Method: `zserve serve --require-engine` over the exported demo, in a process of its own, draws fixed sets of prompts:
 image i of a set from seed i, several at once, and every picture is scored (demo/score.py). A picture that another
 engine drew ends the run. With --images FOLDER the pictures are kept, and those that lie there already are scored
-without being drawn again; after --minutes nothing more is drawn, and every question is answered from what there is.
+without being drawn again if they are of the same checkpoint, engine and prompts (the record counts them); after
+--minutes nothing more is drawn, and every question is answered from what there is.
 
 Units: shares of pictures that are right, in [0, 1], each with its 95 % confidence interval by Wilson.
 """
 
 import argparse
+import hashlib
 import math
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,14 +23,14 @@ from typing import Any
 import numpy as np
 from PIL import Image as Pillow
 
-from benchmarks.record import BenchmarkError, Row, row
-from benchmarks.serving import add_model, repository, server_process
+from benchmarks.record import Row, row
+from benchmarks.serving import add_model, backend_of, repository, server_process
 from benchmarks.traffic import check_answer
 from client import ZImageClient
 from demo.scenes import Image, Scene, sample_scenes
 from demo.score import Score, score
 from export.devices import default_device
-from export.manifest import Backend, Manifest
+from export.manifest import Manifest
 
 AT_ONCE = 4
 Told = dict[int, tuple[Scene, Score]]
@@ -112,23 +115,22 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         server_process(models, options.device) as server,
         ZImageClient(server.url, timeout=600) as client,
     ):
-        drawer = Drawer(client, backend, options.images, options.minutes)
+        kept = options.images and options.images / identity(options.model)
+        drawer = Drawer(client, backend, kept, options.minutes)
         rows = [answer for question in questions if (answer := ask(drawer, question))]
     settings = {"suite": options.suite, "engine": backend, "pictures_of_earlier_runs": len(drawer.found)}
     return {"settings": settings, "rows": rows}
 
 
-def backend_of(version: Path) -> str:
-    """The one backend of a version's engines.
-
-    Raises:
-        BenchmarkError: they are of several, or some component has none.
-    """
+def identity(version: Path) -> str:
+    """What pictures depend on besides prompts: checkpoint, precision, engines and how they were built."""
     manifest = Manifest.read(version)
-    backends = {record.backend for record in manifest.engines} or {Backend.EAGER}
-    if len(backends) > 1 or len(manifest.engines) not in (0, 3):
-        raise BenchmarkError(f"{version} has engines of {', '.join(sorted(backends))}; one backend is to be scored")
-    return backends.pop().value
+    made = [manifest.checkpoint.fingerprint, manifest.precision, manifest.source, *map(repr, manifest.engines)]
+    return _digest(made)
+
+
+def _digest(texts: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
 
 
 class Drawer:
@@ -141,11 +143,13 @@ class Drawer:
 
     def draw(self, question: Question, scenes: list[Scene]) -> list[Image | None]:
         """Image i from seed i, several at once; None where the time was over."""
+        prompts = [scene.prompt for scene in scenes]
+        kept = self._kept / f"{question.name}, {_digest(prompts)}" if self._kept else None
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            return list(pool.map(lambda i: self._image(question, scenes[i].prompt, i), range(len(scenes))))
+            return list(pool.map(lambda i: self._image(question, prompts[i], i, kept), range(len(prompts))))
 
-    def _image(self, question: Question, prompt: str, seed: int) -> Image | None:
-        path = self._kept / question.name / f"{seed}.png" if self._kept else None
+    def _image(self, question: Question, prompt: str, seed: int, kept: Path | None) -> Image | None:
+        path = kept / f"{seed}.png" if kept else None
         if path and path.exists():
             self.found.append(path)
             return np.asarray(Pillow.open(path).convert("RGB"))

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 # The demo's: any text becomes valid token ids, and which ones costs nothing.
 TOKENIZER = Path(__file__).parent.parent / "demo" / "checkpoint" / "tokenizer"
 SHIFT = 3.0
+CHECKPOINT = "random-weights"  # the folder's name
 TRANSFORMER = {
     "_class_name": "ZImageTransformer2DModel",
     "all_patch_size": [2],
@@ -75,6 +76,16 @@ def dimensions() -> ModelDimensions:
     return ModelDimensions(
         CONFIGS["vae"]["latent_channels"], CONFIGS["transformer"]["dim"], CONFIGS["text_encoder"]["vocab_size"]
     )
+
+
+def checkpoint(repository: Path, device: str, precision: Precision) -> Path:
+    """The folder of the model with random weights (20.5 GB in bf16), made on `device` and written once."""
+    folder = repository / f"{CHECKPOINT}-{precision}"
+    if not folder.is_dir():
+        draft = folder.with_suffix(".incomplete")
+        random_pipeline(device, precision).save_pretrained(draft)
+        draft.rename(folder)
+    return folder
 
 
 def random_pipeline(device: str, precision: Precision) -> "ZImagePipeline":

@@ -50,7 +50,7 @@ def _cpu_name() -> str:
 
 def provenance() -> dict[str, Any]:
     """Machine, library versions, commit (with "+" when files were changed since) and date."""
-    changed = _git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "*.toml")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/*.py", ":/*.toml")  # of the whole project
     return {
         "machine": machine(),
         "versions": {name: _version(name) for name in LIBRARIES},

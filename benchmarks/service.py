@@ -2,10 +2,11 @@
 
 Method: for each backend a server in a process of its own, with one worker. One at a time: for each of N different
 prompts, the server and diffusers' eager pipeline (same checkpoint, in this process) draw the same seed, the one after
-the other in alternating order, so that a drift of the machine's speed meets both; then the same prompts as JPEG.
+the other in alternating order, so that a drift of the machine's speed meets both; then N others as JPEG.
 Closed loop: so many clients, each of which asks again when it has its answer. Open loop: Poisson arrivals at a share of
 the best closed-loop rate, independent of how the server fares; clients send the deadline as their call's, and give up
 then. Every image of the first part is held against diffusers', every answer has to name the engine and 8 forwards.
+No prompt comes twice (1,500 under load, then from the first again), so the server's prompt cache helps nobody.
 
 Units: milliseconds at the client, from the call to the last event; `overhead` is the call less what the three
 components took; requests a second; `goodput` counts what was answered within the deadline; x is how many times as fast
@@ -16,7 +17,7 @@ import argparse
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ import numpy as np
 from benchmarks import choice, rows
 from benchmarks.choice import DIFFUSERS, Choice, pixels
 from benchmarks.diffusers_row import DiffusersRow
-from benchmarks.engines import saved_checkpoint, version_folder
+from benchmarks.engines import version_folder
 from benchmarks.load import Mix, Size, poisson, summary
 from benchmarks.record import Row, percentiles, print_table, ratios, row
 from benchmarks.serving import repository, server_process
@@ -32,9 +33,11 @@ from benchmarks.subject import load_pipeline
 from benchmarks.traffic import Manners, Traffic, check_answer
 from client import Drawing, ZImageClient
 from export.manifest import Backend
+from export.spec import Component
 
 STEPS = 8
 WARM_UP = 2
+UNDER_LOAD = 1500  # different prompts
 PATIENCE = 5.0  # deadline of the open loop, in times of one request alone
 
 
@@ -51,7 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measures and prints the tables. A row is a load and an engine."""
     chosen = choice.read(options)
-    chosen = replace(chosen, checkpoint=saved_checkpoint(chosen))
     pipeline = load_pipeline(chosen)
     measured: list[Row] = []
     for backend in _served(chosen, options):
@@ -84,12 +86,19 @@ class Service:
     backend: str
     url: str
 
+    @property
+    def _prompts(self) -> tuple[list[str], list[str], list[str]]:
+        """For pairs, as JPEG, and under load."""
+        count = WARM_UP + self.options.n
+        prompts = rows.prompts(2 * count + UNDER_LOAD)
+        return prompts[:count], prompts[count : 2 * count], prompts[2 * count :]
+
     def one_at_a_time(self, diffusers: DiffusersRow) -> list[Row]:
         """The row of diffusers, then the server's."""
-        prompts = rows.prompts(WARM_UP + self.options.n)
+        paired, others, _ = self._prompts
         with ZImageClient(self.url) as client:
-            pairs = [self._pair(client, diffusers, prompt, number) for number, prompt in enumerate(prompts)]
-            jpegs = [self._call(client, prompt, 1000 + number, "jpeg") for number, prompt in enumerate(prompts)]
+            pairs = [self._pair(client, diffusers, prompt, number) for number, prompt in enumerate(paired)]
+            jpegs = [self._call(client, prompt, 1000 + number, "jpeg") for number, prompt in enumerate(others)]
         kept = {name: [pair[name] for pair in pairs[WARM_UP:]] for name in pairs[0]}
         case: dict[str, str | int] = {"load": "one at a time", "clients": 1}
         return [
@@ -109,7 +118,8 @@ class Service:
 
     async def under_load(self, alone: float) -> list[Row]:
         """Closed loops, then open ones at shares of the best rate; `alone` is the seconds of one request."""
-        traffic = Traffic(self.url, self.backend, rows.prompts(400), STEPS)
+        *_, prompts = self._prompts
+        traffic = Traffic(self.url, self.backend, prompts, STEPS)
         sizes, seconds = [pixels(size) for size in self.chosen.sizes], self.options.seconds
         closed = []
         for clients in self.options.clients or (1, 2, 4, 8):
@@ -152,9 +162,11 @@ class Service:
         }
 
     def _diffusers(self, diffusers: DiffusersRow, prompt: str, seed: int) -> tuple[list[Any], float]:
-        began = time.perf_counter()
+        before, began = diffusers.calls[Component.DENOISER], time.perf_counter()
         images, _ = diffusers.draw([prompt], size=self.chosen.sizes[0], steps=STEPS, seed=seed)
-        return images, 1e3 * (time.perf_counter() - began)
+        milliseconds = 1e3 * (time.perf_counter() - began)
+        rows.check_count("the denoiser", diffusers.calls[Component.DENOISER] - before, STEPS)
+        return images, milliseconds
 
     def _call(self, client: ZImageClient, prompt: str, seed: int, image_format: str) -> tuple[float, Drawing]:
         """Milliseconds of one call, and its answer, checked."""

@@ -19,8 +19,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from benchmarks.record import BenchmarkError
 from demo.run import free_port
-from export.manifest import FILE_NAME
+from export.manifest import FILE_NAME, Backend, Manifest
 from export.repository import versions
+from export.spec import Component
 from server.config import ServeConfig
 from server.frontend.app import Frontend
 from server.frontend.workers import COMMAND
@@ -68,6 +69,21 @@ def newest_version(text: str) -> Path:
     if not (found := versions(folder)):
         raise argparse.ArgumentTypeError(f"{folder} is no exported model; `make export` makes models/z-image-demo")
     return folder / str(found[-1])
+
+
+def backend_of(version: Path) -> str:
+    """The one backend of a version's engines.
+
+    Raises:
+        BenchmarkError: they are of several, or some component has none.
+    """
+    engines = Manifest.read(version).engines
+    backends = {record.backend for record in engines} or {Backend.EAGER}
+    if len(backends) > 1 or len(engines) not in (0, len(Component)):
+        raise BenchmarkError(
+            f"{version} has engines of {', '.join(sorted(backends))}; one backend is measured at a time"
+        )
+    return backends.pop().value
 
 
 @contextmanager
@@ -152,10 +168,12 @@ def _within_a_second(future: "grpc.Future[None]") -> bool:
 
 
 @asynccontextmanager
-async def frontend(models: Path, command: Sequence[str] = COMMAND) -> AsyncIterator[tuple[str, Frontend]]:
-    """A frontend in this process whose workers are ready on the CPU, and its address; `command` starts a worker."""
+async def frontend(
+    models: Path, command: Sequence[str] = COMMAND, *, device: str = "cpu"
+) -> AsyncIterator[tuple[str, Frontend]]:
+    """A frontend in this process whose workers are ready on `device`, and its address; `command` starts a worker."""
     with tempfile.TemporaryDirectory() as sockets:
-        config = ServeConfig(models, grpc=GrpcConfig("127.0.0.1", port=0), metrics_port=0, device="cpu")
+        config = ServeConfig(models, grpc=GrpcConfig("127.0.0.1", port=0), metrics_port=0, device=device)
         running = Frontend(config, Path(sockets), command)
         ended = asyncio.create_task(running.run())
         await running.until_ready()

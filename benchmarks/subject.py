@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from torch import Tensor, nn
 
-from benchmarks import published
 from benchmarks.choice import Choice
-from benchmarks.engines import built_in_memory, version_folder
+from benchmarks.engines import version_folder
 from benchmarks.record import BenchmarkError
 from export.checkpoint import open_checkpoint
 from export.devices import current_target
-from export.manifest import Backend, CheckpointRecord, Manifest, PreviewProjection, checkpoint_record, source_hash
+from export.manifest import Backend, Manifest, PreviewProjection, checkpoint_record, source_hash
 from export.modules import build_components
 from export.modules.load import TORCH_DTYPES
 from export.spec import Component, ComponentSpec, Precision, component_specs
@@ -93,7 +92,7 @@ class Subject:
     @property
     def tokenizer(self) -> Path:
         """The folder whose `tokenizer` turns prompts into ids."""
-        return self.choice.checkpoint or published.TOKENIZER.parent
+        return self.choice.checkpoint
 
     def served(self, backend: str) -> dict[Component, ServedComponent]:
         """The components as the server's executor takes them, with nothing to fall back on."""
@@ -114,12 +113,7 @@ def open_subject(choice: Choice) -> "tuple[Subject, ZImagePipeline]":
 
 def open_served(choice: Choice, backend: str) -> Subject:
     """Loads the engines of one backend alone, as a worker does; raises like `open_subject`."""
-    modules = (
-        SharedModules(load_pipeline(choice), choice.precision, choice.device)
-        if choice.checkpoint is None
-        else EagerModules(choice.checkpoint, choice.precision, choice.device)
-    )
-    return _open(choice, modules, (backend,))
+    return _open(choice, EagerModules(choice.checkpoint, choice.precision, choice.device), (backend,))
 
 
 def _open(choice: Choice, modules: EagerModules, backends: Sequence[str]) -> Subject:
@@ -131,10 +125,7 @@ def _open(choice: Choice, modules: EagerModules, backends: Sequence[str]) -> Sub
 
 def describe(choice: Choice) -> Manifest:
     """The model as a manifest without engines."""
-    if choice.checkpoint is None:
-        checkpoint = CheckpointRecord("random weights", "random", published.dimensions(), published.SHIFT)
-    else:
-        checkpoint = checkpoint_record(open_checkpoint(choice.checkpoint))
+    checkpoint = checkpoint_record(open_checkpoint(choice.checkpoint))
     return Manifest(
         name="benchmark",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -160,12 +151,9 @@ def load_pipeline(choice: Choice) -> "ZImagePipeline":
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    if choice.checkpoint is None:
-        pipeline = published.random_pipeline(choice.device, choice.precision)
-    else:
-        whole, dtype = open_checkpoint(choice.checkpoint).path, TORCH_DTYPES[choice.precision]
-        pipeline = diffusers.ZImagePipeline.from_pretrained(whole, dtype=dtype, low_cpu_mem_usage=False)
-        pipeline = pipeline.to(choice.device)
+    whole, dtype = open_checkpoint(choice.checkpoint).path, TORCH_DTYPES[choice.precision]
+    pipeline = diffusers.ZImagePipeline.from_pretrained(whole, dtype=dtype, low_cpu_mem_usage=False)
+    pipeline = pipeline.to(choice.device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -173,9 +161,6 @@ def load_pipeline(choice: Choice) -> "ZImagePipeline":
 def _load_backend(choice: Choice, model: Manifest, modules: EagerModules, backend: Backend) -> Engines:
     if backend is Backend.EAGER:
         return _load(Path(), model, modules)
-    if choice.checkpoint is None:
-        manifest = built_in_memory(choice, model, modules, backend)
-        return _load(choice.repository / manifest.name / "1", manifest, modules)
     folder = version_folder(choice, backend)
     manifest = Manifest.read(folder)
     if (manifest.checkpoint.fingerprint, manifest.precision) != (model.checkpoint.fingerprint, model.precision):

@@ -1,9 +1,10 @@
 """Sends the load of `benchmarks.load` to a server, and notes how each request went."""
 
 import asyncio
+import itertools
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 
 from benchmarks.load import Arrival, Outcome, Size
@@ -22,12 +23,13 @@ class Manners(Enum):
 
 @dataclass(frozen=True)
 class Traffic:
-    """Clients of one server, who check which engine answers them."""
+    """Clients of one server, who check which engine answers them; each takes the next of the prompts."""
 
     url: str
     backend: str
     prompts: Sequence[str]
     steps: int = 8
+    numbers: Iterator[int] = field(default_factory=itertools.count)
 
     async def closed_loop(self, clients: int, seconds: float, sizes: Sequence[Size]) -> list[Outcome]:
         """So many clients, each of which asks again when it has its answer."""
@@ -37,7 +39,7 @@ class Traffic:
         async def one(number: int) -> None:
             while (at := time.monotonic() - began) < seconds:
                 arrival = Arrival(at, "closed", sizes[number % len(sizes)], 0, None)
-                await self._ask(client, len(outcomes) + number, arrival.size, 0)
+                await self._ask(client, arrival.size, 0)
                 outcomes.append(Outcome(arrival, time.monotonic() - began - at))
 
         async with AsyncZImageClient(self.url) as client:
@@ -49,19 +51,20 @@ class Traffic:
         began = time.monotonic()
         tell = manners is Manners.TELL
 
-        async def one(number: int, arrival: Arrival) -> Outcome:
+        async def one(arrival: Arrival) -> Outcome:
             await asyncio.sleep(began + arrival.at - time.monotonic())
             started = time.monotonic()
             async with AsyncZImageClient(self.url, timeout=arrival.patience if tell else None) as client:
                 try:
-                    await self._ask(client, number, arrival.size, arrival.priority if tell else 0)
+                    await self._ask(client, arrival.size, arrival.priority if tell else 0)
                 except GenerationFailedError:
                     return Outcome(arrival, None)
             return Outcome(arrival, time.monotonic() - started)
 
-        return await asyncio.gather(*(one(number, arrival) for number, arrival in enumerate(arrivals)))
+        return await asyncio.gather(*(one(arrival) for arrival in arrivals))
 
-    async def _ask(self, client: AsyncZImageClient, number: int, size: Size, priority: int) -> None:
+    async def _ask(self, client: AsyncZImageClient, size: Size, priority: int) -> None:
+        number = next(self.numbers)
         prompt = self.prompts[number % len(self.prompts)]
         request = ImageRequest(
             prompt, width=size[0], height=size[1], seed=number, priority=priority,

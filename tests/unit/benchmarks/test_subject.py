@@ -1,21 +1,20 @@
 """Random weights of the published config, shrunken; and engines that are not what they should be."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import engines, published
+from benchmarks import published
 from benchmarks.choice import DIFFUSERS, Choice
 from benchmarks.diffusers_row import DiffusersRow
 from benchmarks.engine_row import EngineRow
+from benchmarks.engines import version_folder
 from benchmarks.record import BenchmarkError
 from benchmarks.rows import compare_images
-from benchmarks.subject import Counted, SharedModules, Subject, describe, load_pipeline, open_subject
-from export.build import BuildInputs, Built
+from benchmarks.subject import Counted, Subject, describe, load_pipeline, open_subject
 from export.checkpoint import open_checkpoint
-from export.manifest import Backend
+from export.manifest import Backend, Manifest
 from export.spec import Component, Precision
 from server.engines.served import ServedComponent
 from tests.fakes import FakeEngine
@@ -35,7 +34,8 @@ def choice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Choice:
     for part, changes in SMALL.items():
         monkeypatch.setitem(published.CONFIGS, part, {**published.CONFIGS[part], **changes})
     backends = (DIFFUSERS, Backend.EAGER.value)
-    return Choice(None, backends, models={}, repository=tmp_path, device="cpu", sizes=("64x96",))
+    checkpoint = published.checkpoint(tmp_path, "cpu", Precision.FP32)
+    return Choice(checkpoint, backends, models={}, repository=tmp_path, device="cpu", sizes=("64x96",))
 
 
 def test_random_weights_draw_the_same_through_both_rows(choice: Choice) -> None:
@@ -62,47 +62,21 @@ def test_random_weights_are_the_same_every_time_and_make_a_whole_checkpoint(choi
         assert all(torch.equal(value, others[key]) for key, value in weights.items()), name
         assert {p.dtype for p in getattr(pipeline, name).parameters()} == {torch.bfloat16}
         assert all(bool(torch.isfinite(p).all()) for p in getattr(pipeline, name).parameters())
-    folder = engines.saved_checkpoint(choice)
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(choice.checkpoint)
     assert (checkpoint.dimensions, checkpoint.shift) == (published.dimensions(), published.SHIFT)
-    served = load_pipeline(replace(choice, checkpoint=folder))
+    served = load_pipeline(choice)
     assert torch.equal(served.text_encoder.norm.weight, torch.ones(64))
     expected = published.random_pipeline("cpu", choice.precision).transformer.state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in served.transformer.state_dict().items())
-    changed = (folder / "model_index.json").stat().st_mtime_ns
-    assert engines.saved_checkpoint(choice) == folder
-    assert (folder / "model_index.json").stat().st_mtime_ns == changed
+    changed = (choice.checkpoint / "model_index.json").stat().st_mtime_ns
+    assert published.checkpoint(choice.repository, "cpu", Precision.FP32) == choice.checkpoint
+    assert (choice.checkpoint / "model_index.json").stat().st_mtime_ns == changed
 
 
-class CountingBuilder:
-    """Writes a file."""
-
-    libraries = ("torch",)
-
-    def __init__(self) -> None:
-        self.built: list[Component] = []
-
-    def build(self, inputs: BuildInputs, folder: Path) -> Built:
-        self.built.append(inputs.spec.component)
-        assert inputs.module() is not None
-        path = folder / f"{inputs.spec.component}.pt2"
-        path.write_text("code")
-        return Built((path,))
-
-
-def test_engines_over_random_weights_are_built_once(choice: Choice, monkeypatch: pytest.MonkeyPatch) -> None:
-    builder = CountingBuilder()
-    monkeypatch.setattr(engines, "builder_for", lambda backend, options: builder)
-    modules = SharedModules(published.random_pipeline("cpu", Precision.FP32), Precision.FP32, "cpu")
-    first = engines.built_in_memory(choice, describe(choice), modules, Backend.AOTINDUCTOR)
-    again = engines.built_in_memory(choice, describe(choice), modules, Backend.AOTINDUCTOR)
-    assert first == again
-    assert builder.built == list(Component)
-    (choice.repository / first.name / "1" / "denoiser.pt2").write_text("other")
-    engines.built_in_memory(choice, describe(choice), modules, Backend.AOTINDUCTOR)
-    assert builder.built == 2 * list(Component)
-    with pytest.raises(BenchmarkError, match="tensorrt cannot be built from --random-weights"):
-        engines.built_in_memory(choice, describe(choice), modules, Backend.TENSORRT)
+def test_engines_of_random_weights_are_exported_once(choice: Choice, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = version_folder(choice, Backend.EAGER)
+    assert Manifest.read(folder).checkpoint.path == str(choice.checkpoint)
+    assert version_folder(choice, Backend.EAGER) == folder
 
 
 def served(choice: Choice, engine: FakeEngine, reason: str = "") -> ServedComponent:
