@@ -37,10 +37,13 @@ class Traffic:
         began = time.monotonic()
 
         async def one(number: int) -> None:
-            while (at := time.monotonic() - began) < seconds:
+            at = 0.0
+            while at < seconds:
                 arrival = Arrival(at, "closed", sizes[number % len(sizes)], 0, None)
                 await self._ask(client, arrival.size, 0)
-                outcomes.append(Outcome(arrival, time.monotonic() - began - at))
+                now = time.monotonic() - began
+                outcomes.append(Outcome(arrival, now - at))
+                at = now
 
         async with AsyncZImageClient(self.url) as client:
             await asyncio.gather(*(one(number) for number in range(clients)))

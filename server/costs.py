@@ -3,12 +3,16 @@
 The planner batches by it, the dispatcher estimates starting times by it, and both refuse what cannot be done in time.
 """
 
+from collections import deque
 from collections.abc import Iterable, Mapping
+from statistics import median_low
 
 from export.spec import Component
 from server.requests import StepCost
 
-NEWS = 0.1  # weight of the newest measurement once a cost is known
+# A cost is the median of so many measurements: one that was held up, by a first run's preparations say, changes
+# nothing. A batch size that looked dear for once would not be chosen again, and so never be put right.
+RECENT = 9
 
 _Key = tuple[Component, int, int]  # component, height, width
 
@@ -18,14 +22,16 @@ class CostTable:
 
     def __init__(self, costs: Iterable[StepCost] = ()) -> None:
         self._seconds: dict[_Key, dict[int, float]] = {}
+        self._recent: dict[tuple[_Key, int], deque[float]] = {}
         for cost in costs:
-            self._by_rows(cost.component, cost.height, cost.width)[cost.rows] = cost.seconds
+            self.observe(cost)
 
     def observe(self, cost: StepCost) -> None:
-        """Takes a measurement in: as it is where there was none, else as one among many."""
-        by_rows = self._by_rows(cost.component, cost.height, cost.width)
-        before = by_rows.get(cost.rows, cost.seconds)
-        by_rows[cost.rows] = before + NEWS * (cost.seconds - before)
+        """Takes a measurement in, as one of the last `RECENT`."""
+        key = cost.component, cost.height, cost.width
+        recent = self._recent.setdefault((key, cost.rows), deque(maxlen=RECENT))
+        recent.append(cost.seconds)
+        self._seconds.setdefault(key, {})[cost.rows] = median_low(recent)
 
     def costs(self) -> tuple[StepCost, ...]:
         """The table as it is served."""
@@ -67,6 +73,3 @@ class CostTable:
         wanted = height * width * rows
         pixels, seconds = min(known, key=lambda entry: abs(entry[0] - wanted))
         return seconds * wanted / pixels if pixels else seconds
-
-    def _by_rows(self, component: Component, height: int, width: int) -> dict[int, float]:
-        return self._seconds.setdefault((component, height, width), {})

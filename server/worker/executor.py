@@ -188,16 +188,19 @@ class Executor:
         """The caption of `ids`; several sequences may wait for the same one."""
         caption = self._cache.get(ids)
         if caption is None:
-            caption = self._lanes[Component.PROMPT_ENCODER].start(lambda: self._encode(ids))
+            inputs = self._prompt(ids)  # made before the lane's work, for a copy to the device waits for its stream
+            caption = self._lanes[Component.PROMPT_ENCODER].start(lambda: self._encode(inputs))
             self._cache.put(ids, caption)
         return caption
 
-    def _encode(self, ids: TokenIds) -> Callable[[], Output]:
+    def _prompt(self, ids: TokenIds) -> dict[str, Tensor]:
         padding = [PAD_TOKEN] * (padded_length(ids) - len(ids))
-        inputs = {
+        return {
             "input_ids": torch.tensor([[*ids, *padding]], device=self._device),
             "caption_length": torch.tensor([len(ids)], device=self._device),
         }
+
+    def _encode(self, inputs: dict[str, Tensor]) -> Callable[[], Output]:
         output, use = self._components[Component.PROMPT_ENCODER].run(inputs)
         good = _to_host(_is_finite(output))
         return lambda: (output, use) if good else self._again(output, use, inputs)

@@ -1,6 +1,5 @@
 """Runs every configured shape before the worker says it is ready, and measures what each stage costs."""
 
-import statistics
 import time
 from collections.abc import Callable
 
@@ -37,30 +36,31 @@ class WarmUp:
         """Runs all sizes of `model`; the returned costs hold every size and batch that was run."""
         costs = CostTable()
         for caption in (2 * CAPTION_MULTIPLE, CAPTION_MULTIPLE):
-            seconds = self._time(Component.PROMPT_ENCODER, ShapePoint(1, caption, *model.default_size))
-        costs.observe(StepCost(0, 0, 1, seconds, Component.PROMPT_ENCODER))
+            taken = self._time(Component.PROMPT_ENCODER, ShapePoint(1, caption, *model.default_size))
+        for seconds in taken:
+            costs.observe(StepCost(0, 0, 1, seconds, Component.PROMPT_ENCODER))
         for size in dict.fromkeys((model.default_size, *model.warmup_sizes)):
             self._run_size(size, model.max_batch_size, costs)
         return costs
 
     def _run_size(self, size: Size, max_batch: int, costs: CostTable) -> None:
         width, height = size
-        seconds = self._time(Component.IMAGE_DECODER, ShapePoint(1, CAPTION_MULTIPLE, height, width))
-        costs.observe(StepCost(height, width, 1, seconds, Component.IMAGE_DECODER))
+        for seconds in self._time(Component.IMAGE_DECODER, ShapePoint(1, CAPTION_MULTIPLE, height, width)):
+            costs.observe(StepCost(height, width, 1, seconds, Component.IMAGE_DECODER))
         rows = 1
         while rows <= 2 * max_batch:  # guidance doubles the rows of a batch
-            seconds = self._time(Component.DENOISER, ShapePoint(rows, CAPTION_MULTIPLE, height, width))
-            costs.observe(StepCost(height, width, rows, seconds))
-            if seconds > LONGEST_SHARED_STEP:
+            for seconds in self._time(Component.DENOISER, ShapePoint(rows, CAPTION_MULTIPLE, height, width)):
+                costs.observe(StepCost(height, width, rows, seconds))
+            if costs.step(height, width, rows) > LONGEST_SHARED_STEP:
                 break
             rows *= 2
 
-    def _time(self, component: Component, point: ShapePoint) -> float:
-        """Median seconds of `REPEATS` calls, after one that is not counted."""
+    def _time(self, component: Component, point: ShapePoint) -> list[float]:
+        """Seconds of each of `REPEATS` calls, after one that is not counted."""
         self._announce(component)
         call = self._call(self._specs[component], point)
         call()
-        return statistics.median(_seconds(call) for _ in range(REPEATS))
+        return [_seconds(call) for _ in range(REPEATS)]
 
     def _call(self, spec: ComponentSpec, point: ShapePoint) -> Callable[[], object]:
         inputs = example_inputs(spec, point, self._dimensions)

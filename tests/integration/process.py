@@ -91,7 +91,7 @@ class ServerProcess:
     def workers(self) -> list[psutil.Process]:
         """Its worker processes."""
         with contextlib.suppress(psutil.NoSuchProcess):
-            return [p for p in psutil.Process(self.process.pid).children() if "server.worker.main" in p.cmdline()]
+            return [p for p in psutil.Process(self.process.pid).children() if _is_worker(p)]
         return []
 
     def ended(self) -> int:
@@ -112,3 +112,9 @@ class ServerProcess:
         """Sends the signal and returns the exit status."""
         self.process.send_signal(how)
         return self.process.wait(PATIENCE)
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):  # or a zombie, which has no command line any more
+        return "server.worker.main" in process.cmdline()
+    return False

@@ -2,8 +2,8 @@
 
 import asyncio
 import io
+import itertools
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -152,7 +152,10 @@ def test_a_model_tells_what_it_accepts_and_runs_on(client: ZImageClient) -> None
     assert [e.backend for e in instance.engines] == ["onnxruntime"] * 3
     memory = instance.memory
     assert 0 < memory.host_before_load < memory.host_loaded <= memory.host_peak
-    assert {(c.width, c.rows) for c in instance.step_costs} >= {(256, 1), (256, 2), (256, 4), (256, 8)}
+    denoiser = {c.rows: c.milliseconds for c in instance.step_costs if c.component == "denoiser" and c.width == 256}
+    # Where a step takes too long to be worth sharing, warm-up does not go on.
+    assert list(denoiser) == [1, 2, 4, 8][: len(denoiser)]
+    assert len(denoiser) == 4 or max(denoiser.values()) > 500
     assert all(c.milliseconds > 0 for c in instance.step_costs)
 
 
@@ -186,20 +189,15 @@ def test_who_goes_away_frees_its_place_at_the_next_step(server: ServerProcess, h
     """Who comes next waits for the step that runs, not for the 200 that were asked for."""
     request = ImageRequest(PROMPT, width=512, height=512, num_inference_steps=50, num_images=4)
     gone = ZImageClient(server.url)
-    events, times = gone.generate(request), []
-    for event in events:
-        if event.HasField("progress"):
-            times.append(time.monotonic())
-        if len(times) == 3:
-            break
+    events = gone.generate(request)
+    steps = [e.progress.step_ms for e in itertools.islice((e for e in events if e.HasField("progress")), 3)]
     if how == "cancel":
         events.close()
     else:
         gone.close()
     with server.client() as patient:
         drawing = patient.draw(PROMPT, num_inference_steps=1, seed=1)
-    step = (times[2] - times[0]) / 2
-    assert drawing.completed.timings.queue_ms < 1e3 * 20 * step
+    assert drawing.completed.timings.queue_ms < 100 * max(steps)
     gone.close()
 
 

@@ -63,7 +63,7 @@ async def answers_come_from_the_cache(server: Running) -> None:
     assert not other.of("completed")[0].response_cached
     figures = server.queue.statistics
     assert (figures.cache_hit.count, figures.cache_miss.count) == (1, 2)
-    assert 0 < figures.cache_miss.ns < 1e9
+    assert 0 < figures.cache_miss.ns < figures.stages["compute_infer"].ns  # looking up, not drawing
     assert (figures.success.count, figures.stages["queue"].count) == (3, 3)
     # What comes from the cache is answered, not inferred.
     assert (figures.inference_count, figures.execution_count, figures.stages["compute_infer"].count) == (2, 2, 2)

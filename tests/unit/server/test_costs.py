@@ -1,0 +1,51 @@
+"""The cost table: measurements in, seconds out."""
+
+import pytest
+
+from export.spec import Component
+from server.costs import CostTable
+from server.requests import StepCost
+from server.worker.batching import Batching, BatchPolicy, StepShape
+
+SHAPE = StepShape(256, 256, (32,))
+
+
+def costs() -> CostTable:
+    """As warm-up leaves them: three measurements of 1, 2 and 4 rows."""
+    measured = {1: 0.006, 2: 0.0085, 4: 0.014}
+    return CostTable(StepCost(256, 256, rows, seconds) for rows, seconds in measured.items() for _ in range(3))
+
+
+def test_a_step_that_was_held_up_changes_no_decision() -> None:
+    """The first run of a new caption length may take long; a batch size not chosen is never measured again."""
+    table = costs()
+    batching = Batching(table, BatchPolicy(max_batch=4))
+    before = [batching.count(SHAPE, waiting, 10.0) for waiting in (1, 2, 3, 4, 8)]
+    assert {1, 2, 4} == set(before)
+    for rows in (1, 2, 4):
+        table.observe(StepCost(256, 256, rows, 0.44))
+        table.observe(StepCost(256, 256, rows, 0.44))
+    assert [batching.count(SHAPE, waiting, 10.0) for waiting in (1, 2, 3, 4, 8)] == before
+
+
+def test_a_new_size_costs_what_its_quicker_run_took() -> None:
+    table = costs()
+    table.observe(StepCost(512, 512, 1, 0.44))
+    table.observe(StepCost(512, 512, 1, 0.02))
+    assert table.step(512, 512) == 0.02
+
+
+def test_a_change_that_stays_is_learnt() -> None:
+    table = costs()
+    for _ in range(9):
+        table.observe(StepCost(256, 256, 1, 0.012))
+    assert table.step(256, 256) == 0.012
+
+
+def test_what_was_not_measured_is_scaled_from_the_nearest() -> None:
+    table = costs()
+    assert table.step(512, 512) == pytest.approx(0.014)  # as many pixels as four rows of 256x256
+    assert table.step(1024, 1024) == pytest.approx(4 * 0.014)
+    assert table.decode(256, 256) == 0.0
+    table.observe(StepCost(256, 256, 1, 0.05, Component.IMAGE_DECODER))
+    assert table.image(512, 512, steps=2, rows=1) == pytest.approx(4 * 0.05 + 2 * 0.014)
