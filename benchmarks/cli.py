@@ -39,6 +39,9 @@ BENCHMARKS = {
 }
 
 
+PLOTTED = ("components", "image", "service", "simulation")  # those that there is a picture of
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs one benchmark; returns the exit status."""
     if not argv or argv[0] in ("-h", "--help"):
@@ -60,7 +63,7 @@ def _run(name: str, module: ModuleType, arguments: Sequence[str]) -> int:
     )
     module.add_arguments(parser)
     parser.add_argument("--output", type=Path, help="write the record here too")
-    parser.add_argument("--plot", type=Path, help="draw it into this .svg or .png")
+    parser.add_argument("--plot", type=Path, help=f"draw it into this .svg or .png: {', '.join(PLOTTED)}")
     options = parser.parse_args(arguments)
     try:
         if options.plot:

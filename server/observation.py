@@ -78,7 +78,8 @@ def add_flags(g: "argparse._ArgumentGroup") -> None:
         metavar="[MODE,]NAME=VALUE",
         help="level=TIMESTAMPS, level=TENSORS, rate=1000, count=-1, mode=triton, triton,file=PATH, "
         "triton,log-frequency=0; mode=opentelemetry, opentelemetry,url=URL, opentelemetry,resource=KEY=VALUE, "
-        "opentelemetry,bsp_max_queue_size=2048, bsp_schedule_delay=5000, bsp_max_export_batch_size=512",
+        "opentelemetry,bsp_max_queue_size=2048, opentelemetry,bsp_schedule_delay=5000, "
+        "opentelemetry,bsp_max_export_batch_size=512",
     )
 
 
