@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from benchmarks.published import CONFIGS, dimensions
+from benchmarks.record import row
 
 STAGES = ("graph", "weights", "plan")
 
@@ -44,19 +45,19 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     options.folder.mkdir(parents=True)  # it is deleted at the end, so it must not be anybody's
     try:
-        stages = list(_run(options.component, options.folder, options.until, options.target))
+        stages = _run(options.component, options.folder, options.until, options.target)
+        rows = [row({"component": options.component, "stage": s.pop("stage")}, **s) for s in stages]
     finally:
         shutil.rmtree(options.folder)
     memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
     versions = {name: installed_version(name) for name in ("onnx", "onnxscript", "tensorrt_rtx")}
     return {
-        "settings": {"component": options.component, "memory_gb": memory, "exporters": versions},
-        "weights": "random, bf16",
-        "stages": stages,
+        "settings": {"memory_gb": memory, "exporters": versions, "weights": "random, bf16"},
+        "rows": rows,
     }
 
 
-def _run(component: Any, folder: Path, until: str, target: str) -> Iterator[dict[str, object]]:
+def _run(component: Any, folder: Path, until: str, target: str) -> Iterator[dict[str, Any]]:
     import onnx_ir as ir
 
     from export.build.plan_graph import fit_for_tensorrt
@@ -84,7 +85,7 @@ def _run(component: Any, folder: Path, until: str, target: str) -> Iterator[dict
         yield _plan(onnx, source, spec, target)
 
 
-def _plan(onnx: Path, source: Any, spec: Any, target: str) -> dict[str, object]:
+def _plan(onnx: Path, source: Any, spec: Any, target: str) -> dict[str, Any]:
     from export.build import BuildInputs, BuildOptions
     from export.build.tensorrt import TensorRtBuilder
     from export.manifest import Backend, Target
@@ -104,8 +105,8 @@ def _plan(onnx: Path, source: Any, spec: Any, target: str) -> dict[str, object]:
 
 
 @contextmanager
-def _measured(stage: str) -> Iterator[dict[str, object]]:
-    result: dict[str, object] = {"stage": stage}
+def _measured(stage: str) -> Iterator[dict[str, Any]]:
+    result: dict[str, Any] = {"stage": stage}
     started, computed = time.perf_counter(), time.process_time()
     yield result
     result["seconds"] = round(time.perf_counter() - started, 1)

@@ -37,6 +37,7 @@ from typing import Any
 import grpc
 import tritonclient.grpc as triton
 
+from benchmarks.record import Row, print_table, row
 from benchmarks.serving import wait_until
 
 GRPC, METRICS = 9801, 9802
@@ -86,13 +87,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Runs everything and prints the tables."""
-    result: dict[str, Any] = {"load_before": os.getloadavg()[0], "rounds": options.rounds}
+    settings = {"load_before": os.getloadavg()[0], "rounds": options.rounds}
     with tempfile.TemporaryDirectory() as scratch, _zserve(Path(scratch), options.model):
         with _pytriton(options.pytriton) as others:
-            result["identity_8KiB"] = _compare(options.perf_analyzer, {"zserve": (GRPC, ()), **others}, options.rounds)
-        result["runs"] = _runs(options.perf_analyzer, options.model.name, _prompts(Path(scratch)))
-    _print_tables(result)
-    return result | {"failed": [name for name, ran in result["runs"].items() if ran["status"]]}
+            compared = _compare(options.perf_analyzer, {"zserve": (GRPC, ()), **others}, options.rounds)
+        ran = _runs(options.perf_analyzer, options.model.name, _prompts(Path(scratch)))
+    print_table(("identity, 8 KiB", "clients", "requests/s", "p50 us", "p99 us"), map(_line, compared))
+    print_table(("perf_analyzer", "status", "requests/s", "p50 us"), map(_line, ran))
+    failed = [r["case"]["perf_analyzer"] for r in ran if r["status"]]
+    return {"settings": settings, "rows": [*compared, *ran], "failed": failed}
 
 
 @contextmanager
@@ -141,18 +144,17 @@ def _process(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
             process.wait(60)
 
 
-def _compare(analyzer: Path, servers: dict[str, Server], rounds: int) -> dict[str, dict[str, dict[str, float]]]:
-    """By server and number of clients: throughput and latency."""
-    found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in servers}
+def _compare(analyzer: Path, servers: dict[str, Server], rounds: int) -> list[Row]:
+    """A row a server and number of clients: throughput and latency."""
+    rows = []
     for clients in CLIENTS:
         arguments = ("-m", "identity_batched", *TENSOR, "--async", "--concurrency-range", str(clients), *WINDOWS)
         measured: dict[str, list[dict[str, float]]] = {name: [] for name in servers}
         for _ in range(rounds):
             for name, (port, more) in servers.items():
                 measured[name].append(_figures(_analyze(analyzer, port, *arguments, *more).stdout))
-        for name in servers:
-            found[name][str(clients)] = _summary(measured[name])
-    return found
+        rows += [row({"server": name, "clients": clients}, **_summary(measured[name])) for name in servers]
+    return rows
 
 
 def _summary(measured: list[dict[str, float]]) -> dict[str, float]:
@@ -173,7 +175,7 @@ def _prompts(scratch: Path) -> Path:
     return file
 
 
-def _runs(analyzer: Path, image: str, prompts: Path) -> dict[str, dict[str, Any]]:
+def _runs(analyzer: Path, image: str, prompts: Path) -> list[Row]:
     """Every way of calling, on both models; a status other than 0 is a failure."""
     prompt = ("--input-data", str(prompts), "--request-parameter", "num_inference_steps:2:int")
     few = ("--measurement-mode", "count_windows", "--measurement-request-count", "4")
@@ -199,7 +201,7 @@ def _runs(analyzer: Path, image: str, prompts: Path) -> dict[str, dict[str, Any]
             *("-m", image, *prompt, *few, "--collect-metrics", "--metrics-url", f"localhost:{METRICS}/metrics"),
         ),
     }
-    return {name: _run(analyzer, arguments) for name, arguments in ways.items()}
+    return [row({"perf_analyzer": name}, **_run(analyzer, arguments)) for name, arguments in ways.items()]
 
 
 def _run(analyzer: Path, arguments: tuple[str, ...]) -> dict[str, Any]:
@@ -225,15 +227,6 @@ def _figures(output: str) -> dict[str, float]:
     return {name: float(values[-1]) for name, values in found.items() if values}
 
 
-def _print_tables(result: dict[str, Any]) -> None:
-    print("| identity, 8 KiB | clients | requests/s | p50 us | p99 us |\n|---|---|---|---|---|")
-    for server, by_clients in result["identity_8KiB"].items():
-        for clients, f in by_clients.items():
-            print(f"| {server} | {clients} | {_cell(f, 'per_second')} | {_cell(f, 'p50_us')} | {_cell(f, 'p99_us')} |")
-    print("\n| perf_analyzer | status | requests/s | p50 us |\n|---|---|---|---|")
-    for name, f in result["runs"].items():
-        print(f"| {name} | {f['status']} | {_cell(f, 'per_second')} | {_cell(f, 'p50_us')} |")
-
-
-def _cell(figures: dict[str, float], name: str) -> str:
-    return f"{figures[name]:.0f}" if name in figures else "-"
+def _line(r: Row) -> list[object]:
+    figures = ("status", "per_second", "p50_us") if "status" in r else ("per_second", "p50_us", "p99_us")
+    return [*r["case"].values(), *(r.get(name) for name in figures)]
