@@ -124,6 +124,31 @@ def test_a_client_has_so_many_calls_at_a_time(identity_server: Start) -> None:
         assert client.infer("identity", [some_bytes()]).as_numpy("OUTPUT0").size == 5
 
 
+def test_a_stream_past_a_clients_share_is_told_so(identity_server: Start) -> None:
+    server = identity_server("--grpc-max-calls-per-client", "1")
+    ends: queue.Queue[InferenceServerException | None] = queue.Queue()
+    with triton.InferenceServerClient(server.url) as client, triton.InferenceServerClient(server.url) as other:
+        client.start_stream(lambda result, error: ends.put(error))
+        client.async_stream_infer("identity", [some_bytes()])
+        assert ends.get(timeout=PATIENCE) is None
+        other.start_stream(lambda result, error: ends.put(error))
+        error = ends.get(timeout=PATIENCE)
+        assert error is not None
+        assert error.status() == "StatusCode.UNAVAILABLE"
+        assert error.message() == "1 inference calls of this client are open; wait for one to end"
+        client.stop_stream()
+        wait_for(lambda: idle(other))
+
+
+def idle(client: triton.InferenceServerClient) -> bool:
+    """Whether the client's share is free again."""
+    try:
+        client.infer("identity", [some_bytes()])
+    except InferenceServerException:
+        return False
+    return True
+
+
 class CountingRelay(socketserver.ThreadingTCPServer):
     """Passes bytes on to a server and counts those that come back."""
 
