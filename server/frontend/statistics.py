@@ -11,7 +11,15 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
-from server.errors import EngineError, QueueFullError, QueueTimeoutError, WorkerLostError, ZServeError
+from server.errors import (
+    DeviceMemoryError,
+    EngineError,
+    PoisonRequestError,
+    QueueFullError,
+    QueueTimeoutError,
+    WorkerLostError,
+    ZServeError,
+)
 from server.requests import Event
 
 SUMMARY_WINDOW = 1024  # requests that a summary's quantiles look back on
@@ -182,7 +190,7 @@ def failure_reason(error: BaseException) -> FailureReason:
             return FailureReason.CANCELED
         case QueueFullError() | QueueTimeoutError():
             return FailureReason.REJECTED
-        case EngineError() | WorkerLostError():
+        case EngineError() | DeviceMemoryError() | WorkerLostError() | PoisonRequestError():
             return FailureReason.BACKEND
         case ZServeError():
             return FailureReason.OTHER
