@@ -15,7 +15,7 @@ from tritonclient.utils import InferenceServerException
 
 from client import GenerationFailedError, ZImageClient
 from tests.integration.process import PATIENCE, ServerProcess, wait_for
-from tests.integration.triton.conftest import ENDLESS, pending, some_bytes
+from tests.integration.triton.conftest import ENDLESS, some_bytes, under_way
 from tests.integration.triton.test_errors import status_of
 
 Start = Callable[..., ServerProcess]
@@ -120,7 +120,7 @@ def test_a_client_has_so_many_calls_at_a_time(identity_server: Start) -> None:
         assert [call.code().name for call in calls if call.done()] == ["UNAVAILABLE"]
         for call in calls:
             call.cancel()
-        wait_for(lambda: pending(server, "identity") == 0)
+        wait_for(lambda: under_way(server, "identity") == 0)
         assert client.infer("identity", [some_bytes()]).as_numpy("OUTPUT0").size == 5
 
 

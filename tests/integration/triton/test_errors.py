@@ -13,7 +13,7 @@ from tritonclient.utils import InferenceServerException
 
 from tests.conftest import MODEL
 from tests.integration.process import PATIENCE, ServerProcess, wait_for
-from tests.integration.triton.conftest import ENDLESS, bytes_tensor, pending, some_bytes
+from tests.integration.triton.conftest import ENDLESS, bytes_tensor, pending, some_bytes, under_way
 
 INVALID, NOT_FOUND, UNIMPLEMENTED = "INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED"
 
@@ -210,7 +210,7 @@ def test_a_server_that_stops_says_so(identity_server: Callable[..., ServerProces
     with triton.InferenceServerClient(server.url) as client:
         slow = {"execute_delay_ms": 2000}
         client.async_infer("identity", [some_bytes()], lambda result, error: answers.put(error), parameters=slow)
-        wait_for(lambda: server.metric("nv_inference_pending_request_count", model="identity"))
+        wait_for(lambda: server.metric("zserve_requests_under_way", model="identity"))
         server.process.terminate()
         wait_for(lambda: "shutting down" in server.log)
         assert status_of(client.is_server_live) == ("UNAVAILABLE", "Server exiting")
@@ -239,14 +239,15 @@ def test_a_full_queue_in_tritons_words(
         return error.status().removeprefix("StatusCode."), error.message()
 
     running = send()
-    wait_for(lambda: pending(triton_server, "small_queue") == 1)
+    wait_for(lambda: under_way(triton_server, "small_queue") == 1)
     waiting = send()
-    wait_for(lambda: pending(triton_server, "small_queue") == 2)
+    wait_for(lambda: under_way(triton_server, "small_queue") == 2)
+    assert pending(triton_server, "small_queue") == 1
     send()
     assert next_end() == ("UNAVAILABLE", "Exceeds maximum queue size")
     waiting.cancel()
     assert next_end()[0] == "CANCELLED"
-    wait_for(lambda: pending(triton_server, "small_queue") == 1)
+    wait_for(lambda: under_way(triton_server, "small_queue") == 1)
     send(microseconds=1000)
     assert next_end() == ("UNAVAILABLE", "Request timeout expired")
     assert triton_server.metric("nv_inference_request_failure", model="small_queue", reason="REJECTED") == 2
@@ -259,3 +260,4 @@ def test_the_server_draws_on_after_all_that(triton_client: triton.InferenceServe
     result = triton_client.infer(MODEL, [bytes_tensor("PROMPT", "a cross")], parameters=steps)
     assert result.as_numpy("IMAGE").shape == (256, 256, 3)
     wait_for(lambda: triton_client.is_server_ready() or None)
+    assert pending(triton_server, "small_queue") == 0

@@ -15,7 +15,7 @@ from demo.scenes import sample_scenes
 from demo.score import score
 from tests.conftest import MODEL
 from tests.integration.process import PATIENCE, ServerProcess, wait_for
-from tests.integration.triton.conftest import ENDLESS, NUMBERS, bytes_tensor, pending, some_bytes, tensor
+from tests.integration.triton.conftest import ENDLESS, NUMBERS, bytes_tensor, some_bytes, tensor, under_way
 
 PROMPT = "a red circle on a white background"
 
@@ -194,11 +194,11 @@ def test_a_cancelled_call_ends_on_the_server(
     call = triton_client.async_infer(
         "identity", [some_bytes()], lambda result, error: errors.put(error), parameters=ENDLESS
     )
-    wait_for(lambda: pending(triton_server, "identity") == 1)
+    wait_for(lambda: under_way(triton_server, "identity") == 1)
     call.cancel()
     assert errors.get(timeout=PATIENCE).status() == "StatusCode.CANCELLED"
     wait_for(lambda: cancelled(triton_client, "identity") == before + 1)
-    wait_for(lambda: pending(triton_server, "identity") == 0)
+    wait_for(lambda: under_way(triton_server, "identity") == 0)
     assert triton_client.infer("identity", [some_bytes()]).as_numpy("OUTPUT0").size == 5
 
 
@@ -212,7 +212,7 @@ def test_a_cancelled_image_frees_its_place(
         lambda result, error: None,
         parameters={"num_inference_steps": 50, "num_images": 4, "width": 512, "height": 512},
     )
-    wait_for(lambda: pending(triton_server, MODEL) == 1)
+    wait_for(lambda: under_way(triton_server, MODEL) == 1)
     call.cancel()
     wait_for(lambda: cancelled(triton_client, MODEL) == before + 1)
     assert triton_server.metric("nv_inference_request_failure", model=MODEL, reason="CANCELED") >= 1
@@ -221,7 +221,7 @@ def test_a_cancelled_image_frees_its_place(
 async def test_cancellation_from_asyncio(triton_server: ServerProcess) -> None:
     async with triton_aio.InferenceServerClient(triton_server.url) as client:
         task = asyncio.create_task(client.infer("identity", [some_bytes()], parameters=ENDLESS))
-        await asyncio.to_thread(wait_for, lambda: pending(triton_server, "identity") == 1)
+        await asyncio.to_thread(wait_for, lambda: under_way(triton_server, "identity") == 1)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

@@ -133,7 +133,7 @@ def test_a_request_under_way_outlives_its_unloading(identity_server: Start) -> N
         client.async_infer(
             "identity", [some_bytes()], lambda result, error: results.put(result), parameters={"execute_delay_ms": 3000}
         )
-        wait_for(lambda: server.metric("nv_inference_pending_request_count", model="identity") == 1)
+        wait_for(lambda: server.metric("zserve_requests_under_way", model="identity") == 1)
         client.unload_model("identity")
         assert states(client) == {("identity", "1"): "UNLOADING"}
         for version in ("", "1"):
