@@ -181,6 +181,15 @@ async def test_asyncio(triton_server: ServerProcess) -> None:
         assert [r.as_numpy("OUTPUT0").size for r in results] == list(range(1, 9))
 
 
+def test_parameters_are_taken_as_triton_takes_them(triton_client: triton.InferenceServerClient) -> None:
+    """A priority that the model does not have is its default; whole numbers may come as doubles and as text."""
+    wanted = {"num_inference_steps": 1.0, "width": "64", "height": 64, "preview_interval": "0", "progress": "false"}
+    for priority in (0, 8, 9, 2**32, 2**64 - 1):
+        prompt = bytes_tensor("PROMPT", PROMPT)
+        result = triton_client.infer(MODEL, [prompt], parameters=wanted, priority=priority)
+        assert result.as_numpy("IMAGE").shape == (64, 64, 3)
+
+
 def cancelled(client: triton.InferenceServerClient, model: str) -> int:
     (figures,) = client.get_inference_statistics(model).model_stats
     return int(figures.inference_stats.fail.count)
