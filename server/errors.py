@@ -161,6 +161,7 @@ def error_of_status(status: StatusCode, message: str) -> ZServeError:
         DeadlinePassedError,
         UnavailableError,
         ConfigError,
+        EngineError,
     ):
         if kind.status is status:
             return kind(message)

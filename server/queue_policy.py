@@ -8,7 +8,7 @@ from typing import Any
 from server.errors import ConfigError
 from server.turns import TurnPolicy
 
-DEFAULT_MAX_QUEUE_SIZE = 128  # Triton's 0 means no bound; a queue without one only hides an overload
+DEFAULT_MAX_QUEUE_SIZE = 128  # of images: Triton's 0 means no bound; a queue without one only hides an overload
 DEFAULT_PRIORITY_LEVELS = 8
 
 BATCHING_FIELDS = {
@@ -32,7 +32,7 @@ class TimeoutAction(Enum):
 class LevelPolicy:
     """The queue of one priority level. Seconds."""
 
-    max_size: int = DEFAULT_MAX_QUEUE_SIZE
+    max_size: int = DEFAULT_MAX_QUEUE_SIZE  # 0: no bound
     timeout: float | None = None
     on_timeout: TimeoutAction = TimeoutAction.REJECT
     request_may_set_timeout: bool = False
@@ -56,13 +56,17 @@ class QueuePolicy:
     max_delay: float = 0.0
     turns: TurnPolicy = field(default_factory=TurnPolicy)
 
+    def level_of(self, asked: int) -> int:
+        """The level of a request over Triton's protocol: there, whatever is not one of the levels is the default."""
+        return asked if 1 <= asked <= self.levels else self.default_level
+
     def of(self, priority: int) -> LevelPolicy:
         """The policy of a priority level."""
         return self.by_level.get(priority, self.default)
 
 
-def read_queue_policy(batching: Any, where: str) -> QueuePolicy:
-    """From the ModelDynamicBatching message of a `config.pbtxt`.
+def read_queue_policy(batching: Any, where: str, *, max_size: int = DEFAULT_MAX_QUEUE_SIZE) -> QueuePolicy:
+    """From the ModelDynamicBatching message of a `config.pbtxt`; `max_size` is of levels that set none.
 
     Raises:
         ConfigError: it sets something this server does not serve, or levels that do not fit each other.
@@ -78,17 +82,17 @@ def read_queue_policy(batching: Any, where: str) -> QueuePolicy:
     return QueuePolicy(
         levels=levels,
         default_level=default_level,
-        default=_level_policy(batching.default_queue_policy),
-        by_level={level: _level_policy(policy) for level, policy in batching.priority_queue_policy.items()},
+        default=_level_policy(batching.default_queue_policy, max_size),
+        by_level={level: _level_policy(policy, max_size) for level, policy in batching.priority_queue_policy.items()},
         preferred_batch_sizes=tuple(batching.preferred_batch_size),
         max_delay=batching.max_queue_delay_microseconds / 1e6,
     )
 
 
-def _level_policy(policy: Any) -> LevelPolicy:
+def _level_policy(policy: Any, max_size: int) -> LevelPolicy:
     """From a ModelQueuePolicy message; in it, as in Triton, 0 stands for no timeout."""
     return LevelPolicy(
-        max_size=policy.max_queue_size or DEFAULT_MAX_QUEUE_SIZE,
+        max_size=policy.max_queue_size or max_size,
         timeout=policy.default_timeout_microseconds / 1e6 or None,
         on_timeout=TimeoutAction.DELAY if policy.timeout_action == policy.DELAY else TimeoutAction.REJECT,
         request_may_set_timeout=policy.allow_timeout_override,

@@ -9,6 +9,7 @@ from server.config import ServeConfig
 from server.frontend.dispatcher import Dispatcher
 from server.frontend.statistics import Statistics
 from server.frontend.workers import COMMAND
+from server.queue_policy import QueuePolicy
 from server.tensors import InferRequest, InferResponse, ModelSpec, TensorSpec
 
 
@@ -28,18 +29,6 @@ class VersionPolicy:
 
 
 @dataclass(frozen=True)
-class QueuePolicy:
-    """Triton's dynamic_batching, as far as whole requests wait; times in seconds, 0 for no limit."""
-
-    max_size: int = 0
-    timeout: float = 0.0
-    allow_timeout_override: bool = False
-    batch_delay: float | None = None  # None: requests are not batched
-    priority_levels: int = 0
-    default_priority: int = 0
-
-
-@dataclass(frozen=True)
 class ModelFile:
     """A model's config.pbtxt, as far as it is the same for every backend."""
 
@@ -53,7 +42,13 @@ class ModelFile:
     instances: int = 1
     versions: VersionPolicy = field(default_factory=VersionPolicy)
     queue: QueuePolicy = field(default_factory=QueuePolicy)
+    dynamic_batching: bool = False
     parameters: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def rows_together(self) -> int:
+        """Rows of several requests that may share an execution; without dynamic batching none do."""
+        return self.max_batch_size if self.dynamic_batching else 1
 
 
 @dataclass(frozen=True)

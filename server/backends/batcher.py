@@ -1,23 +1,26 @@
 """Triton's dynamic batching for backends that run whole requests: by priority, bounded, timed, several at once."""
 
 import asyncio
-import heapq
+import bisect
 import itertools
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field, replace
 
-from server.backends.base import QueuePolicy
 from server.errors import QueueFullError, QueueTimeoutError
 from server.frontend.statistics import Spent, Statistics
+from server.queue_policy import QueuePolicy, TimeoutAction
 from server.tensors import InferRequest
 
 Execute = Callable[[list[InferRequest]], Awaitable[None]]
 
 
-@dataclass(order=True)
+@dataclass(order=True, kw_only=True)
 class _Waiting:
+    """In the order in which they run."""
+
     priority: int
+    delayed: bool = False  # its queue timeout has passed: behind all others of its level
     number: int  # in order of arrival
     request: InferRequest = field(compare=False)
     done: "asyncio.Future[Spent]" = field(compare=False)
@@ -25,7 +28,7 @@ class _Waiting:
 
 
 class Batcher:
-    """Gathers requests and runs each batch on one of `instances`."""
+    """Gathers requests and runs each batch, of at most `max_batch_size` rows, on one of `instances`."""
 
     def __init__(
         self, execute: Execute, statistics: Statistics, *, policy: QueuePolicy, max_batch_size: int, instances: int
@@ -33,9 +36,9 @@ class Batcher:
         self._execute = execute
         self._statistics = statistics
         self._policy = policy
-        self._max_rows = max_batch_size if policy.batch_delay is not None else 1
+        self._max_rows = max_batch_size
         self._free = instances
-        self._waiting: list[_Waiting] = []
+        self._waiting: list[_Waiting] = []  # sorted
         self._numbers = itertools.count()
         self._alarm: asyncio.TimerHandle | None = None
         self._running: set[asyncio.Task[None]] = set()
@@ -44,23 +47,27 @@ class Batcher:
         """Waits for a turn and for the batch to have run.
 
         Raises:
-            QueueFullError: as many wait as the policy allows.
+            QueueFullError: as many of its priority wait as the policy allows.
             QueueTimeoutError: it waited for too long.
         """
-        if self._free and not self._waiting and not self._policy.batch_delay:
+        if self._free and not self._waiting and not self._policy.max_delay:
             self._free -= 1
             return await self._run_batch([request], queued=0)
-        if self._policy.max_size and len(self._waiting) >= self._policy.max_size:
-            raise QueueFullError(f"max_queue_size {self._policy.max_size} of model {request.model.name!r} is reached")
-        return await self._wait(request)
+        priority = self._policy.level_of(request.priority)
+        self._check_room(request, priority)
+        return await self._wait(request, priority)
 
-    async def _wait(self, request: InferRequest) -> Spent:
+    def _check_room(self, request: InferRequest, priority: int) -> None:
+        most = self._policy.of(priority).max_size
+        if most and sum(place.priority == priority for place in self._waiting) >= most:
+            raise QueueFullError(f"max_queue_size {most} of model {request.model.name!r} is reached")
+
+    async def _wait(self, request: InferRequest, priority: int) -> Spent:
         loop = asyncio.get_running_loop()
-        priority = request.priority or self._policy.default_priority
-        place = _Waiting(priority, next(self._numbers), request, loop.create_future())
-        heapq.heappush(self._waiting, place)
-        seconds = self._timeout(request)
-        timer = loop.call_later(seconds, self._expire, place) if seconds else None
+        place = _Waiting(priority=priority, number=next(self._numbers), request=request, done=loop.create_future())
+        self._put_in(place)
+        seconds = self._policy.of(priority).timeout_of(request.queue_timeout)
+        timer = None if seconds is None else loop.call_later(seconds, self._expire, place)
         self._dispatch()
         try:
             return await place.done
@@ -68,23 +75,26 @@ class Batcher:
             if timer is not None:
                 timer.cancel()
             if place in self._waiting:
-                self._remove(place)
-
-    def _timeout(self, request: InferRequest) -> float:
-        """Seconds the request may wait, 0 for ever. Its own wish counts where it is allowed and shorter."""
-        allowed, wish = self._policy.timeout, request.queue_timeout
-        if wish and self._policy.allow_timeout_override and (not allowed or wish < allowed):
-            return wish
-        return allowed
+                self._take_out([place])
 
     def _expire(self, place: _Waiting) -> None:
-        if place in self._waiting:
-            self._remove(place)
+        if place not in self._waiting:
+            return
+        self._take_out([place])
+        if self._policy.of(place.priority).on_timeout is TimeoutAction.DELAY:
+            place.delayed = True
+            self._put_in(place)
+        else:
             place.done.set_exception(QueueTimeoutError("Request timeout expired"))
 
-    def _remove(self, place: _Waiting) -> None:
-        self._waiting.remove(place)
-        heapq.heapify(self._waiting)
+    def _put_in(self, place: _Waiting) -> None:
+        bisect.insort(self._waiting, place)
+        self._statistics.pending += 1
+
+    def _take_out(self, places: Iterable[_Waiting]) -> None:
+        for place in places:
+            self._waiting.remove(place)
+            self._statistics.pending -= 1
 
     def _dispatch(self) -> None:
         """Starts batches while there is an instance for them; a batch that may still grow waits for its time."""
@@ -97,29 +107,30 @@ class Batcher:
             if missing > 0:
                 self._alarm = asyncio.get_running_loop().call_later(missing, self._dispatch)
                 return
-            for place in batch:
-                self._waiting.remove(place)
-            heapq.heapify(self._waiting)
+            self._take_out(batch)
             self._start(batch)
 
     def _next_batch(self) -> list[_Waiting]:
-        """The first in line, and those after it that fit into a batch with it."""
-        ordered = sorted(self._waiting)
-        shape, rows = _row_shape(ordered[0].request), 0
+        """The first in line, and those after it that fit into a batch with it, up to a preferred size if one is met."""
+        first = self._waiting[0].request
+        rows, preferred = 0, 0
         batch: list[_Waiting] = []
-        for place in ordered:
+        for place in self._waiting:
             size = place.request.batch_size
-            if batch and (rows + size > self._max_rows or _row_shape(place.request) != shape):
+            if batch and (rows + size > self._max_rows or _row_shape(place.request) != _row_shape(first)):
                 break
             batch.append(place)
             rows += size
-        return batch
+            if rows in self._policy.preferred_batch_sizes:
+                preferred = len(batch)
+        return batch[: preferred or None]
 
     def _seconds_to_wait(self, batch: list[_Waiting]) -> float:
         """Counted from the arrival of the oldest, so that later ones do not put it off."""
-        if sum(p.request.batch_size for p in batch) >= self._max_rows:
+        rows = sum(p.request.batch_size for p in batch)
+        if rows >= self._max_rows or rows in self._policy.preferred_batch_sizes:
             return 0.0
-        return (self._policy.batch_delay or 0.0) - (time.monotonic() - min(p.arrived for p in batch))
+        return self._policy.max_delay - (time.monotonic() - min(p.arrived for p in batch))
 
     def _start(self, batch: list[_Waiting]) -> None:
         self._free -= 1  # now, not when the task begins: the next batch must not take the same instance

@@ -30,7 +30,7 @@ class IdentityModel:
             self._execute,
             self.statistics,
             policy=folder.file.queue,
-            max_batch_size=self.spec.max_batch_size,
+            max_batch_size=folder.file.rows_together,
             instances=folder.file.instances,
         )
 

@@ -173,7 +173,7 @@ class Frontend:
         self._state.stopping, self._state.ready = True, False
         await self._health.set(serving=False)
         models = self._repository.loaded()
-        log.info("shutting down: letting %d requests finish", sum(m.statistics.pending for m in models))
+        log.info("shutting down: letting %d requests finish", sum(m.statistics.under_way for m in models))
         seconds = self._config.exit_timeout_secs
         drained = await asyncio.gather(self._dispatcher.drain(seconds), *(_idle(m, seconds) for m in models))
         if not all(drained):

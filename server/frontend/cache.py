@@ -1,23 +1,32 @@
 """Triton's response cache: the answer to a request that has been answered before, while there is room for it."""
 
+import hashlib
 from collections import OrderedDict
-from collections.abc import Hashable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from server.requests import Completed, EngineUse, GenerationRequest, Image, InstanceInfo
 
 Answer = tuple[Image | Completed, ...]
+ENTRY_BYTES = 1024  # what an entry takes besides the images: its key, which is a digest, and the events
+
+
+@dataclass(frozen=True)
+class ResponseKey:
+    """What a request's images depend on. `model` is one loading of a version: another one may bring other weights."""
+
+    model: object
+    digest: bytes
 
 
 class ResponseCache:
-    """The most recently used answers, at most `capacity` bytes of images."""
+    """The most recently used answers, at most `capacity` bytes."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._answers: OrderedDict[Hashable, Answer] = OrderedDict()
+        self._answers: OrderedDict[ResponseKey, Answer] = OrderedDict()
         self._bytes = 0
 
-    def get(self, key: Hashable) -> Answer | None:
+    def get(self, key: ResponseKey) -> Answer | None:
         """The answer to `key`'s request, if it is kept; its `Completed` says where it came from."""
         answer = self._answers.get(key)
         if answer is None:
@@ -25,26 +34,35 @@ class ResponseCache:
         self._answers.move_to_end(key)
         return tuple(replace(e, response_cached=True) if isinstance(e, Completed) else e for e in answer)
 
-    def put(self, key: Hashable, answer: Answer) -> None:
-        """Keeps `answer`, dropping the least recently used ones when there is too much."""
-        if key in self._answers:
+    def put(self, key: ResponseKey, answer: Answer) -> None:
+        """Keeps `answer`, dropping the least recently used ones when there is too much; not one that is too large."""
+        size = _size(answer)
+        if key in self._answers or size > self._capacity:
             return
+        while self._bytes + size > self._capacity:
+            self._drop(next(iter(self._answers)))
         self._answers[key] = answer
-        self._bytes += _size(answer)
-        while self._bytes > self._capacity:
-            _, dropped = self._answers.popitem(last=False)
-            self._bytes -= _size(dropped)
+        self._bytes += size
+
+    def forget(self, model: object) -> None:
+        """Drops all answers of a model that is unloaded."""
+        for key in [key for key in self._answers if key.model is model]:
+            self._drop(key)
+
+    def _drop(self, key: ResponseKey) -> None:
+        self._bytes -= _size(self._answers.pop(key))
 
 
-def response_key(request: GenerationRequest, instance: InstanceInfo) -> Hashable:
+def response_key(request: GenerationRequest, instance: InstanceInfo, model: object) -> ResponseKey:
     """Everything an image's bytes depend on: the request but for when and for whom, and the engines that draw it."""
     drawn = replace(request, request_id="", priority=0, timeout=None, queue_timeout=None, preview_interval=0)
-    return drawn, instance.version, instance.precision, _backends(instance.engines)
+    parts = (drawn, instance.version, instance.precision, _backends(instance.engines))
+    return ResponseKey(model, hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).digest())
 
 
 def _backends(engines: tuple[EngineUse, ...]) -> tuple[tuple[str, str], ...]:
-    return tuple((use.component, use.backend) for use in engines)
+    return tuple((str(use.component), str(use.backend)) for use in engines)
 
 
 def _size(answer: Answer) -> int:
-    return sum(len(event.data) for event in answer if isinstance(event, Image))
+    return ENTRY_BYTES + sum(len(event.data) for event in answer if isinstance(event, Image))

@@ -2,11 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Hashable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from server.errors import ModelNotFoundError, ShuttingDownError
-from server.frontend.cache import Answer, ResponseCache, response_key
+from server.frontend.cache import Answer, ResponseCache, ResponseKey, response_key
 from server.frontend.metrics import Metrics
 from server.frontend.queue import ModelQueue
 from server.frontend.serving import Serving
@@ -34,6 +34,7 @@ class Dispatcher:
 
     def remove(self, queue: ModelQueue) -> None:
         """Takes no more requests for `queue`; those under way go on."""
+        self._cache.forget(queue)
         queues = self._queues.get(queue.config.name, [])
         if queue in queues:
             queues.remove(queue)
@@ -113,7 +114,7 @@ class Dispatcher:
             self._cache.put(key, tuple(made))
             queue.statistics.cache_miss.ns += time.monotonic_ns() - began
 
-    def _look_up(self, queue: ModelQueue, key: Hashable | None) -> Answer | None:
+    def _look_up(self, queue: ModelQueue, key: ResponseKey | None) -> Answer | None:
         if key is None:
             return None
         began = time.monotonic_ns()
@@ -143,10 +144,10 @@ class Dispatcher:
             self._idle.set()
 
 
-def _cache_key(queue: ModelQueue, request: GenerationRequest) -> Hashable | None:
+def _cache_key(queue: ModelQueue, request: GenerationRequest) -> ResponseKey | None:
     """None where the model has no response cache, or nobody to say which engines would draw."""
     instances = _status(queue).instances
-    return response_key(request, instances[0]) if queue.config.response_cache and instances else None
+    return response_key(request, instances[0], queue) if queue.config.response_cache and instances else None
 
 
 def _status(queue: ModelQueue) -> ModelStatus:

@@ -15,7 +15,7 @@ from server.errors import ZServeError
 from server.frontend import exposition
 from server.frontend.statistics import OBSERVER, Spent
 from server.frontend.statistics import RequestRecord as Counted
-from server.requests import Completed, Event, Image, Preview, Progress, Timings
+from server.requests import Completed, Event, Image, Preview, Progress, Queued, Started, Timings
 
 if TYPE_CHECKING:
     from server.frontend.queue import ModelQueue
@@ -109,6 +109,8 @@ class RequestRecord:
         self.counted = Counted()
         self._metrics, self._model, self._statistics = metrics, queue.config.name, queue.statistics
         self._began = time.monotonic()
+        self._waiting = False
+        self._wait(waiting=True)
 
     def see(self, event: Event) -> None:
         """Takes an event of the request in."""
@@ -116,6 +118,10 @@ class RequestRecord:
         if observer is not None:
             observer.see(event)
         match event:
+            case Queued():  # again, where its worker was lost
+                self._wait(waiting=True)
+            case Started():
+                self._wait(waiting=False)
             case Progress(batch_index=0):  # the first of those who shared the step stands for all
                 self._metrics.steps.labels(self._model).observe(event.step_ms / 1e3)
                 self._metrics.batches.labels(self._model).observe(event.batch_size)
@@ -129,9 +135,15 @@ class RequestRecord:
 
     def end(self, outcome: str) -> None:
         """The request has ended."""
+        self._wait(waiting=False)
         self._metrics.requests.labels(self._model, outcome).inc()
         if outcome == "ok":
             self._metrics.duration.labels(self._model).observe(time.monotonic() - self._began)
+
+    def _wait(self, *, waiting: bool) -> None:
+        """It does, or does no longer, wait for a worker to begin with it."""
+        self._statistics.pending += waiting - self._waiting
+        self._waiting = waiting
 
     def _see_completed(self, event: Completed) -> None:
         self.completed = self.counted.succeeded = True

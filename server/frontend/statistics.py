@@ -11,7 +11,15 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
-from server.errors import EngineError, QueueFullError, QueueTimeoutError, WorkerLostError, ZServeError
+from server.errors import (
+    DeviceMemoryError,
+    EngineError,
+    PoisonRequestError,
+    QueueFullError,
+    QueueTimeoutError,
+    WorkerLostError,
+    ZServeError,
+)
 from server.requests import Event
 
 SUMMARY_WINDOW = 1024  # requests that a summary's quantiles look back on
@@ -114,7 +122,8 @@ class Statistics:
         self.last_inference_ms = 0  # since 1970
         self.inference_count = 0
         self.execution_count = 0
-        self.pending = 0
+        self.under_way = 0  # requests that have not been answered to their end
+        self.pending = 0  # of those, the ones that wait to be executed; whoever lets them wait counts them
         self._idle = asyncio.Event()
         self._idle.set()
         self.load_seconds = 0.0
@@ -129,7 +138,7 @@ class Statistics:
     def request(self) -> Iterator[RequestRecord]:
         """Follows one request, and counts how it ended."""
         record = RequestRecord()
-        self.pending += 1
+        self.under_way += 1
         self._idle.clear()
         try:
             yield record
@@ -142,8 +151,8 @@ class Statistics:
         else:
             self._succeeded(record)
         finally:
-            self.pending -= 1
-            if not self.pending:
+            self.under_way -= 1
+            if not self.under_way:
                 self._idle.set()
             observer = OBSERVER.get()
             if observer is not None:
@@ -182,7 +191,7 @@ def failure_reason(error: BaseException) -> FailureReason:
             return FailureReason.CANCELED
         case QueueFullError() | QueueTimeoutError():
             return FailureReason.REJECTED
-        case EngineError() | WorkerLostError():
+        case EngineError() | DeviceMemoryError() | WorkerLostError() | PoisonRequestError():
             return FailureReason.BACKEND
         case ZServeError():
             return FailureReason.OTHER

@@ -1,15 +1,20 @@
 """Traces of requests: every so many-th one, where its time went, handed to whoever writes traces."""
 
+import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from server.frontend.statistics import RequestRecord
 from server.requests import Completed, Event, Image, Progress, Started
 from server.settings import TraceMode, TraceSettings
 from server.tensors import Parameter, Tensor
+
+log = logging.getLogger(__name__)
 
 PARENT = "traceparent"  # the header of W3C Trace Context that names the caller's span
 CONTEXT_HEADERS = (PARENT, "tracestate")
@@ -108,31 +113,40 @@ class Trace:
 
 
 class Tracer:
-    """Chooses the requests to trace, and has them written, by a thread of its own."""
+    """Chooses the requests to trace, and has them written, by a thread of its own.
+
+    A model has the settings of all but for those that were set for it; `trace_count` is counted down where it was set.
+    """
 
     def __init__(self, settings: TraceSettings, write: Callable[[Trace], None], close: Callable[[], None]) -> None:
         self._start = self._global = settings
-        self._models: dict[str, TraceSettings] = {}
-        self._seen = self._made = 0
+        self._own: dict[str, dict[str, Any]] = {}  # by model, the settings that are its own
+        self._seen: Counter[str] = Counter()  # by model with settings of its own, "" for all others together
+        self._made = 0
         self._write, self._close = write, close
+        self._failing = False  # whether the last trace could not be written
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="trace")
 
     def settings(self, model: str = "") -> TraceSettings:
         """Those of `model`, or of everything that has none of its own."""
-        return self._models.get(model, self._global)
+        own = self._own.get(model)
+        return replace(self._global, **own) if own else self._global
 
     def update(self, model: str, wanted: Mapping[str, list[str]]) -> TraceSettings:
-        """Changes settings; see `TraceSettings.changed`."""
-        if model:
-            self._models[model] = self.settings(model).changed(wanted, self._global)
-            return self._models[model]
-        self._global = self._global.changed(wanted, self._start)
-        return self._global
+        """Changes settings; see `TraceSettings.changed`. An empty list makes a model's what it is for all."""
+        if not model:
+            self._global = self._global.changed(wanted, self._start)
+        else:
+            changed = self.settings(model).changed(wanted, self._global)
+            own = self._own.get(model, {}) | {name: getattr(changed, name) for name in wanted}
+            self._own[model] = {name: value for name, value in own.items() if wanted.get(name, True)}
+        self._seen.pop(model, None)  # `rate` counts from here
+        return self.settings(model)
 
     def begin(self, model: str, version: str, request_id: str, call: Call) -> Trace | None:
         """A trace, if this request is one to be traced. The caller makes it current while the model runs."""
         settings = self.settings(model)
-        if not (settings.active and (self._brings_context(settings, call) or self._is_due(settings))):
+        if not (settings.active and (self._brings_context(settings, call) or self._is_due(model, settings))):
             return None
         self._made += 1
         return Trace(id=self._made, model=model, version=version, request_id=request_id, settings=settings, call=call)
@@ -141,7 +155,7 @@ class Tracer:
         """Has the trace written, if there is one."""
         if trace is not None:
             trace.end()
-            self._writer.submit(self._write, trace)
+            self._writer.submit(self._write_one, trace)
 
     def close(self) -> None:
         """Returns when everything is written."""
@@ -152,11 +166,33 @@ class Tracer:
         """As in Triton, who sends a trace context is traced at any rate: their own sampler has decided."""
         return settings.trace_mode is TraceMode.OPENTELEMETRY and PARENT in call.context
 
-    def _is_due(self, settings: TraceSettings) -> bool:
-        self._seen += 1
-        if not settings.trace_rate or (self._seen - 1) % settings.trace_rate:
+    def _is_due(self, model: str, settings: TraceSettings) -> bool:
+        if not settings.trace_count or not settings.trace_rate:
             return False
-        return settings.trace_count < 0 or self._made < settings.trace_count
+        counted = model if self._own.get(model) else ""
+        self._seen[counted] += 1
+        if (self._seen[counted] - 1) % settings.trace_rate:
+            return False
+        if settings.trace_count > 0:
+            self._count_down(model, settings.trace_count - 1)
+        return True
+
+    def _count_down(self, model: str, left: int) -> None:
+        if "trace_count" in self._own.get(model, {}):
+            self._own[model]["trace_count"] = left
+        else:
+            self._global = replace(self._global, trace_count=left)
+
+    def _write_one(self, trace: Trace) -> None:
+        """On the writer's thread, whose errors nobody would see: the first of a row of them is logged."""
+        try:
+            self._write(trace)
+        except Exception as error:  # noqa: BLE001 - the thread's boundary: a trace is nobody's request
+            if not self._failing:
+                log.error("traces cannot be written, and are lost until they can be: %s", error)
+            self._failing = True
+        else:
+            self._failing = False
 
 
 def trace_context(metadata: Iterable[tuple[str, str | bytes]] | None) -> dict[str, str]:

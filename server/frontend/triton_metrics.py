@@ -30,7 +30,7 @@ DURATIONS: dict[str, Callable[[Statistics], Duration]] = {
 
 
 class TritonCollector(Collector):
-    """Triton's `nv_` metrics of all models that are loaded, and of the machine."""
+    """Triton's `nv_` metrics of all models that are loaded and of the machine, and one of ours that is of any model."""
 
     def __init__(self, models: Callable[[], Iterable[Model]], config: MetricsConfig) -> None:
         self._models, self._config = models, config
@@ -46,9 +46,15 @@ class TritonCollector(Collector):
         yield _failures(figures)
         yield _family(
             "nv_inference_pending_request_count",
-            "Number of requests awaiting execution or running",
+            "Number of requests awaiting execution",
             "gauge",
             [(labels, s.pending) for labels, s in figures],
+        )
+        yield _family(
+            "zserve_requests_under_way",
+            "Requests that wait, are executed or are being answered",
+            "gauge",
+            [(labels, s.under_way) for labels, s in figures],
         )
         yield _family(
             "nv_model_load_duration_secs",

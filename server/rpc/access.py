@@ -4,18 +4,16 @@ from __future__ import annotations  # the stubs are generic where grpc itself is
 
 import hmac
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeAlias
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
 
 import grpc
 import grpc.aio
 
 from server.errors import AccessDeniedError, TooManyCallsError, UnavailableError, ZServeError
+from server.rpc.interceptors import Context, Handler, wrapped
 from server.settings import BEARER_HEADER, GrpcConfig, Protocol
-
-Context = grpc.aio.ServicerContext[Any, Any]
-Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 _METHODS = {
     Protocol.HEALTH: "ServerLive ServerReady ModelReady Check Watch",
@@ -54,7 +52,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or not self._most or PROTOCOL_OF.get(method) is not Protocol.INFERENCE:
             return handler
-        return self._counted(handler)
+        return wrapped(handler, self._place)
 
     def _refusal(self, protocol: Protocol | None, details: grpc.HandlerCallDetails) -> ZServeError | None:
         given = {str(key): value for key, value in details.invocation_metadata or ()}
@@ -65,31 +63,8 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
                 return _error(restriction.header)
         return None
 
-    def _counted(self, handler: Handler) -> Handler:
-        """`handler`, which a client can have running only so many times."""
-        coders = {
-            "request_deserializer": handler.request_deserializer,
-            "response_serializer": handler.response_serializer,
-        }
-        inner: Any = handler.stream_stream or handler.unary_stream or handler.unary_unary
-
-        async def unary(request: Any, context: Context) -> Any:
-            with self._place(context):
-                return await inner(request, context)
-
-        async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
-            with self._place(context):
-                async for response in inner(request, context):
-                    yield response
-
-        if handler.unary_unary:
-            return grpc.unary_unary_rpc_method_handler(unary, **coders)
-        if handler.unary_stream:
-            return grpc.unary_stream_rpc_method_handler(stream, **coders)
-        return grpc.stream_stream_rpc_method_handler(stream, **coders)
-
-    @contextmanager
-    def _place(self, context: Context) -> Iterator[None]:
+    @asynccontextmanager
+    async def _place(self, _: Any, context: Context) -> AsyncIterator[None]:
         client = context.peer().rpartition(":")[0]  # all connections of one address together
         if self._open[client] >= self._most:
             raise TooManyCallsError(f"{self._most} inference calls of this client are open; wait for one to end")

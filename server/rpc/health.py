@@ -8,12 +8,18 @@ from tritonclient.grpc import service_pb2
 
 from server.rpc.images import SERVICE_NAME
 
+SERVICES = (
+    SERVICE_NAME,
+    service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
+    health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
+    reflection.SERVICE_NAME,
+)
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class Health:
-    """The health of the whole server, under "" and under the image service's name."""
+    """The health of the whole server, under "" and under the name of each of its services."""
 
     def __init__(self) -> None:
         self._servicer = health_aio.HealthServicer()
@@ -25,16 +31,10 @@ class Health:
 
     async def set(self, *, serving: bool) -> None:
         """Tells everyone who watches."""
-        for name in ("", SERVICE_NAME):
+        for name in ("", *SERVICES):
             await self._servicer.set(name, SERVING if serving else NOT_SERVING)
 
 
 def enable_reflection(server: grpc.aio.Server) -> None:
     """Lets tools list and call the services without their proto files."""
-    names = (
-        SERVICE_NAME,
-        service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
-        health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
-        reflection.SERVICE_NAME,
-    )
-    reflection.enable_server_reflection(names, server)
+    reflection.enable_server_reflection(SERVICES, server)

@@ -7,7 +7,8 @@ import inspect
 import logging
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Any
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
@@ -21,7 +22,7 @@ log = logging.getLogger(__name__)
 STATUS_DETAILS = "grpc-status-details-bin"
 
 Context = grpc.aio.ServicerContext[Any, Any]
-
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 Trailers = tuple[tuple[str, bytes], ...]
 Translate = Callable[[Exception], Exception]
@@ -43,50 +44,64 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """Wraps the handlers whose requests come alone and whose responses are returned or yielded.
+    ) -> Handler | None:
+        """Wraps the handlers whose responses are returned or yielded.
 
         The others, such as health's Watch, write to the context and see to their errors themselves.
         """
         handler = await continuation(handler_call_details)
-        if handler is None or handler.request_streaming:
+        if handler is None or (handler.response_streaming and not inspect.isasyncgenfunction(behaviour_of(handler))):
             return handler
-        if handler.response_streaming and not inspect.isasyncgenfunction(handler.unary_stream):
-            return handler
-        service = handler_call_details.method.split("/")[1]
-        translate = self._translators.get(service, unchanged)
-        coders = {
-            "request_deserializer": _forgiving(handler.request_deserializer),
-            "response_serializer": handler.response_serializer,
-        }
-        if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(_guard_stream(handler.unary_stream, translate), **coders)
-        return grpc.unary_unary_rpc_method_handler(_guard_unary(handler.unary_unary, translate), **coders)
+        translate = self._translators.get(handler_call_details.method.split("/")[1], unchanged)
+
+        @asynccontextmanager
+        async def reporting(request: Any, context: Context) -> AsyncIterator[None]:
+            try:
+                if isinstance(request, DecodeError):
+                    raise unreadable(request)
+                yield
+            except Exception as error:  # noqa: BLE001 - the process boundary
+                await abort(error, context, translate)
+
+        return wrapped(handler, reporting)
 
 
-def _guard_unary(behaviour: Any, translate: Translate) -> Callable[..., Awaitable[Any]]:
+def behaviour_of(handler: Handler) -> Any:
+    """The method that answers the call, of whatever kind it is."""
+    return handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+
+
+def wrapped(handler: Handler, around: Callable[[Any, Context], AbstractAsyncContextManager[None]]) -> Handler:
+    """`handler` with each call inside `around(request, context)`; of a stream of requests it gets the stream.
+
+    A single request that cannot be parsed arrives as the DecodeError.
+    """
+    behaviour = behaviour_of(handler)
+
     @functools.wraps(behaviour)
-    async def guarded(request: Any, context: Context) -> Any:
-        try:
-            return await behaviour(_readable(request), context)
-        except Exception as error:  # noqa: BLE001 - the process boundary
-            await abort(error, context, translate)
+    async def one(request: Any, context: Context) -> Any:
+        async with around(request, context):
+            return await behaviour(request, context)
 
-    return guarded
-
-
-def _guard_stream(behaviour: Any, translate: Translate) -> Callable[..., AsyncIterator[Any]]:
     @functools.wraps(behaviour)
-    async def guarded(request: Any, context: Context) -> AsyncIterator[Any]:
-        try:
-            async for response in behaviour(_readable(request), context):
+    async def many(request: Any, context: Context) -> AsyncIterator[Any]:
+        async with around(request, context):
+            async for response in behaviour(request, context):
                 yield response
-        except Exception as error:  # noqa: BLE001 - the process boundary
-            await abort(error, context, translate)
 
-    return guarded
+    read = handler.request_deserializer if handler.request_streaming else _forgiving(handler.request_deserializer)
+    make = _MAKERS[handler.request_streaming, handler.response_streaming]
+    return make(many if handler.response_streaming else one, read, handler.response_serializer)
+
+
+_MAKERS: dict[tuple[bool, bool], Callable[..., Handler]] = {
+    (False, False): grpc.unary_unary_rpc_method_handler,
+    (False, True): grpc.unary_stream_rpc_method_handler,
+    (True, False): grpc.stream_unary_rpc_method_handler,
+    (True, True): grpc.stream_stream_rpc_method_handler,
+}
 
 
 def _forgiving(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
@@ -101,12 +116,6 @@ def _forgiving(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], 
             return error
 
     return read
-
-
-def _readable(request: Any) -> Any:
-    if isinstance(request, DecodeError):
-        raise unreadable(request)
-    return request
 
 
 def unreadable(error: DecodeError) -> InvalidRequestError:

@@ -185,9 +185,11 @@ class WorkerLoop(threading.Thread):
         sequences = _images(plan)
         self._executor.denoise(sequences)
         step_ms = 1e3 * (self._clock() - began)
+        self._planner.advance(
+            plan
+        )  # at once: the latents have moved, and whatever fails from here on, no step is run again
         for row, sequence in enumerate(sequences):
             self._report_step(sequence, step_ms, len(sequences), row)
-        self._planner.advance(plan)
         if not self._flights:  # a step that shares the device costs more
             self._planner.observe(plan, self._clock() - began)
 
@@ -232,11 +234,19 @@ class WorkerLoop(threading.Thread):
         self._overdue_at = min((self._overdue(f.plan, f.began) for f in self._flights), default=float("inf"))
 
     def _report_step(self, sequence: ImageSequence, step_ms: float, batch_size: int, row: int) -> None:
-        done, interval = sequence.step + 1, sequence.request.preview_interval
+        done, interval = sequence.step, sequence.request.preview_interval
         self._notify(sequence.key, Progress(done, sequence.steps, sequence.image_index, step_ms, batch_size, row))
         if interval and done % interval == 0 and done < sequence.steps:
+            self._send_preview(sequence, done)
+
+    def _send_preview(self, sequence: ImageSequence, done: int) -> None:
+        """A preview that cannot be made is left out: it is nothing that an image would have to fail for."""
+        try:
             pixels = self._executor.preview(sequence, done)
-            self._notify(sequence.key, PreviewPixels(done, sequence.image_index, pixels))
+        except Exception as error:  # noqa: BLE001 - the boundary between a preview and the images
+            log.warning("no preview of request %s after step %d: %s", sequence.request.request_id, done, error)
+            return
+        self._notify(sequence.key, PreviewPixels(done, sequence.image_index, pixels))
 
     def _start_again(self, sequences: list[ImageSequence], error: NonFiniteError) -> None:
         """On eager, from the noise; whatever was not finite there too is beyond help."""

@@ -101,7 +101,8 @@ async def test_what_was_not_foreseen_keeps_its_detail_in_the_log(
 async def test_a_workers_error_is_raised_again_as_itself(running: tuple[FailingService, str]) -> None:
     service, url = running
     client = ImageGenerationClient(url)
-    for kind in (errors.InvalidRequestError, errors.DeviceMemoryError, errors.DeadlinePassedError):
+    kinds = (errors.InvalidRequestError, errors.DeviceMemoryError, errors.DeadlinePassedError, errors.EngineError)
+    for kind in kinds:
         service.error = kind("because")
         with pytest.raises(kind, match="because"):
             async for event in client.generate(a_request()):

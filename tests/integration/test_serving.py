@@ -44,13 +44,13 @@ def check(url: str, service: str = "") -> int:
 
 
 def test_health_and_reflection(server: ServerProcess) -> None:
-    assert check(server.url) == check(server.url, "zserve.v1.ImageGeneration") == SERVING
+    with grpc.insecure_channel(server.url) as channel:
+        services = set(ProtoReflectionDescriptorDatabase(channel).get_services())
+    assert {"zserve.v1.ImageGeneration", "inference.GRPCInferenceService", "grpc.health.v1.Health"} <= services
+    assert {check(server.url, name) for name in ("", *services)} == {SERVING}
     with pytest.raises(grpc.RpcError) as caught:
         check(server.url, "no.such.Service")
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
-    with grpc.insecure_channel(server.url) as channel:
-        services = ProtoReflectionDescriptorDatabase(channel).get_services()
-    assert {"zserve.v1.ImageGeneration", "grpc.health.v1.Health"} <= set(services)
 
 
 def test_ready_means_warmed_and_health_answers_before_and_watchers_are_told(copy: Path) -> None:

@@ -45,6 +45,7 @@ OUTPUTS = (TensorSpec("IMAGE", DataType.UINT8, (-1, -1, 3)), TensorSpec("SEED", 
 PROGRESS = "progress"
 STREAM_PARAMETERS = (PROGRESS, "preview_interval")
 OTHER_PARAMETERS = ("long_prompt", "sampler")
+MAX_TEXT_BYTES = 4 * convert.MAX_PROMPT_CHARACTERS  # of UTF-8; what is longer is not even decoded
 FORMATS = {f.value: wire for f, wire in convert.WIRE_FORMATS.items()}
 LONG_PROMPTS = {p.value: wire for p, wire in convert.WIRE_LONG_PROMPTS.items()}
 
@@ -71,14 +72,16 @@ def decode_request(request: InferRequest, model: ModelConfig) -> WantedImages:
         InvalidRequestError: naming the tensor or parameter, its value and what is accepted.
     """
     values = _values(request)
-    progress = _truth(values.pop(PROGRESS, False)) or bool(values.get("preview_interval"))
-    if progress and request.delivery is Delivery.ONE:
-        raise InvalidRequestError("progress and preview_interval need ModelStreamInfer; ModelInfer has one response")
-    message = pb.GenerateRequest(model=model.name, request_id=request.id, priority=request.priority)
+    progress = _truth(values.pop(PROGRESS, False))
+    message = pb.GenerateRequest(model=model.name, request_id=request.id)
+    message.priority = model.queue.level_of(request.priority)
     message.queue_timeout_microseconds = round(1e6 * (request.queue_timeout or 0))
     for name, value in {"image_format": ImageFormat.RAW.value, **values}.items():
         _set(message, name, value)
     generation = convert.decode_request(message, model, request.timeout)
+    progress = progress or generation.preview_interval > 0
+    if progress and request.delivery is Delivery.ONE:
+        raise InvalidRequestError("progress and preview_interval need ModelStreamInfer; ModelInfer has one response")
     return WantedImages(generation, progress, one_by_one=progress or request.model.decoupled)
 
 
@@ -148,8 +151,12 @@ def _scalar(tensor: Tensor) -> Parameter:
 
 
 def _text(tensor: Tensor) -> str:
+    (data,) = tensor.strings()
+    if len(data) > MAX_TEXT_BYTES:
+        accepted = f"{convert.MAX_PROMPT_CHARACTERS} characters at most are, this has {len(data)} bytes"
+        raise InvalidRequestError.of(tensor.name.lower(), data[:32].decode("utf-8", "replace") + "...", accepted)
     try:
-        return tensor.strings()[0].decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InvalidRequestError(f"{tensor.name.lower()}: not UTF-8 ({error.reason} at byte {error.start})") from None
 
@@ -163,9 +170,16 @@ def _truth(value: Parameter) -> bool:
 def _set(message: pb.GenerateRequest, name: str, value: Parameter) -> None:
     """Sets a field of the message from whatever kind of parameter it came as."""
     try:
-        setattr(message, name, _READERS.get(name, int)(value))
+        setattr(message, name, _READERS.get(name, _whole)(value))
     except (ValueError, TypeError, OverflowError):
         raise InvalidRequestError.of(name, value, _ACCEPTED.get(name, "a whole number in its range is")) from None
+
+
+def _whole(value: Parameter) -> int:
+    """A number, also as its text; a fraction is not rounded to what nobody asked for."""
+    if isinstance(value, float) and not value.is_integer():
+        raise ValueError(value)
+    return int(value)
 
 
 def _one_of(known: Mapping[str, Any]) -> Callable[[Parameter], Any]:

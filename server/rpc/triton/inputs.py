@@ -2,6 +2,7 @@
 
 import struct
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from tritonclient.grpc import service_pb2 as pb
@@ -126,6 +127,7 @@ class _Inputs:
             )
         values = getattr(item.contents, field)
         if spec.datatype is DataType.BYTES:
+            self._check_string_count(spec.name, len(values), element_count(item.shape))
             return join_strings(values)
         try:
             return struct.pack(f"<{len(values)}{spec.datatype.code}", *values)
@@ -143,13 +145,19 @@ class _Inputs:
             )
 
     def _check_strings(self, tensor: Tensor, count: int) -> None:
+        """Looks no further than one element past `count`: empty ones take four bytes, so there may be millions."""
+        most = min(count, len(tensor.data)) + 1
         try:
-            got = sum(1 for _ in split_strings(tensor.data))
+            got = sum(1 for _ in islice(split_strings(tensor.data), most))
         except ValueError as error:
             raise InvalidRequestError(f"{error} for inference input '{tensor.name}' {self._where}") from None
-        if got != count:
+        self._check_string_count(tensor.name, got, count)
+
+    def _check_string_count(self, name: str, got: int, expected: int) -> None:
+        if got != expected:
+            found = "more" if got > expected else got
             raise InvalidRequestError(
-                f"expected {count} string elements for inference input '{tensor.name}' {self._where}, got {got}"
+                f"expected {expected} string elements for inference input '{name}' {self._where}, got {found}"
             )
 
     def _check_complete(self, inputs: Mapping[str, Tensor]) -> None:

@@ -6,11 +6,13 @@ from typing import Any
 from google.protobuf import json_format, text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from server.backends.base import ModelFile, QueuePolicy, VersionPolicy
+from server.backends.base import ModelFile, VersionPolicy
 from server.errors import ConfigError, InvalidRequestError
+from server.queue_policy import read_queue_policy
 from server.tensors import DataType, ModelSpec, TensorSpec
 
 TYPE_PREFIX = "TYPE_"
+NO_BOUND = 0  # requests of a backend's own may be short, and then many wait without an overload
 TYPE_STRING = "TYPE_STRING"  # the config's name of BYTES
 
 
@@ -18,7 +20,7 @@ def read_model_file(folder: Path) -> ModelFile:
     """`folder`/config.pbtxt, as far as it is the same for every backend.
 
     Raises:
-        ConfigError: it is missing, or does not parse.
+        ConfigError: it is missing, does not parse, or wants requests to be scheduled in a way that is not served.
     """
     path = folder / "config.pbtxt"
     try:
@@ -28,8 +30,11 @@ def read_model_file(folder: Path) -> ModelFile:
 
 
 def parse_model_file(text: str, name: str) -> ModelFile:
-    """The config of the model called `name`."""
+    """The config of the model called `name`; what is the backend's own affair is left to it."""
     config = text_format.Parse(text, pb.ModelConfig())
+    scheduling = config.WhichOneof("scheduling_choice")
+    if scheduling not in (None, "dynamic_batching"):
+        raise ConfigError(f"model {name!r}: {scheduling} not supported; dynamic_batching is")
     if config.name not in ("", name):
         raise ValueError(f"name {config.name!r} differs from its folder's; make them equal or leave it out")
     return ModelFile(
@@ -42,7 +47,8 @@ def parse_model_file(text: str, name: str) -> ModelFile:
         decoupled=config.model_transaction_policy.decoupled,
         instances=sum(g.count or 1 for g in config.instance_group) or 1,
         versions=_version_policy(config.version_policy),
-        queue=_queue_policy(config),
+        queue=read_queue_policy(config.dynamic_batching, f"model {name!r}", max_size=NO_BOUND),
+        dynamic_batching=config.HasField("dynamic_batching"),
         parameters={key: p.string_value for key, p in config.parameters.items()},
     )
 
@@ -98,15 +104,3 @@ def _version_policy(policy: Any) -> VersionPolicy:
             return VersionPolicy(latest=0, specific=tuple(str(v) for v in policy.specific.versions))
         case _:
             return VersionPolicy(latest=policy.latest.num_versions or 1)
-
-
-def _queue_policy(config: Any) -> QueuePolicy:
-    batching, default = config.dynamic_batching, config.dynamic_batching.default_queue_policy
-    return QueuePolicy(
-        max_size=default.max_queue_size,
-        timeout=default.default_timeout_microseconds / 1e6,
-        allow_timeout_override=default.allow_timeout_override,
-        batch_delay=batching.max_queue_delay_microseconds / 1e6 if config.HasField("dynamic_batching") else None,
-        priority_levels=batching.priority_levels,
-        default_priority=batching.default_priority_level or (batching.priority_levels + 1) // 2,
-    )

@@ -24,10 +24,8 @@ from server.frontend.repository import Repository
 from server.frontend.statistics import OBSERVER
 from server.frontend.tracing import Call, Trace, Tracer, trace_context
 from server.frontend.versions import ModelState
-from server.rpc.interceptors import abort
 from server.rpc.tracing import end_with_call
 from server.rpc.triton import settings
-from server.rpc.triton.errors import translate
 from server.rpc.triton.model_config import complete_config
 from server.rpc.triton.shared_memory import SharedMemory
 from server.rpc.triton.statistics import encode_statistics
@@ -151,11 +149,8 @@ class TritonServicer(pb_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc
             return self._begin(request, context, Delivery.MANY)
 
         fail_call = GRPC_ERROR in (context.invocation_metadata() or ())
-        try:
-            async for response in InferStream(begin, self._tracer.end, fail_call=fail_call).run(requests):
-                yield response
-        except Exception as error:  # noqa: BLE001 - the process boundary; streams of requests have no other
-            await abort(error, context, translate)
+        async for response in InferStream(begin, self._tracer.end, fail_call=fail_call).run(requests):
+            yield response
 
     async def RepositoryIndex(self, request: pb.RepositoryIndexRequest, context: Context) -> pb.RepositoryIndexResponse:
         _check_repository_name(request.repository_name)

@@ -94,8 +94,13 @@ def identity_server(tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
         server.stop()
 
 
-def pending(server: ServerProcess, model: str) -> float:
+def under_way(server: ServerProcess, model: str) -> float:
     """The requests for `model` that are in the server."""
+    return server.metric("zserve_requests_under_way", model=model)
+
+
+def pending(server: ServerProcess, model: str) -> float:
+    """Those of them that wait to be executed."""
     return server.metric("nv_inference_pending_request_count", model=model)
 
 

@@ -15,7 +15,7 @@ from tritonclient.utils import InferenceServerException
 
 from client import GenerationFailedError, ZImageClient
 from tests.integration.process import PATIENCE, ServerProcess, wait_for
-from tests.integration.triton.conftest import ENDLESS, pending, some_bytes
+from tests.integration.triton.conftest import ENDLESS, some_bytes, under_way
 from tests.integration.triton.test_errors import status_of
 
 Start = Callable[..., ServerProcess]
@@ -120,8 +120,33 @@ def test_a_client_has_so_many_calls_at_a_time(identity_server: Start) -> None:
         assert [call.code().name for call in calls if call.done()] == ["UNAVAILABLE"]
         for call in calls:
             call.cancel()
-        wait_for(lambda: pending(server, "identity") == 0)
+        wait_for(lambda: under_way(server, "identity") == 0)
         assert client.infer("identity", [some_bytes()]).as_numpy("OUTPUT0").size == 5
+
+
+def test_a_stream_past_a_clients_share_is_told_so(identity_server: Start) -> None:
+    server = identity_server("--grpc-max-calls-per-client", "1")
+    ends: queue.Queue[InferenceServerException | None] = queue.Queue()
+    with triton.InferenceServerClient(server.url) as client, triton.InferenceServerClient(server.url) as other:
+        client.start_stream(lambda result, error: ends.put(error))
+        client.async_stream_infer("identity", [some_bytes()])
+        assert ends.get(timeout=PATIENCE) is None
+        other.start_stream(lambda result, error: ends.put(error))
+        error = ends.get(timeout=PATIENCE)
+        assert error is not None
+        assert error.status() == "StatusCode.UNAVAILABLE"
+        assert error.message() == "1 inference calls of this client are open; wait for one to end"
+        client.stop_stream()
+        wait_for(lambda: idle(other))
+
+
+def idle(client: triton.InferenceServerClient) -> bool:
+    """Whether the client's share is free again."""
+    try:
+        client.infer("identity", [some_bytes()])
+    except InferenceServerException:
+        return False
+    return True
 
 
 class CountingRelay(socketserver.ThreadingTCPServer):

@@ -11,9 +11,10 @@ import tritonclient.grpc as triton
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.utils import InferenceServerException
 
+from server.tensors import join_strings
 from tests.conftest import MODEL
 from tests.integration.process import PATIENCE, ServerProcess, wait_for
-from tests.integration.triton.conftest import ENDLESS, bytes_tensor, pending, some_bytes
+from tests.integration.triton.conftest import ENDLESS, bytes_tensor, pending, some_bytes, under_way
 
 INVALID, NOT_FOUND, UNIMPLEMENTED = "INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED"
 
@@ -76,6 +77,12 @@ def typed(field: str, *values: object, model: str = "identity", datatype: str = 
     return made
 
 
+def typed_strings(*values: bytes) -> pb.ModelInferRequest:
+    made = typed("bytes_contents", *values, model="text", datatype="BYTES")
+    made.inputs[0].shape[:] = [1]
+    return made
+
+
 def mixed() -> pb.ModelInferRequest:
     made = raw(with_input(), b"ab")
     made.inputs[0].contents.uint_contents.extend([1, 2])
@@ -90,13 +97,13 @@ def output(name: str = "OUTPUT0", **parameters: int) -> pb.ModelInferRequest:
     return made
 
 
-def image(**parameters: object) -> pb.ModelInferRequest:
+def image(prompt: bytes = b"a", **parameters: object) -> pb.ModelInferRequest:
     made = request(MODEL)
     made.inputs.add(name="PROMPT", datatype="BYTES", shape=[1])
     for key, value in parameters.items():
         kind = {int: "int64_param", float: "double_param", str: "string_param", bool: "bool_param"}[type(value)]
         setattr(made.parameters[key], kind, value)
-    return raw(made, b"\1\0\0\0a")
+    return raw(made, join_strings([prompt]))
 
 
 BAD: dict[str, tuple[pb.ModelInferRequest, str, str]] = {
@@ -121,6 +128,9 @@ BAD: dict[str, tuple[pb.ModelInferRequest, str, str]] = {
     "huge shape": (raw(with_input(shape=(2**62,)), b"a"), INVALID, "input byte size mismatch"),
     "string length cut off": (strings(b"\1\0"), INVALID, "incomplete string length indicator"),
     "string cut off": (strings(b"\5\0\0\0a"), INVALID, "incomplete string data"),
+    # What follows the second of them is not even looked at: there may be millions.
+    "too many strings": (strings(b"\1\0\0\0a" * 2 + b"\xff"), INVALID, "expected 1 string elements"),
+    "too many typed strings": (typed_strings(b"a", b"b"), INVALID, "expected 1 string elements"),
     "too few strings": (strings(b"\1\0\0\0a", 2), INVALID, "expected 2 string elements"),
     "raw and typed": (mixed(), INVALID, "contents field must not be specified when using raw_input_contents"),
     "no data": (with_input(), INVALID, "unable to find data for input tensor 'INPUT0'"),
@@ -139,6 +149,12 @@ BAD: dict[str, tuple[pb.ModelInferRequest, str, str]] = {
     "delay": (parameter("execute_delay_ms", int64_param=-1), INVALID, "execute_delay_ms"),
     "image width": (image(width=100), INVALID, "width: 100"),
     "image steps": (image(num_inference_steps=0), INVALID, "num_inference_steps: 0"),
+    "image steps, a fraction": (image(num_inference_steps=8.9), INVALID, "num_inference_steps: 8.9"),
+    "image width, a fraction": (image(width=64.7), INVALID, "width: 64.7 is not accepted; a whole number"),
+    "image seed, infinite": (image(seed=float("inf")), INVALID, "seed: inf"),
+    "image prompt": (image(b"a" * 200_000), INVALID, "32768 characters at most are, this has 200000 bytes"),
+    "preview interval": (image(preview_interval="often"), INVALID, "preview_interval: 'often'"),
+    "previews without a stream": (image(preview_interval="1"), INVALID, "ModelStreamInfer"),
     "image seed": (image(seed=-1), INVALID, "seed: -1"),
     "image format": (image(image_format="bmp"), INVALID, "image_format: 'bmp'"),
     "image guidance": (image(guidance_scale=float("nan")), INVALID, "guidance_scale"),
@@ -210,7 +226,7 @@ def test_a_server_that_stops_says_so(identity_server: Callable[..., ServerProces
     with triton.InferenceServerClient(server.url) as client:
         slow = {"execute_delay_ms": 2000}
         client.async_infer("identity", [some_bytes()], lambda result, error: answers.put(error), parameters=slow)
-        wait_for(lambda: server.metric("nv_inference_pending_request_count", model="identity"))
+        wait_for(lambda: server.metric("zserve_requests_under_way", model="identity"))
         server.process.terminate()
         wait_for(lambda: "shutting down" in server.log)
         assert status_of(client.is_server_live) == ("UNAVAILABLE", "Server exiting")
@@ -239,17 +255,19 @@ def test_a_full_queue_in_tritons_words(
         return error.status().removeprefix("StatusCode."), error.message()
 
     running = send()
-    wait_for(lambda: pending(triton_server, "small_queue") == 1)
+    wait_for(lambda: under_way(triton_server, "small_queue") == 1)
     waiting = send()
-    wait_for(lambda: pending(triton_server, "small_queue") == 2)
+    wait_for(lambda: under_way(triton_server, "small_queue") == 2)
+    assert pending(triton_server, "small_queue") == 1
     send()
     assert next_end() == ("UNAVAILABLE", "Exceeds maximum queue size")
     waiting.cancel()
     assert next_end()[0] == "CANCELLED"
-    wait_for(lambda: pending(triton_server, "small_queue") == 1)
+    wait_for(lambda: under_way(triton_server, "small_queue") == 1)
     send(microseconds=1000)
     assert next_end() == ("UNAVAILABLE", "Request timeout expired")
     assert triton_server.metric("nv_inference_request_failure", model="small_queue", reason="REJECTED") == 2
+    assert pending(triton_server, "small_queue") == 0
     running.cancel()
     assert next_end()[0] == "CANCELLED"
 

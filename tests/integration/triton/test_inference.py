@@ -15,7 +15,7 @@ from demo.scenes import sample_scenes
 from demo.score import score
 from tests.conftest import MODEL
 from tests.integration.process import PATIENCE, ServerProcess, wait_for
-from tests.integration.triton.conftest import ENDLESS, NUMBERS, bytes_tensor, pending, some_bytes, tensor
+from tests.integration.triton.conftest import ENDLESS, NUMBERS, bytes_tensor, some_bytes, tensor, under_way
 
 PROMPT = "a red circle on a white background"
 
@@ -181,6 +181,15 @@ async def test_asyncio(triton_server: ServerProcess) -> None:
         assert [r.as_numpy("OUTPUT0").size for r in results] == list(range(1, 9))
 
 
+def test_parameters_are_taken_as_triton_takes_them(triton_client: triton.InferenceServerClient) -> None:
+    """A priority that the model does not have is its default; whole numbers may come as doubles and as text."""
+    wanted = {"num_inference_steps": 1.0, "width": "64", "height": 64, "preview_interval": "0", "progress": "false"}
+    for priority in (0, 8, 9, 2**32, 2**64 - 1):
+        prompt = bytes_tensor("PROMPT", PROMPT)
+        result = triton_client.infer(MODEL, [prompt], parameters=wanted, priority=priority)
+        assert result.as_numpy("IMAGE").shape == (64, 64, 3)
+
+
 def cancelled(client: triton.InferenceServerClient, model: str) -> int:
     (figures,) = client.get_inference_statistics(model).model_stats
     return int(figures.inference_stats.fail.count)
@@ -194,11 +203,11 @@ def test_a_cancelled_call_ends_on_the_server(
     call = triton_client.async_infer(
         "identity", [some_bytes()], lambda result, error: errors.put(error), parameters=ENDLESS
     )
-    wait_for(lambda: pending(triton_server, "identity") == 1)
+    wait_for(lambda: under_way(triton_server, "identity") == 1)
     call.cancel()
     assert errors.get(timeout=PATIENCE).status() == "StatusCode.CANCELLED"
     wait_for(lambda: cancelled(triton_client, "identity") == before + 1)
-    wait_for(lambda: pending(triton_server, "identity") == 0)
+    wait_for(lambda: under_way(triton_server, "identity") == 0)
     assert triton_client.infer("identity", [some_bytes()]).as_numpy("OUTPUT0").size == 5
 
 
@@ -212,7 +221,7 @@ def test_a_cancelled_image_frees_its_place(
         lambda result, error: None,
         parameters={"num_inference_steps": 50, "num_images": 4, "width": 512, "height": 512},
     )
-    wait_for(lambda: pending(triton_server, MODEL) == 1)
+    wait_for(lambda: under_way(triton_server, MODEL) == 1)
     call.cancel()
     wait_for(lambda: cancelled(triton_client, MODEL) == before + 1)
     assert triton_server.metric("nv_inference_request_failure", model=MODEL, reason="CANCELED") >= 1
@@ -221,7 +230,7 @@ def test_a_cancelled_image_frees_its_place(
 async def test_cancellation_from_asyncio(triton_server: ServerProcess) -> None:
     async with triton_aio.InferenceServerClient(triton_server.url) as client:
         task = asyncio.create_task(client.infer("identity", [some_bytes()], parameters=ENDLESS))
-        await asyncio.to_thread(wait_for, lambda: pending(triton_server, "identity") == 1)
+        await asyncio.to_thread(wait_for, lambda: under_way(triton_server, "identity") == 1)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

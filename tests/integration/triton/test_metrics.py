@@ -1,14 +1,16 @@
 """Metrics: Triton's names, our own, what moves them; and that documents and dashboard speak of the same ones."""
 
+import queue
 import re
 from collections.abc import Callable
 
 import tritonclient.grpc as triton
+from tritonclient.utils import InferenceServerException
 
 from server.frontend.triton_metrics import GPU_FAMILIES
 from tests.conftest import MODEL, ROOT
-from tests.integration.process import ServerProcess
-from tests.integration.triton.conftest import bytes_tensor, some_bytes
+from tests.integration.process import PATIENCE, ServerProcess, wait_for
+from tests.integration.triton.conftest import bytes_tensor, pending, some_bytes, under_way
 
 Start = Callable[..., ServerProcess]
 NAME = re.compile(r"\b(?:zserve|nv)_[a-z_]+\b")
@@ -87,6 +89,19 @@ def test_metrics_in_tritons_names(triton_server: ServerProcess, triton_client: t
         assert f'\n{name}{{model="identity",version="1"}} ' in text, name
     assert re.search(r"^nv_cpu_memory_total_bytes \d{9,}$", text, re.MULTILINE)
     assert not re.search(r"\d[eE][+-]?\d", re.sub(r"^#.*|\{.*\}", "", text, flags=re.MULTILINE))
+
+
+def test_an_image_is_pending_until_a_worker_begins_with_it(
+    triton_server: ServerProcess, triton_client: triton.InferenceServerClient
+) -> None:
+    ends: queue.Queue[InferenceServerException | None] = queue.Queue()
+    prompt, small = [bytes_tensor("PROMPT", "a gauge")], {"num_inference_steps": 1, "width": 64, "height": 64}
+    with triton_server.standing_still():
+        triton_client.async_infer(MODEL, prompt, lambda result, error: ends.put(error), parameters=small)
+        wait_for(lambda: under_way(triton_server, MODEL) == 1)
+        assert pending(triton_server, MODEL) == 1
+    assert ends.get(timeout=PATIENCE) is None
+    assert pending(triton_server, MODEL) == 0
 
 
 def test_summaries_and_histograms_on_request(identity_server: Start) -> None:

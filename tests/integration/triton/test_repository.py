@@ -104,6 +104,28 @@ def test_a_version_is_replaced_and_unloaded_without_a_failed_request(repository:
         wait_for(lambda: not server.workers())
 
 
+def test_what_is_loaded_anew_answers_nothing_from_the_old_ones_cache(repository: Path, tmp_path: Path) -> None:
+    """The version's number is the same; its weights may be others."""
+    model = tmp_path / MODEL
+    shutil.copytree(repository / MODEL / str(versions(repository / MODEL)[-1]), model / "1")
+    config = (repository / MODEL / "config.pbtxt").read_text() + "\nresponse_cache { enable: true }\n"
+    (model / "config.pbtxt").write_text(config)
+    with (
+        ServerProcess(tmp_path, "--model-control-mode", "explicit", "--load-model", MODEL) as server,
+        triton.InferenceServerClient(server.url) as operator,
+        server.client() as client,
+    ):
+
+        def cached() -> bool:
+            drawing = client.draw("a star", seed=1, width=64, height=64, num_inference_steps=1)
+            return drawing.completed.response_cached
+
+        assert [cached(), cached()] == [False, True]
+        (model / "config.pbtxt").write_text(config + "\n")
+        operator.load_model(MODEL)
+        assert [cached(), cached()] == [False, True]
+
+
 def test_a_request_under_way_outlives_its_unloading(identity_server: Start) -> None:
     server = identity_server("--model-control-mode", "explicit", "--load-model", "identity")
     with triton.InferenceServerClient(server.url) as client:
@@ -111,7 +133,7 @@ def test_a_request_under_way_outlives_its_unloading(identity_server: Start) -> N
         client.async_infer(
             "identity", [some_bytes()], lambda result, error: results.put(result), parameters={"execute_delay_ms": 3000}
         )
-        wait_for(lambda: server.metric("nv_inference_pending_request_count", model="identity") == 1)
+        wait_for(lambda: server.metric("zserve_requests_under_way", model="identity") == 1)
         client.unload_model("identity")
         assert states(client) == {("identity", "1"): "UNLOADING"}
         for version in ("", "1"):

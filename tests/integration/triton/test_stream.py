@@ -12,7 +12,7 @@ from tritonclient.utils import InferenceServerException
 
 from tests.conftest import MODEL
 from tests.integration.process import PATIENCE, ServerProcess, wait_for
-from tests.integration.triton.conftest import ENDLESS, bytes_tensor, pending, some_bytes, tensor
+from tests.integration.triton.conftest import ENDLESS, bytes_tensor, some_bytes, tensor, under_way
 
 Answer = tuple[triton.InferResult | None, InferenceServerException | None]
 
@@ -146,10 +146,10 @@ def test_a_cancelled_stream_ends_its_requests(
     before = cancelled()
     Stream(triton_client)
     triton_client.async_stream_infer("repeat", [number()], parameters=ENDLESS)
-    wait_for(lambda: pending(triton_server, "repeat") == 1)
+    wait_for(lambda: under_way(triton_server, "repeat") == 1)
     triton_client.stop_stream(cancel_requests=True)
     wait_for(lambda: cancelled() == before + 1)
-    wait_for(lambda: pending(triton_server, "repeat") == 0)
+    wait_for(lambda: under_way(triton_server, "repeat") == 0)
 
 
 async def test_streams_in_asyncio(triton_server: ServerProcess) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import queue
 import threading
 import time
+from collections import Counter
 
 import pytest
 import torch
@@ -47,6 +48,7 @@ class ScriptedExecutor(Executor):
         self.freed = 0
         self.largest = 100  # batch that there is memory for
         self.batches: list[int] = []
+        self.steps_taken: Counter[str] = Counter()  # by prompt
         self.gate = threading.Event()
         self.gate.set()
         self.resets = 0
@@ -63,6 +65,7 @@ class ScriptedExecutor(Executor):
         for sequence in sequences:
             if fault := self.faults.get(sequence.request.prompt):
                 raise fault
+        self.steps_taken.update(s.request.prompt for s in sequences)
 
     def decode(self, sequence: ImageSequence) -> Pending[Pixels]:
         prompt = sequence.request.prompt
@@ -75,6 +78,8 @@ class ScriptedExecutor(Executor):
         return Pending(finish, *self.marks.get(("decode", prompt), ()))
 
     def preview(self, sequence: ImageSequence, step: int) -> Pixels:
+        if sequence.request.prompt == "no preview":
+            raise torch.OutOfMemoryError("a preview")
         return torch.zeros(1, 1, 3, dtype=torch.uint8).numpy()
 
     def quarantine(self, component: object, reason: str) -> bool:
@@ -127,6 +132,21 @@ def test_a_request_is_reported_from_start_to_image(harness: Harness) -> None:
     harness.loop.stop()
     harness.loop.join(PATIENCE)
     assert not harness.loop.is_alive()
+
+
+def test_a_preview_that_fails_is_left_out_and_no_step_is_taken_twice(
+    harness: Harness, caplog: pytest.LogCaptureFixture
+) -> None:
+    """When it fails the latents of the whole batch have moved: another try would move them once more."""
+    spoilt = harness.submit("no preview", num_inference_steps=3, preview_interval=1)
+    other = harness.submit("fine", num_inference_steps=3, preview_interval=1)
+    harness.loop.start()
+    kinds = {name: Counter(map(type, until_the_end(e))) for name, e in (("spoilt", spoilt), ("other", other))}
+    assert {name: (k[Progress], k[PreviewPixels]) for name, k in kinds.items()} == {"spoilt": (3, 0), "other": (3, 2)}
+    assert all(k[FinishedImage] == 1 for k in kinds.values())
+    assert harness.executor.batches == [2, 2, 2]
+    assert harness.executor.steps_taken == {"no preview": 3, "fine": 3}
+    assert caplog.text.count("no preview of request test after step") == 2
 
 
 def test_a_fault_is_answered_once_and_others_go_on(harness: Harness) -> None:

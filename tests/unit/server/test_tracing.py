@@ -73,6 +73,64 @@ def test_one_request_in_rate_is_traced_and_count_in_all() -> None:
     assert not any(traced(replace(ON, trace_level=frozenset()), *plain))
 
 
+def made(tracer: Tracer, calls: int, model: str = "m") -> list[bool]:
+    return [tracer.begin(model, "1", "", Call("m")) is not None for _ in range(calls)]
+
+
+def test_a_count_is_what_is_left_since_it_was_set() -> None:
+    tracer = Tracer(replace(ON, trace_count=2), lambda trace: None, lambda: None)
+    assert made(tracer, 3) == [True, True, False]
+    assert tracer.settings("m").trace_count == 0
+    assert tracer.update("", {"trace_count": ["1"]}).trace_count == 1
+    assert made(tracer, 2) == [True, False]
+    assert tracer.update("", {"trace_count": []}).trace_count == 2
+    assert made(tracer, 3) == [True, True, False]
+
+
+def test_a_models_count_is_its_own_and_the_others_is_theirs() -> None:
+    tracer = Tracer(replace(ON, trace_count=1), lambda trace: None, lambda: None)
+    tracer.update("m", {"trace_count": ["2"]})
+    assert made(tracer, 3) == [True, True, False]
+    assert made(tracer, 2, "other") == [True, False]
+    tracer.update("m", {"trace_count": ["-1"]})
+    assert all(made(tracer, 5))
+
+
+def test_what_was_not_set_for_a_model_follows_what_is_set_for_all() -> None:
+    tracer = Tracer(ON, lambda trace: None, lambda: None)
+    tracer.update("m", {"trace_rate": ["5"]})
+    tracer.update("", {"trace_level": ["TENSORS"], "trace_rate": ["3"]})
+    assert tracer.settings("m") == replace(ON, trace_rate=5, trace_level=frozenset({TraceLevel.TENSORS}))
+    assert tracer.update("m", {"trace_rate": []}).trace_rate == 3
+    assert tracer.update("", {"trace_rate": ["2"]}).trace_rate == 2
+    assert tracer.settings("m").trace_rate == 2
+
+
+def test_requests_of_a_model_with_a_rate_of_its_own_are_counted_by_themselves() -> None:
+    tracer = Tracer(replace(ON, trace_rate=2), lambda trace: None, lambda: None)
+    tracer.update("m", {"trace_rate": ["3"]})
+    seen = [(made(tracer, 1, "m"), made(tracer, 1, "other")) for _ in range(4)]
+    assert [m for (m,), _ in seen] == [True, False, False, True]
+    assert [other for _, (other,) in seen] == [True, False, True, False]
+
+
+def test_traces_that_cannot_be_written_are_said_once_until_one_can_be(caplog: pytest.LogCaptureFixture) -> None:
+    ends = iter([OSError("no space"), OSError("no space"), None, OSError("again")])
+    written: list[int] = []
+
+    def write(trace: Trace) -> None:
+        if (error := next(ends)) is not None:
+            raise error
+        written.append(trace.id)
+
+    tracer = Tracer(ON, write, lambda: None)
+    for _ in range(4):
+        tracer.end(tracer.begin("m", "1", "", Call("m")))
+    tracer.close()
+    assert written == [3]
+    assert [r.getMessage().rpartition(": ")[2] for r in caplog.records] == ["no space", "again"]
+
+
 def test_who_brings_a_trace_context_is_traced_at_any_rate_by_opentelemetry_alone() -> None:
     calls = (Call("m"), Call("m", {"traceparent": PARENT}))
     assert traced(replace(ON, trace_rate=0), *calls) == [False, True]
