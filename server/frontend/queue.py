@@ -110,8 +110,6 @@ class ModelQueue:
 
     def lose(self, place: Place) -> None:
         """The place's worker has ended, perhaps because of it."""
-        if place.worker is not None:
-            place.worker.lose()
         place.strikes += place.started
         self._take_out(place)
         place.started, place.steps_done = False, 0

@@ -52,15 +52,13 @@ class FakeWorker:
     breaks_after: int | None = None
     served: list[str] = field(default_factory=list)
 
-    def lose(self) -> None:
-        self.state = WorkerState.RESTARTING
-
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         self.served.append(request.request_id)
         image = Image(0, request.seed, 64, 64, ImageFormat.RAW, b"")
         done = Completed(Timings(), (), prompt_cached=False, denoiser_forwards=2)
         for number, event in enumerate((Started(self.name), Progress(1, 2, 0), image, Progress(2, 2, 0), done)):
             if number == self.breaks_after:
+                self.state = WorkerState.RESTARTING
                 raise WorkerLostError("gone")
             yield event
 
@@ -197,6 +195,7 @@ async def test_a_suspect_gets_a_worker_for_itself() -> None:
     places = enter(queue, 4)
     suspect = next(p for p in places if p.worker is first)  # type: ignore[comparison-overlap]
     suspect.started = True
+    first.state = WorkerState.RESTARTING
     queue.lose(suspect)
     queue.rejoin(suspect)
     others = [p for p in places if p.worker is second]  # type: ignore[comparison-overlap]
