@@ -31,6 +31,7 @@ from server.requests import (
     Image,
     ImageFormat,
     Progress,
+    Queued,
     Started,
     StepCost,
     Timings,
@@ -61,6 +62,20 @@ class FakeWorker:
                 self.state = WorkerState.RESTARTING
                 raise WorkerLostError("gone")
             yield event
+
+
+@dataclass(eq=False)
+class StuckWorker(FakeWorker):
+    """Begins, and does nothing more until its call is closed."""
+
+    closed: bool = False
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        yield Started(self.name)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.closed = True
 
 
 def make(*workers: FakeWorker, clock: FakeClock | None = None, **config: object) -> ModelQueue:
@@ -215,3 +230,60 @@ async def test_a_closed_queue_refuses_whoever_waits() -> None:
     queue.close(ShuttingDownError("bye"))
     with pytest.raises(ZServeError, match="bye"):
         await waiting
+
+
+async def until_empty(queue: ModelQueue) -> None:
+    async with asyncio.timeout(10):
+        while queue.running + queue.waiting:  # noqa: ASYNC110 - the queue tells nobody
+            await asyncio.sleep(0)
+
+
+async def test_a_place_is_given_back_when_its_worker_is_done_though_nobody_reads() -> None:
+    worker = FakeWorker()
+    queue = make(worker)
+    slow = Serving(queue, a_request(), max_retries=3, metrics=Metrics()).events()
+    assert isinstance(await anext(slow), Started)
+    await until_empty(queue)
+    assert isinstance([event async for event in slow][-1], Completed)
+
+
+async def test_a_request_nobody_reads_of_is_answered_too_when_its_turn_comes() -> None:
+    queue = make(FakeWorker())
+    first, second = enter(queue, 2)
+    slow = Serving(queue, a_request(), max_retries=3, metrics=Metrics()).events()
+    assert isinstance(await anext(slow), Queued)
+    queue.leave(first)
+    queue.leave(second)
+    await until_empty(queue)
+    assert isinstance([event async for event in slow][-1], Completed)
+
+
+async def test_of_positions_nobody_has_taken_the_last_is_told() -> None:
+    queue = make(FakeWorker())
+    places = enter(queue, 4)
+    late = Serving(queue, a_request(), max_retries=3, metrics=Metrics()).events()
+    assert await anext(late) == Queued(4, 4000.0)
+    for place in places[2:]:
+        queue.leave(place)
+        queue._tell_all()
+        await asyncio.sleep(0)  # it hears of each
+    assert await anext(late) == Queued(2, 2000.0)
+    await late.aclose()
+    assert queue.waiting == 0
+
+
+@pytest.mark.parametrize("begun", [False, True])
+async def test_who_stops_reading_for_good_gives_the_place_and_the_worker_back(begun: bool) -> None:
+    queue = make(StuckWorker())
+    slow = Serving(queue, a_request(), max_retries=3, metrics=Metrics()).events()
+    reading = asyncio.ensure_future(anext(slow))
+    await asyncio.sleep(0)  # it has asked, and nothing else has run yet
+    if begun:
+        assert isinstance(await reading, Started)
+        assert queue.running == 1
+        await slow.aclose()
+    reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
+    await asyncio.sleep(0)
+    assert queue.running == queue.waiting == 0
+    assert queue.workers[0].closed  # type: ignore[attr-defined]
