@@ -163,6 +163,25 @@ async def test_queue_timeouts(action: TimeoutAction) -> None:
     assert queue.patience(early) is None
 
 
+@pytest.mark.parametrize("started", [True, False])
+async def test_who_began_in_time_is_not_timed_out_by_the_queue_after_a_loss(started: bool) -> None:
+    clock, worker = FakeClock(), FakeWorker()
+    queue = make(worker, clock=clock, queue=QueuePolicy(default=LevelPolicy(timeout=5.0)))
+    (place,) = enter(queue)
+    place.started = started
+    worker.state = WorkerState.RESTARTING
+    queue.lose(place)
+    queue.rejoin(place)
+    clock.now = 6.0
+    if started:
+        assert queue.patience(place) is None
+        queue.time_out(place)
+        assert queue.waiting == 1
+    else:
+        with pytest.raises(QueueTimeoutError):
+            queue.time_out(place)
+
+
 async def test_a_model_without_a_worker_refuses_but_waits_for_one_that_restarts() -> None:
     with pytest.raises(ModelNotReadyError):
         enter(make(FakeWorker(state=WorkerState.STARTING)))
