@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from server.frontend.serving import Serving
 from server.frontend.workers import KEPT_BYTES, Worker, WorkerState, _end_of
 from server.launch import WorkerConfig
 from server.requests import GenerationRequest, Started
+from server.rpc.images import ImageGenerationClient
 from tests.fakes import a_request
 from tests.integration.frontend import Running, light_repository, serving
 from tests.integration.light_worker import LIGHT
@@ -68,6 +70,26 @@ async def test_a_worker_stays_while_the_frontend_does(server: Running) -> None:
         heard = worker.info
         await server.until(lambda heard=heard: worker.info is not heard)
     assert (worker.pid, worker.state, worker.restarts) == (pid, WorkerState.READY, 0)
+
+
+async def test_a_worker_that_is_slow_to_serve_is_looked_for_often(tmp_path: Path) -> None:
+    attempts: asyncio.Queue[float] = asyncio.Queue()
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        attempts.put_nowait(asyncio.get_running_loop().time())
+        writer.close()
+
+    client = ImageGenerationClient(f"unix:{tmp_path}/socket")
+    async with await asyncio.start_unix_server(refuse, tmp_path / "socket"):
+        looking = asyncio.create_task(client.instance())
+        times = [await attempts.get() for _ in range(6)]
+        looking.cancel()
+        await asyncio.gather(looking, return_exceptions=True)
+    await client.close()
+    pauses = [later - earlier for earlier, later in pairwise(times)]
+    assert (
+        min(pauses[2:]) < 1.0
+    )  # of several, since a busy machine adds to each; gRPC's own are 2.5, 4 and 6.5 s by now
 
 
 async def test_of_what_a_worker_prints_the_end_is_kept() -> None:
