@@ -87,7 +87,8 @@ class Serving:
                 told = place.standing
                 self._tell(told)
             try:
-                await asyncio.wait_for(place.moved.wait(), self._queue.patience(place))
+                async with asyncio.timeout(self._queue.patience(place)):  # wait_for may swallow a cancel, before 3.12
+                    await place.moved.wait()
             except TimeoutError:
                 self._queue.time_out(place)
             place.moved.clear()

@@ -306,3 +306,17 @@ async def test_who_stops_reading_for_good_gives_the_place_and_the_worker_back(be
     await asyncio.sleep(0)
     assert queue.running == queue.waiting == 0
     assert queue.workers[0].closed  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("turns_of_the_loop", range(6))
+async def test_who_stops_reading_at_the_moment_that_a_worker_is_free_does_not_keep_it(turns_of_the_loop: int) -> None:
+    queue = make(StuckWorker(), queue=QueuePolicy(default=LevelPolicy(timeout=1e6)))
+    first, _ = enter(queue, 2)
+    slow = Serving(queue, a_request(), max_retries=3, metrics=Metrics()).events()
+    assert isinstance(await anext(slow), Queued)
+    queue.leave(first)
+    for _ in range(turns_of_the_loop):
+        await asyncio.sleep(0)
+    async with asyncio.timeout(10):
+        await slow.aclose()
+    assert (queue.running, queue.waiting) == (1, 0)
