@@ -1,7 +1,7 @@
 """How a worker process is started, and what it says before it serves: one line a component it is about to run.
 
-The frontend reads these lines only when the process ends before it was ready: the last one names the engine that ended
-it, or the error that made it give up.
+The frontend looks at these lines, of which it keeps the last ones, only when the process has ended before it was ready:
+the last one names the engine that ended it, or the error that made it give up.
 """
 
 import json

@@ -110,9 +110,9 @@ class ModelQueue:
 
     def lose(self, place: Place) -> None:
         """The place's worker has ended, perhaps because of it."""
-        if place.worker is not None:
-            place.worker.lose()
-        place.strikes += place.started
+        if place.started:
+            place.strikes += 1
+            place.queue_timeout_at = float("inf")  # it had its worker in time; that one's end is not its own delay
         self._take_out(place)
         place.started, place.steps_done = False, 0
         self.change()

@@ -1,9 +1,14 @@
-"""One request from its admission to its end: wait for a worker, pass its events on, and again if it is lost."""
+"""One request from its admission to its end: wait for a worker, pass its events on, and again if it is lost.
 
+A task of its own does that, however slowly the client reads: what it has not taken waits here, and not in the worker,
+whose room goes to the next request as soon as the last event has come.
+"""
+
+import asyncio
 import logging
 import time
-from asyncio import wait_for
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections import deque
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -30,39 +35,66 @@ class Serving:
         self._max_retries, self._metrics = max_retries, metrics
         self._place = queue.enter(request)
         self._sent: set[int] = set()  # images, by index: an attempt after the first makes them all again
+        # What the client has not taken, None at the end. No more than the request's own events, of which there are so
+        # many as it has steps, previews and images.
+        self._untaken: deque[Event | None] = deque()
+        self._told = asyncio.Event()
 
     async def events(self) -> AsyncGenerator[Event, None]:
-        """Everything that is to be told, across all attempts."""
+        """Everything that is to be told, across all attempts. Closing it cancels the request."""
+        work = asyncio.create_task(self._work(), name=f"serve {self._request.request_id}")
+        work.add_done_callback(self._end)  # not at the end of the task itself: one that is cancelled may never begin
         try:
-            while True:
-                async for standing in self._wait():
-                    yield standing
-                try:
-                    async for event in self._attempt():
-                        yield event
-                    return
-                except WorkerLostError as error:
-                    self._survive(error)
+            while (event := await self._next()) is not None:
+                yield event
+            await work
         finally:
-            self._queue.leave(self._place)
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
 
-    async def _wait(self) -> AsyncIterator[Queued]:
-        """Until there is a worker: the place's position, whenever it has changed."""
+    async def _next(self) -> Event | None:
+        while not self._untaken:
+            self._told.clear()
+            await self._told.wait()
+        return self._untaken.popleft()
+
+    def _tell(self, event: Event | None) -> None:
+        if isinstance(event, Queued) and self._untaken and isinstance(self._untaken[-1], Queued):
+            self._untaken.pop()  # a newer position replaces one that nobody has taken
+        self._untaken.append(event)
+        self._told.set()
+
+    def _end(self, work: asyncio.Task[None]) -> None:
+        self._queue.leave(self._place)
+        self._tell(None)
+
+    async def _work(self) -> None:
+        while True:
+            await self._wait()
+            try:
+                await self._attempt()
+                return
+            except WorkerLostError as error:
+                self._survive(error)
+
+    async def _wait(self) -> None:
+        """Until there is a worker; tells the place's position whenever it has changed."""
         place, told = self._place, None
         while place.worker is None:
             if place.refused is not None:
                 raise place.refused
             if place.standing is not None and place.standing is not told:
                 told = place.standing
-                yield told
+                self._tell(told)
             try:
-                await wait_for(place.moved.wait(), self._queue.patience(place))
+                async with asyncio.timeout(self._queue.patience(place)):  # wait_for may swallow a cancel, before 3.12
+                    await place.moved.wait()
             except TimeoutError:
                 self._queue.time_out(place)
             place.moved.clear()
 
-    async def _attempt(self) -> AsyncIterator[Event]:
-        """The events of one worker."""
+    async def _attempt(self) -> None:
+        """Tells the events of one worker."""
         assert self._place.worker is not None, "the place has no worker"
         waited = time.monotonic() - self._arrived
         request = self._request
@@ -72,7 +104,7 @@ class Serving:
             async for event in events:
                 passed_on = self._pass_on(event, waited)
                 if passed_on is not None:
-                    yield passed_on
+                    self._tell(passed_on)
 
     def _pass_on(self, event: Event, waited: float) -> Event | None:
         """What the client is told when a worker says `event`; None for what it knows."""

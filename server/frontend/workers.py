@@ -25,6 +25,7 @@ FIRST_BACKOFF, LONGEST_BACKOFF = 0.5, 30.0  # seconds between restarts of a work
 KILL_AFTER = 5.0  # seconds from SIGTERM to SIGKILL
 HEARTBEAT_EVERY = 1.0  # seconds
 CHANNEL_GRACE = 1.0  # seconds for the calls of a worker that has ended to learn so
+KEPT_BYTES = 16 * 1024  # of what a worker says on its standard output: it is the end of it that tells why it ended
 # How a process ends that runs bad machine code. SIGKILL is not among them: that is the system short of memory.
 CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
 
@@ -41,12 +42,12 @@ class WorkerState(Enum):
 
 @dataclass(frozen=True)
 class _Ending:
-    """How a process ended."""
+    """How a process ended, or why there was none."""
 
-    status: int
-    said: str
-    was_ready: bool
-    wedged: str = ""
+    status: int = 0
+    said: str = ""
+    was_ready: bool = False
+    known: str = ""  # how, where the status does not tell
 
     @property
     def crashed_engine(self) -> Component | None:
@@ -55,12 +56,57 @@ class _Ending:
         return announced(self.said) if crashed else None
 
     def __str__(self) -> str:
-        if self.wedged:
-            return self.wedged
+        if self.known:
+            return self.known
         if self.status < 0:
             return f"was ended by {signal.Signals(-self.status).name}"
         said = self.said.strip().rpartition("\n")[2]
         return said if said and announced(said) is None else f"exited with status {self.status}"
+
+
+@dataclass(eq=False)
+class _Process:
+    """One process of a worker, from its start to its end."""
+
+    process: asyncio.subprocess.Process
+    client: ImageGenerationClient
+    was_ready: bool = False
+    given_up: str = ""  # why, where it did not end by itself
+
+    async def ended(self) -> _Ending:
+        """Waits for its end.
+
+        Its standard input stays open for as long: when that closes, the worker takes the frontend to be gone.
+        `Process.communicate` would close it, since Python 3.12.
+        """
+        assert self.process.stdout is not None, "it was started without a pipe"
+        said = await _end_of(self.process.stdout)
+        status = await self.process.wait()
+        return _Ending(status, said.decode(errors="replace"), self.was_ready, self.given_up)
+
+    def kill(self) -> None:
+        """Ends it, if it has not ended yet."""
+        if self.process.returncode is None:
+            self.process.kill()
+
+    async def stop(self) -> None:
+        """Ends it: SIGTERM, and SIGKILL if that does not help."""
+        if self.process.returncode is None:
+            self.process.terminate()
+            try:
+                await asyncio.wait_for(self.process.wait(), KILL_AFTER)
+            except TimeoutError:
+                self.kill()
+                await self.process.wait()
+        await self.client.close(CHANNEL_GRACE)
+
+
+async def _end_of(stream: asyncio.StreamReader) -> bytes:
+    """The last of what comes until `stream` ends. All is read: a process whose pipe is full would stand still."""
+    kept = b""
+    while read := await stream.read(KEPT_BYTES):
+        kept = (kept + read)[-KEPT_BYTES:]
+    return kept
 
 
 class Worker:
@@ -77,15 +123,13 @@ class Worker:
         self.restarts = 0
         self._changed = changed
         self._command = command
-        self._client: ImageGenerationClient | None = None
-        self._process: asyncio.subprocess.Process | None = None
+        self._current: _Process | None = None
         self._supervisor: asyncio.Task[None] | None = None
-        self._wedged = ""
 
     @property
     def pid(self) -> int | None:
         """The process, while there is one."""
-        return None if self._process is None else self._process.pid
+        return None if self._current is None else self._current.process.pid
 
     def start(self) -> None:
         """Begins to run the process, for as long as the server does."""
@@ -93,34 +137,35 @@ class Worker:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """The worker's events for `request`; see `ImageGenerationClient.generate`."""
-        if self._client is None:
+        current = self._current
+        if current is None or self.state is not WorkerState.READY:
             raise WorkerLostError(f"worker {self.config.instance} is {self.state.value}: {self.reason}")
-        async with aclosing(self._client.generate(request)) as events:
-            async for event in events:
-                yield event
-
-    def lose(self) -> None:
-        """A call to it has broken off: it gets no more, even where the process's end is yet to be noticed."""
-        if self.state is not WorkerState.READY:
-            return
-        if self._process is not None and self._process.returncode is None:
-            self._process.kill()
-        self._set(WorkerState.RESTARTING, "its connection broke off")
+        try:
+            async with aclosing(current.client.generate(request)) as events:
+                async for event in events:
+                    yield event
+        except WorkerLostError:
+            self._lose(current)
+            raise
 
     async def stop(self) -> None:
-        """Ends the process: SIGTERM, and SIGKILL if that does not help."""
+        """Ends the process, and the supervision of it."""
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.gather(self._supervisor, return_exceptions=True)
-        if self._process is not None and self._process.returncode is None:
-            self._process.terminate()
-            try:
-                await asyncio.wait_for(self._process.wait(), KILL_AFTER)
-            except TimeoutError:
-                self._process.kill()
-                await self._process.wait()
-        await self._close_client()
+        if self._current is not None:
+            await self._current.stop()
         self._set(WorkerState.STOPPED, "the server is shutting down")
+
+    def _lose(self, process: _Process) -> None:
+        """A call to `process` has broken off: it gets no more, even where its end is yet to be noticed.
+
+        Who learns it late is not to end the process that has taken its place since.
+        """
+        if process is not self._current or self.state is not WorkerState.READY:
+            return
+        process.kill()
+        self._set(WorkerState.RESTARTING, "its connection broke off")
 
     async def _supervise(self) -> None:
         backoff = FIRST_BACKOFF
@@ -151,54 +196,49 @@ class Worker:
 
     async def _run_once(self) -> _Ending:
         """Runs one process to its end; returns how it ended."""
+        try:
+            current = self._current = await self._start_process()
+        except OSError as error:  # no memory or no process left, or the interpreter is gone: it may be back
+            return _Ending(known=f"could not be started: {error}")
+        watch = asyncio.create_task(self._watch(current))
+        try:
+            ending = await current.ended()
+        finally:
+            watch.cancel()
+            await asyncio.gather(watch, return_exceptions=True)
+        if current.was_ready:
+            self._set(WorkerState.RESTARTING, "it has just ended")
+        await current.client.close(CHANNEL_GRACE)
+        return ending
+
+    async def _start_process(self) -> _Process:
         self._remove_socket()
-        self._wedged = ""
         # Its own session, so that Ctrl-C in a terminal reaches the frontend alone, which then lets requests finish.
-        process = self._process = await asyncio.create_subprocess_exec(
+        process = await asyncio.create_subprocess_exec(
             *self._command,
             *self.config.arguments(),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             start_new_session=True,
         )
-        watch = asyncio.create_task(self._watch(process))
-        try:
-            said, _ = await process.communicate()
-        finally:
-            watch.cancel()
-            await asyncio.gather(watch, return_exceptions=True)
-        was_ready = self._client is not None
-        if was_ready:
-            self._set(WorkerState.RESTARTING, "it has just ended")
-        await self._close_client()
-        return _Ending(process.returncode or 0, said.decode(errors="replace"), was_ready, self._wedged)
+        return _Process(process, ImageGenerationClient(f"unix:{self.config.socket}"))
 
-    async def _watch(self, process: asyncio.subprocess.Process) -> None:
-        """Waits until the worker serves; from then on listens for its heartbeat, and ends it when there is none."""
-        client = ImageGenerationClient(f"unix:{self.config.socket}")
+    async def _watch(self, process: _Process) -> None:
+        """Waits until it serves; from then on listens for its heartbeat. Ends it when there is none."""
         try:
-            self._see(await client.instance())
-        except asyncio.CancelledError:
-            await client.close()
-            raise
-        self._client = client
-        self._set(WorkerState.READY, "")
-        log.info("worker %s is ready on %s", self.config.instance, self.config.device)
-        while not self._wedged:
-            await asyncio.sleep(HEARTBEAT_EVERY)
-            try:
-                self._see(await client.instance(within=self.config.patience))
-            except WorkerLostError as error:
-                self._wedged = f"is given up: {error}"
-        process.kill()
+            self._see(await process.client.instance())
+            process.was_ready = True
+            self._set(WorkerState.READY, "")
+            log.info("worker %s is ready on %s", self.config.instance, self.config.device)
+            while True:
+                await asyncio.sleep(HEARTBEAT_EVERY)
+                self._see(await process.client.instance(within=self.config.patience))
+        except WorkerLostError as error:
+            process.given_up = f"is given up: {error}"
+            process.kill()
 
     def _see(self, info: InstanceInfo) -> None:
         self.info, self.costs = info, CostTable(info.step_costs)
-
-    async def _close_client(self) -> None:
-        client, self._client = self._client, None
-        if client is not None:
-            await client.close(CHANNEL_GRACE)
 
     def _set(self, state: WorkerState, reason: str) -> None:
         self.state, self.reason = state, reason

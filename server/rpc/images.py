@@ -21,6 +21,14 @@ CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
 ]
+# A worker is looked for often: gRPC's own pauses grow to two minutes, for which nobody would notice that it is ready.
+# How long a connection may take (`min_reconnect_backoff_ms`) stays gRPC's 20 s: on a busy machine it takes longer than
+# these pauses.
+WORKER_CHANNEL_OPTIONS = [
+    *CHANNEL_OPTIONS,
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 500),
+]
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -67,7 +75,7 @@ class ImageGenerationClient:
     """Calls a worker; the worker's errors are raised here as themselves."""
 
     def __init__(self, address: str) -> None:
-        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._channel = grpc.aio.insecure_channel(address, options=WORKER_CHANNEL_OPTIONS)
         self._stub: Any = pb_grpc.ImageGenerationStub(self._channel)
 
     async def instance(self, within: float | None = None) -> InstanceInfo:

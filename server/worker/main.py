@@ -6,15 +6,12 @@ standard input closes, which is when the frontend is gone however it went.
 """
 
 import asyncio
-import contextlib
 import logging
 import os
-import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-import grpc.aio
 import torch
 
 from export.checkpoint import open_checkpoint
@@ -22,7 +19,6 @@ from export.devices import current_target, default_device
 from export.errors import ExportError
 from export.manifest import Manifest
 from export.spec import Component
-from protos.zserve.v1 import image_generation_pb2_grpc as pb_grpc
 from server.config import read_model_config
 from server.engines import memory
 from server.engines.eager import EagerModules
@@ -31,19 +27,16 @@ from server.engines.served import ServedComponent
 from server.errors import EngineLoadError, ZServeError
 from server.launch import WorkerConfig, announce
 from server.requests import InstanceInfo, MemoryUse
-from server.rpc.images import CHANNEL_OPTIONS, ImageGenerationServicer
-from server.rpc.interceptors import ErrorInterceptor
 from server.worker.batching import BatchPolicy
 from server.worker.executor import Executor
 from server.worker.loop import WorkerLoop
 from server.worker.planner import Planner
 from server.worker.prompts import PromptTokenizer
 from server.worker.service import WorkerService
+from server.worker.serving import serve
 from server.worker.warmup import WarmUp
 
 log = logging.getLogger(__name__)
-
-STOP_GRACE = 2.0  # seconds for calls under way; the frontend has let requests finish before it stops a worker
 
 
 def main() -> int:
@@ -55,7 +48,7 @@ def main() -> int:
     except (ZServeError, ExportError) as error:
         sys.stdout.write(f"{error}\n")
         return 1
-    asyncio.run(_serve(service, config.socket))
+    asyncio.run(serve(service, config.socket))
     return 0
 
 
@@ -132,28 +125,6 @@ def _check_checkpoint(manifest: Manifest) -> None:
 def _device_name(device: str, asked: str) -> str:
     name = device if asked == "auto" else asked
     return f"{name} ({torch.cuda.get_device_name(device)})" if device == "cuda" else name
-
-
-async def _serve(service: WorkerService, socket: Path) -> None:
-    server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=CHANNEL_OPTIONS)
-    pb_grpc.add_ImageGenerationServicer_to_server(ImageGenerationServicer(service), server)
-    server.add_insecure_port(f"unix:{socket}")
-    await server.start()
-    await _told_to_stop()
-    await server.stop(STOP_GRACE)
-
-
-async def _told_to_stop() -> None:
-    """Returns on SIGTERM, or when standard input closes. Ctrl-C is the frontend's to handle."""
-    loop, stop = asyncio.get_running_loop(), asyncio.Event()
-    loop.add_signal_handler(signal.SIGTERM, stop.set)
-    loop.add_signal_handler(signal.SIGINT, lambda: None)
-    with contextlib.suppress(ValueError):  # standard input is a plain file: nobody to follow
-        reader = asyncio.StreamReader()
-        await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-        gone = loop.create_task(reader.read())
-        gone.add_done_callback(lambda _: stop.set())
-    await stop.wait()
 
 
 if __name__ == "__main__":

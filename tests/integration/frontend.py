@@ -78,6 +78,13 @@ def make_repository(exported: Path, target: Path, config: str) -> Path:
     return target
 
 
+def light_repository(target: Path, config: str = "") -> Path:
+    """A repository at `target` with a model for `light_worker`, which reads nothing but its `config.pbtxt`."""
+    (target / "light" / "1").mkdir(parents=True)
+    (target / "light" / "config.pbtxt").write_text(config)
+    return target
+
+
 def _link(source: str, target: str) -> None:
     Path(target).symlink_to(Path(source).resolve())
 

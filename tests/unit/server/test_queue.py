@@ -31,6 +31,7 @@ from server.requests import (
     Image,
     ImageFormat,
     Progress,
+    Queued,
     Started,
     StepCost,
     Timings,
@@ -52,17 +53,29 @@ class FakeWorker:
     breaks_after: int | None = None
     served: list[str] = field(default_factory=list)
 
-    def lose(self) -> None:
-        self.state = WorkerState.RESTARTING
-
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         self.served.append(request.request_id)
         image = Image(0, request.seed, 64, 64, ImageFormat.RAW, b"")
         done = Completed(Timings(), (), prompt_cached=False, denoiser_forwards=2)
         for number, event in enumerate((Started(self.name), Progress(1, 2, 0), image, Progress(2, 2, 0), done)):
             if number == self.breaks_after:
+                self.state = WorkerState.RESTARTING
                 raise WorkerLostError("gone")
             yield event
+
+
+@dataclass(eq=False)
+class StuckWorker(FakeWorker):
+    """Begins, and does nothing more until its call is closed."""
+
+    closed: bool = False
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        yield Started(self.name)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.closed = True
 
 
 def make(*workers: FakeWorker, clock: FakeClock | None = None, **config: object) -> ModelQueue:
@@ -150,6 +163,25 @@ async def test_queue_timeouts(action: TimeoutAction) -> None:
     assert queue.patience(early) is None
 
 
+@pytest.mark.parametrize("started", [True, False])
+async def test_who_began_in_time_is_not_timed_out_by_the_queue_after_a_loss(started: bool) -> None:
+    clock, worker = FakeClock(), FakeWorker()
+    queue = make(worker, clock=clock, queue=QueuePolicy(default=LevelPolicy(timeout=5.0)))
+    (place,) = enter(queue)
+    place.started = started
+    worker.state = WorkerState.RESTARTING
+    queue.lose(place)
+    queue.rejoin(place)
+    clock.now = 6.0
+    if started:
+        assert queue.patience(place) is None
+        queue.time_out(place)
+        assert queue.waiting == 1
+    else:
+        with pytest.raises(QueueTimeoutError):
+            queue.time_out(place)
+
+
 async def test_a_model_without_a_worker_refuses_but_waits_for_one_that_restarts() -> None:
     with pytest.raises(ModelNotReadyError):
         enter(make(FakeWorker(state=WorkerState.STARTING)))
@@ -197,6 +229,7 @@ async def test_a_suspect_gets_a_worker_for_itself() -> None:
     places = enter(queue, 4)
     suspect = next(p for p in places if p.worker is first)  # type: ignore[comparison-overlap]
     suspect.started = True
+    first.state = WorkerState.RESTARTING
     queue.lose(suspect)
     queue.rejoin(suspect)
     others = [p for p in places if p.worker is second]  # type: ignore[comparison-overlap]
@@ -216,3 +249,74 @@ async def test_a_closed_queue_refuses_whoever_waits() -> None:
     queue.close(ShuttingDownError("bye"))
     with pytest.raises(ZServeError, match="bye"):
         await waiting
+
+
+async def until_empty(queue: ModelQueue) -> None:
+    async with asyncio.timeout(10):
+        while queue.running + queue.waiting:  # noqa: ASYNC110 - the queue tells nobody
+            await asyncio.sleep(0)
+
+
+async def test_a_place_is_given_back_when_its_worker_is_done_though_nobody_reads() -> None:
+    worker = FakeWorker()
+    queue = make(worker)
+    slow = Serving(queue, a_request(), max_retries=3, metrics=Metrics()).events()
+    assert isinstance(await anext(slow), Started)
+    await until_empty(queue)
+    assert isinstance([event async for event in slow][-1], Completed)
+
+
+async def test_a_request_nobody_reads_of_is_answered_too_when_its_turn_comes() -> None:
+    queue = make(FakeWorker())
+    first, second = enter(queue, 2)
+    slow = Serving(queue, a_request(), max_retries=3, metrics=Metrics()).events()
+    assert isinstance(await anext(slow), Queued)
+    queue.leave(first)
+    queue.leave(second)
+    await until_empty(queue)
+    assert isinstance([event async for event in slow][-1], Completed)
+
+
+async def test_of_positions_nobody_has_taken_the_last_is_told() -> None:
+    queue = make(FakeWorker())
+    places = enter(queue, 4)
+    late = Serving(queue, a_request(), max_retries=3, metrics=Metrics()).events()
+    assert await anext(late) == Queued(4, 4000.0)
+    for place in places[2:]:
+        queue.leave(place)
+        queue._tell_all()
+        await asyncio.sleep(0)  # it hears of each
+    assert await anext(late) == Queued(2, 2000.0)
+    await late.aclose()
+    assert queue.waiting == 0
+
+
+@pytest.mark.parametrize("begun", [False, True])
+async def test_who_stops_reading_for_good_gives_the_place_and_the_worker_back(begun: bool) -> None:
+    queue = make(StuckWorker())
+    slow = Serving(queue, a_request(), max_retries=3, metrics=Metrics()).events()
+    reading = asyncio.ensure_future(anext(slow))
+    await asyncio.sleep(0)  # it has asked, and nothing else has run yet
+    if begun:
+        assert isinstance(await reading, Started)
+        assert queue.running == 1
+        await slow.aclose()
+    reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
+    await asyncio.sleep(0)
+    assert queue.running == queue.waiting == 0
+    assert queue.workers[0].closed  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("turns_of_the_loop", range(6))
+async def test_who_stops_reading_at_the_moment_that_a_worker_is_free_does_not_keep_it(turns_of_the_loop: int) -> None:
+    queue = make(StuckWorker(), queue=QueuePolicy(default=LevelPolicy(timeout=1e6)))
+    first, _ = enter(queue, 2)
+    slow = Serving(queue, a_request(), max_retries=3, metrics=Metrics()).events()
+    assert isinstance(await anext(slow), Queued)
+    queue.leave(first)
+    for _ in range(turns_of_the_loop):
+        await asyncio.sleep(0)
+    async with asyncio.timeout(10):
+        await slow.aclose()
+    assert (queue.running, queue.waiting) == (1, 0)

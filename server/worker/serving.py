@@ -1,0 +1,39 @@
+"""How a worker process serves what it has loaded, and when it ends: told to, or left alone by the frontend."""
+
+import asyncio
+import contextlib
+import signal
+import sys
+from pathlib import Path
+
+import grpc.aio
+
+from protos.zserve.v1 import image_generation_pb2_grpc as pb_grpc
+from server.rpc.images import CHANNEL_OPTIONS, ImageGenerationServicer
+from server.rpc.interceptors import ErrorInterceptor
+from server.service import ImageService
+
+STOP_GRACE = 2.0  # seconds for calls under way; the frontend has let requests finish before it stops a worker
+
+
+async def serve(service: ImageService, socket: Path) -> None:
+    """Answers on `socket` until SIGTERM comes, or standard input closes."""
+    server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=CHANNEL_OPTIONS)
+    pb_grpc.add_ImageGenerationServicer_to_server(ImageGenerationServicer(service), server)
+    server.add_insecure_port(f"unix:{socket}")
+    await server.start()
+    await _told_to_stop()
+    await server.stop(STOP_GRACE)
+
+
+async def _told_to_stop() -> None:
+    """Returns on SIGTERM, or when standard input closes. Ctrl-C is the frontend's to handle."""
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_signal_handler(signal.SIGINT, lambda: None)
+    with contextlib.suppress(ValueError):  # standard input is a plain file: nobody to follow
+        reader = asyncio.StreamReader()
+        await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+        gone = loop.create_task(reader.read())
+        gone.add_done_callback(lambda _: stop.set())
+    await stop.wait()

@@ -1,0 +1,151 @@
+"""The processes behind a model, as the frontend sees them: kept, lost, replaced; with workers that cost nothing."""
+
+import asyncio
+import os
+import shlex
+import signal
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from server.config import FallbackPolicy
+from server.errors import WorkerLostError
+from server.frontend.metrics import Metrics
+from server.frontend.serving import Serving
+from server.frontend.workers import KEPT_BYTES, Worker, WorkerState, _end_of
+from server.launch import WorkerConfig
+from server.requests import GenerationRequest, Started
+from server.rpc.images import ImageGenerationClient
+from tests.fakes import a_request
+from tests.integration.frontend import Running, light_repository, serving
+from tests.integration.light_worker import LIGHT
+from tests.integration.process import PATIENCE
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[Running]:
+    async with serving(light_repository(tmp_path / "models"), LIGHT) as running:
+        yield running
+
+
+class Alone:
+    """A worker without a server."""
+
+    def __init__(self, folder: Path, *command: str) -> None:
+        model = light_repository(folder / "models") / "light"
+        config = WorkerConfig(
+            model, "1", "light-0", folder / "socket", device="cpu", threads=1, fallback=FallbackPolicy.EAGER
+        )
+        self._changed = asyncio.Event()
+        self.worker = Worker(config, lambda _: self._changed.set(), command)
+
+    async def until(self, state: WorkerState, why: str = "") -> None:
+        async with asyncio.timeout(PATIENCE):
+            while self.worker.state is not state or why not in self.worker.reason:
+                self._changed.clear()
+                await self._changed.wait()
+
+
+async def replaced(server: Running) -> None:
+    """Kills the only process and waits until there is another."""
+    (worker,) = server.workers
+    before = worker.pid
+    os.kill(before or 0, signal.SIGKILL)
+    await server.until(lambda: worker.pid not in (before, None) and worker.state is WorkerState.READY)
+
+
+def held(gate: Path) -> GenerationRequest:
+    return replace(a_request(), model="light", prompt=str(gate))
+
+
+async def test_a_worker_stays_while_the_frontend_does(server: Running) -> None:
+    """It reads its standard input to learn that the frontend is gone: nobody may close that before."""
+    (worker,) = server.workers
+    pid = worker.pid
+    for _ in range(2):
+        heard = worker.info
+        await server.until(lambda heard=heard: worker.info is not heard)
+    assert (worker.pid, worker.state, worker.restarts) == (pid, WorkerState.READY, 0)
+
+
+async def test_a_worker_that_is_slow_to_serve_is_looked_for_often(tmp_path: Path) -> None:
+    attempts: asyncio.Queue[float] = asyncio.Queue()
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        attempts.put_nowait(asyncio.get_running_loop().time())
+        writer.close()
+
+    client = ImageGenerationClient(f"unix:{tmp_path}/socket")
+    async with await asyncio.start_unix_server(refuse, tmp_path / "socket"):
+        looking = asyncio.create_task(client.instance())
+        times = [await attempts.get() for _ in range(6)]
+        looking.cancel()
+        await asyncio.gather(looking, return_exceptions=True)
+    await client.close()
+    pauses = [later - earlier for earlier, later in pairwise(times)]
+    assert (
+        min(pauses[2:]) < 1.0
+    )  # of several, since a busy machine adds to each; gRPC's own are 2.5, 4 and 6.5 s by now
+
+
+async def test_of_what_a_worker_prints_the_end_is_kept() -> None:
+    stream = asyncio.StreamReader()
+    for line in range(10_000):
+        stream.feed_data(b"line %d\n" % line)
+    stream.feed_eof()
+    kept = await _end_of(stream)
+    assert len(kept) == KEPT_BYTES
+    assert kept.endswith(b"line 9998\nline 9999\n")
+
+
+async def test_a_call_that_outlived_its_process_does_not_end_the_next(server: Running, tmp_path: Path) -> None:
+    (worker,) = server.workers
+    events = worker.generate(held(tmp_path / "never"))
+    assert isinstance(await anext(events), Started)
+    await replaced(server)
+    pid = worker.pid
+    with pytest.raises(WorkerLostError):
+        await anext(events)
+    assert (worker.pid, worker.state, worker.restarts) == (pid, WorkerState.READY, 1)
+
+
+async def test_a_slow_reader_whose_worker_was_replaced_does_not_end_the_next(server: Running, tmp_path: Path) -> None:
+    (worker,) = server.workers
+    slow = Serving(server.queue, held(tmp_path / "gate"), max_retries=3, metrics=Metrics()).events()
+    while not isinstance(await anext(slow), Started):
+        pass
+    await replaced(server)
+    pid = worker.pid
+    (tmp_path / "gate").touch()
+    assert [e.attempt async for e in slow if isinstance(e, Started)] == [2]
+    assert (worker.pid, worker.state, worker.restarts) == (pid, WorkerState.READY, 1)
+
+
+async def test_a_worker_that_cannot_be_started_again_is_tried_until_it_can(tmp_path: Path) -> None:
+    starter = tmp_path / "starter"
+
+    def install() -> None:
+        starter.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, *LIGHT[1:]])} "$@"\n')
+        starter.chmod(0o755)
+
+    install()
+    alone = Alone(tmp_path, str(starter))
+    alone.worker.start()
+    await alone.until(WorkerState.READY)
+    starter.unlink()
+    os.kill(alone.worker.pid or 0, signal.SIGKILL)
+    await alone.until(WorkerState.RESTARTING, "could not be started")
+    install()
+    await alone.until(WorkerState.READY)
+    await alone.worker.stop()
+
+
+async def test_a_worker_that_could_never_be_started_has_failed(tmp_path: Path) -> None:
+    alone = Alone(tmp_path, str(tmp_path / "nothing"))
+    alone.worker.start()
+    await alone.until(WorkerState.FAILED, "could not be started")
+    await alone.worker.stop()
