@@ -172,7 +172,7 @@ class Frontend:
     async def _shut_down(self, server: grpc.aio.Server) -> None:
         self._state.stopping, self._state.ready = True, False
         await self._health.set(serving=False)
-        models = self._repository.loaded()
+        models = self._repository.live
         log.info("shutting down: letting %d requests finish", sum(m.statistics.pending for m in models))
         seconds = self._config.exit_timeout_secs
         drained = await asyncio.gather(self._dispatcher.drain(seconds), *(_idle(m, seconds) for m in models))

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from export.repository import versions
 from tests.conftest import MODEL
@@ -39,8 +41,9 @@ def test_load_and_unload(identity_server: Start, tmp_path: Path) -> None:
         client.load_model("identity")
         assert client.infer("identity", [some_bytes()]).as_numpy("OUTPUT0").size == 5
         assert status_of(lambda: client.unload_model("x"))[0] == "NOT_FOUND"
-        assert status_of(lambda: client.load_model("x"))[0] == "INTERNAL"
-        assert status_of(lambda: client.load_model("../models/identity"))[0] == "INTERNAL"
+        for name in ("x", "", "../models/identity"):
+            assert status_of(lambda name=name: client.load_model(name))[0] == "NOT_FOUND"
+        assert client.is_server_ready()
 
 
 class Drawing:
@@ -136,11 +139,29 @@ def test_a_config_given_with_the_load(identity_server: Start) -> None:
         files = {"file:7/model.bin": b"weights"}
         client.load_model("identity", config=json.dumps(config), files=files)
         assert states(client) == {("identity", "7"): "READY", ("identity", "1"): "UNAVAILABLE"}
-        escape = {"file:../../x": b""}
-        assert (
-            status_of(lambda: client.load_model("identity", config=json.dumps(config), files=escape))[0] == "INTERNAL"
-        )
+        for name in ("file:../../x", "file:"):
+            escape = {name: b""}
+            status = status_of(lambda f=escape: client.load_model("identity", config=json.dumps(config), files=f))
+            assert status[0] == "INVALID_ARGUMENT"
         assert client.infer("identity", [tensor("A", values, "FP32")]).get_response().model_version == "7"
+        client.load_model("identity")  # as the repository has it
+        assert states(client) == {("identity", "7"): "UNAVAILABLE", ("identity", "1"): "READY"}
+        assert client.get_model_config("identity").config.input[0].name == "INPUT0"
+
+
+def test_a_load_goes_on_when_its_client_has_left(repository: Path, tmp_path: Path) -> None:
+    (tmp_path / MODEL).symlink_to(repository / MODEL)
+    with ServerProcess(tmp_path, "--model-control-mode", "explicit") as server:
+        with grpc.insecure_channel(server.url) as channel:
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            load = stub.RepositoryModelLoad.future(service_pb2.RepositoryModelLoadRequest(model_name=MODEL))
+            with server.standing_still():
+                load.cancel()
+        with triton.InferenceServerClient(server.url) as client:
+            wait_for(lambda: "READY" in states(client).values())
+            assert client.is_server_ready()
+        with server.client() as drawing:
+            assert drawing.draw("a star", width=64, height=64, num_inference_steps=1).images
 
 
 def test_nothing_is_loaded_by_clients_unless_that_was_allowed(identity_server: Start) -> None:
