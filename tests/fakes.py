@@ -1,13 +1,18 @@
 """Ordinary classes that stand in for devices and engines."""
 
-from collections.abc import Callable, Mapping
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from export.manifest import Backend
+from server.backends.base import Host, ModelFolder
 from server.engines.base import Shapes
+from server.errors import EngineLoadError
+from server.frontend.statistics import Statistics
 from server.requests import GenerationRequest, ImageFormat, LongPrompt
+from server.tensors import InferRequest, InferResponse
 
 
 class FakeClock:
@@ -48,6 +53,52 @@ def raising(error: Exception) -> Callable[[Mapping[str, Tensor]], Tensor]:
         raise error
 
     return answer
+
+
+class FakeModel:
+    """A version that is loaded when its backend says so, and fails to where its config says `fails`."""
+
+    def __init__(self, folder: ModelFolder, backend: "FakeBackend") -> None:
+        self.spec = folder.spec()
+        self.folder = folder
+        self.statistics = Statistics()
+        self.ready = False
+        self.retired, self.unloaded = asyncio.Event(), asyncio.Event()
+        self._backend = backend
+
+    async def load(self) -> None:
+        self._backend.loading.put_nowait(self)
+        await self._backend.go.wait()
+        if self.spec.version in self._backend.stuck:
+            await asyncio.Event().wait()
+        if "fails" in self.folder.file.parameters:
+            raise EngineLoadError("it is to fail")
+        self.ready = True
+
+    def retire(self) -> None:
+        self.retired.set()
+
+    async def unload(self) -> None:
+        self.ready = False
+        self.unloaded.set()
+
+    def infer(self, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
+        raise NotImplementedError
+
+
+class FakeBackend:
+    """Makes a FakeModel of every version, and remembers them; loads end at once unless `go` is cleared."""
+
+    def __init__(self) -> None:
+        self.made: list[FakeModel] = []
+        self.loading: asyncio.Queue[FakeModel] = asyncio.Queue()  # those whose load has begun
+        self.go = asyncio.Event()
+        self.go.set()
+        self.stuck: set[str] = set()  # versions whose load does not end
+
+    def __call__(self, folder: ModelFolder, host: Host) -> FakeModel:
+        self.made.append(FakeModel(folder, self))
+        return self.made[-1]
 
 
 def a_request() -> GenerationRequest:

@@ -93,8 +93,11 @@ class Model(Protocol):
             ZServeError: it cannot be served; the message is shown as the version's reason.
         """
 
+    def retire(self) -> None:
+        """Takes no more requests; those under way go on."""
+
     async def unload(self) -> None:
-        """Frees everything; requests under way have ended, or are ended by this."""
+        """Frees everything, also what a cancelled `load` has begun; requests under way are ended by this."""
 
     @property
     def ready(self) -> bool:

@@ -44,6 +44,9 @@ class IdentityModel:
             raise ConfigError(f"execute_delay_ms: {self._delay_ms!r} is not a number") from error
         self.ready = True
 
+    def retire(self) -> None:
+        """See `Model`."""
+
     async def unload(self) -> None:
         """See `Model`."""
         self.ready = False

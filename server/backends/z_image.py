@@ -7,7 +7,7 @@ from contextlib import aclosing
 
 from server.backends.base import Host, ModelFolder
 from server.config import cpu_threads, read_model_config
-from server.errors import EngineLoadError
+from server.errors import EngineLoadError, ModelNotReadyError
 from server.frontend.queue import ModelQueue
 from server.frontend.statistics import Statistics
 from server.frontend.workers import Worker, WorkerState
@@ -48,9 +48,22 @@ class ZImageModel:
             await self.unload()
             raise EngineLoadError(reason)
 
-    async def unload(self) -> None:
+    def retire(self) -> None:
         """See `Model`."""
         self._host.dispatcher.remove(self.queue)
+
+    async def unload(self) -> None:
+        """See `Model`."""
+        self.retire()
+        name, version = self.spec.name, self.spec.version
+        # First: whoever loses a worker from now on is not to wait for another.
+        self.queue.close(
+            ModelNotReadyError(
+                f"version {version} of model {name!r} was unloaded before the request was done; send it again where "
+                "another version serves",
+                retry_after=1.0,
+            )
+        )
         await asyncio.gather(*(worker.stop() for worker in self.queue.workers))
 
     async def infer(self, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
@@ -71,7 +84,7 @@ class ZImageModel:
                         yield images.encode_images(finished, event)
 
     def _worker_changed(self, worker: Worker) -> None:
-        self._host.dispatcher.worker_changed(worker)
+        self.queue.change()  # not through the dispatcher, which has forgotten a retired queue
         self._changed.set()
         self._host.changed()
 

@@ -13,7 +13,7 @@ import grpc.aio
 from protos.zserve.v1 import image_generation_pb2_grpc as pb_grpc
 from server.backends.base import Host, Model
 from server.config import ControlMode, FallbackPolicy, ServeConfig
-from server.errors import ConfigError
+from server.errors import ConfigError, ModelNotFoundError, ZServeError
 from server.frontend.dispatcher import Dispatcher
 from server.frontend.heap import keep_freed_memory
 from server.frontend.metrics import Metrics
@@ -54,6 +54,7 @@ class Frontend:
         self._stop = asyncio.Event()
         self._changed = asyncio.Event()
         self._started = asyncio.Event()  # what was to be loaded at the start has been, or could not be
+        self._absent: set[str] = set()  # models that were to be loaded at the start, have no folder, and are not loaded
         self._state = ServerState()
         self._memory = SharedMemory(allowed=config.allow_client_shm)
         self._tracer = _tracer(config)
@@ -133,6 +134,9 @@ class Frontend:
     async def _load(self, names: list[str]) -> bool:
         """Loads `names`; True when the server has to end because they cannot be."""
         results = await asyncio.gather(*(self._repository.load(name) for name in names), return_exceptions=True)
+        self._absent = {n for n, r in zip(names, results, strict=True) if isinstance(r, ModelNotFoundError)}
+        for name in self._absent:
+            log.error("cannot load model %s: it has no folder in %s", name, self._config.model_repository)
         self._started.set()
         self._changed.set()
         failures = [r for r in results if isinstance(r, BaseException)]
@@ -153,14 +157,18 @@ class Frontend:
             await asyncio.sleep(self._config.repository_poll_secs)
             try:
                 await self._repository.poll()
-            except ConfigError as error:
+            except ZServeError as error:
                 log.error("polling: %s", error)
+            except Exception:
+                # Nobody else would hear of it, and the next round may go well: folders change while they are read.
+                log.exception("polling failed; the next round is in %g s", self._config.repository_poll_secs)
 
     async def _follow_readiness(self) -> None:
         """Keeps health true to the models until the server is told to stop."""
         announced = False
         while True:
-            complete = self._started.is_set() and self._repository.ready
+            self._absent -= {model.spec.name for model in self._repository.loaded()}
+            complete = self._started.is_set() and self._repository.ready and not self._absent
             self._state.ready = complete or not self._config.strict_readiness
             await self._health.set(serving=self._state.ready)
             if self._state.ready and not announced:
@@ -172,7 +180,7 @@ class Frontend:
     async def _shut_down(self, server: grpc.aio.Server) -> None:
         self._state.stopping, self._state.ready = True, False
         await self._health.set(serving=False)
-        models = self._repository.loaded()
+        models = self._repository.live
         log.info("shutting down: letting %d requests finish", sum(m.statistics.under_way for m in models))
         seconds = self._config.exit_timeout_secs
         drained = await asyncio.gather(self._dispatcher.drain(seconds), *(_idle(m, seconds) for m in models))

@@ -10,7 +10,7 @@ from server.frontend.cache import Answer, ResponseCache, ResponseKey, response_k
 from server.frontend.metrics import Metrics
 from server.frontend.queue import ModelQueue
 from server.frontend.serving import Serving
-from server.frontend.workers import Worker, WorkerState
+from server.frontend.workers import WorkerState
 from server.requests import Completed, Event, GenerationRequest, Image
 from server.service import ModelStatus
 
@@ -44,11 +44,6 @@ class Dispatcher:
     def queues(self) -> list[ModelQueue]:
         """All queues, by model."""
         return [queue for _, queues in sorted(self._queues.items()) for queue in queues]
-
-    def worker_changed(self, worker: Worker) -> None:
-        """A worker has become ready, or has ended: those who wait may move."""
-        for queue in self.queues():
-            queue.change()
 
     def model(self, name: str) -> ModelStatus:
         """See `ImageService`."""

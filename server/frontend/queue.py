@@ -84,6 +84,8 @@ class ModelQueue:
             DeadlinePassedError: it could not be done before its deadline.
         """
         now = self._clock()
+        if self._closed is not None:
+            raise self._closed
         self._check_ready()
         policy = self.config.queue.of(request.priority)
         self._check_room(request.priority, policy.max_size)
@@ -159,10 +161,10 @@ class ModelQueue:
         return None if latest == float("inf") else max(0.0, latest - self._clock())
 
     def close(self, error: ZServeError) -> None:
-        """Answers everyone who waits with `error`, and everyone who loses their worker from now on."""
-        self._closed = error
+        """Answers everyone who waits with the first `error`, and everyone who loses their worker from now on."""
+        self._closed = self._closed or error
         for place in self._turns.ordered(self._clock()):
-            place.refused = error
+            place.refused = self._closed
             place.moved.set()
 
     def change(self) -> None:

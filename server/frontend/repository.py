@@ -6,9 +6,12 @@ was: its name and the reason are in the index.
 
 import asyncio
 import logging
+import shutil
+import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
+from typing import Any
 
 from server.backends.base import Backend, Host, Model, ModelFile, ModelFolder
 from server.backends.registry import find_backend
@@ -17,18 +20,19 @@ from server.errors import (
     EngineLoadError,
     ModelNotFoundError,
     ModelNotReadyError,
+    ShuttingDownError,
     ZServeError,
 )
 from server.frontend.versions import (
-    UNLOADED,
+    Entry,
     IndexEntry,
     ModelState,
     Override,
     Version,
     check_version,
+    chosen_folders,
     folder_mark,
 )
-from server.rpc.triton.model_config import read_model_file
 
 log = logging.getLogger(__name__)
 
@@ -40,11 +44,10 @@ class Repository:
 
     def __init__(self, path: Path, host: Host, backends: Callable[[str], Backend] = find_backend) -> None:
         self._path, self._host, self._backends = path, host, backends
-        self._versions: dict[str, dict[str, Version]] = {}
-        self._broken: dict[str, str] = {}
-        self._marks: dict[str, object] = {}  # what each loaded folder looked like
-        self._locks: dict[str, asyncio.Lock] = {}
-        self._unloading: set[asyncio.Task[None]] = set()
+        self._entries: dict[str, Entry] = {}  # by name; only of folders that are there, or were
+        self._live: set[Version] = set()  # with a model, also those that have been replaced and not gone yet
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closing = False
 
     def find(self, name: str, version: str = "") -> Model:
         """The model that serves `version`, or the newest one that is ready.
@@ -54,46 +57,45 @@ class Repository:
             ModelNotFoundError: there is no such model or version.
             ModelNotReadyError: the version is there, but does not serve.
         """
-        versions = self._versions.get(name)
-        if not versions:
+        entry = self._entries.get(name)
+        if entry is None or not entry.versions:
             raise ModelNotFoundError(self._unknown(name))
         if not version:
-            return self._newest(name, versions)
+            return entry.newest(name)
         check_version(version)
-        if version not in versions:
+        if version not in entry.versions:
             raise ModelNotFoundError(f"Request for unknown model: '{name}' version {version} is not found")
-        found = versions[version]
-        if found.model is None or found.state is not ModelState.READY or not found.model.ready:
+        found = entry.versions[version]
+        if found.serving is None:
             raise ModelNotReadyError(
                 f"Request for unknown model: '{name}' version {version} is not at ready state ({found.reason})"
             )
-        return found.model
+        return found.serving
 
     def file(self, model: Model) -> ModelFile:
         """The config that `model` was loaded with."""
-        return self._versions[model.spec.name][model.spec.version].folder.file
+        return self._entries[model.spec.name].versions[model.spec.version].folder.file
 
     def loaded(self, name: str = "") -> list[Model]:
         """The models that serve, by name and version; all of them, or those called `name`."""
         found = [v.model for v in self._each(name) if v.model is not None and v.state is ModelState.READY]
         return sorted(found, key=lambda m: (m.spec.name, int(m.spec.version)))
 
+    @property
+    def live(self) -> list[Model]:
+        """The models that may have requests: those that serve, and those that are going."""
+        return [v.model for v in self._live if v.model is not None]
+
     def index(self) -> list[IndexEntry]:
         """Every model of the repository, loaded or not."""
-        entries = [IndexEntry(v.folder.file.name, v.folder.version, v.state, v.reason) for v in self._each()]
-        unread = {name: IndexEntry(name, "", ModelState.UNAVAILABLE, why) for name, why in self._broken.items()}
-        known = {e.name for e in entries}
-        others = [IndexEntry(p.name, "", None, "") for p in self._folders() if p.name not in known | set(unread)]
-        return sorted([*entries, *unread.values(), *others], key=lambda e: (e.name, int(e.version or 0)))
+        names = {p.name for p in self._folders()} | {n for n, e in self._entries.items() if e.versions or e.error}
+        lines = [line for name in names for line in self._entries.get(name, Entry()).index(name)]
+        return sorted(lines, key=lambda e: (e.name, int(e.version or 0)))
 
     @property
     def ready(self) -> bool:
         """Whether all that is to be served is."""
-        return not self._broken and all(
-            v.state is ModelState.READY and v.model is not None and v.model.ready
-            for v in self._each()
-            if v.state is not ModelState.UNLOADING and v.reason != UNLOADED
-        )
+        return not any(e.error for e in self._entries.values()) and not any(v.missing for v in self._each())
 
     def names(self) -> list[str]:
         """The models that have a folder, by name.
@@ -110,48 +112,42 @@ class Repository:
     async def load(self, name: str, override: Override | None = None) -> None:
         """Loads what the version policy asks for and is not loaded as it is; then drops what that replaces.
 
+        It goes on when whoever asked for it has left: half a load is of no use to anybody.
+
         Raises:
+            ModelNotFoundError: it has no folder.
             EngineLoadError: it cannot be loaded; what served before still does.
+            ShuttingDownError: the server ends before it is loaded.
         """
-        async with self._locks.setdefault(name, asyncio.Lock()):
-            try:
-                await self._load(name, override)
-            except ZServeError as error:
-                log.error("cannot load model %s: %s", name, error)
-                if name not in self._versions:
-                    self._broken[name] = str(error)
-                raise EngineLoadError(f"failed to load '{name}', {error}") from error
-            finally:
-                self._host.changed()
+        present = [p.name for p in self._folders()]
+        if name not in present:
+            known = ", ".join(present) or "none"
+            raise ModelNotFoundError(
+                f"failed to load '{name}', failed to poll from model repository: it has no folder of that name; "
+                f"there are: {known}"
+            )
+        ending = ShuttingDownError(f"the server shuts down and does not load '{name}'")
+        if self._closing:
+            raise ending
+        try:
+            await self._own(self._load_in_turn(name, self._entries.setdefault(name, Entry()), override))
+        except asyncio.CancelledError:
+            if self._closing:
+                raise ending from None
+            raise
 
     def unload_soon(self, name: str) -> None:
-        """Begins to unload `name`, and takes no more requests for it.
+        """Begins to unload `name`, and takes no more requests for it; requests under way may finish.
 
         Raises:
-            ModelNotFoundError: it is not loaded.
+            ModelNotFoundError: it is not loaded, nor has it failed to.
         """
-        versions = [v for v in self._each(name) if v.model is not None] if name else []
-        if not versions:
+        entry = self._entries.get(name)
+        if entry is None or not (entry.error or entry.active):
             raise ModelNotFoundError(self._unknown(name))
-        for version in versions:
-            version.state = ModelState.UNLOADING
-        task = asyncio.create_task(self.unload(name))
-        self._unloading.add(task)
-        task.add_done_callback(self._unloading.discard)
-
-    async def unload(self, name: str) -> None:
-        """Stops serving `name`; requests under way may finish.
-
-        Raises:
-            ModelNotFoundError: it is not loaded.
-        """
-        async with self._locks.setdefault(name, asyncio.Lock()):
-            versions = list(self._versions.get(name, {}).values())
-            if not versions:
-                self._broken.pop(name, None)
-                raise ModelNotFoundError(self._unknown(name))
-            self._marks.pop(name, None)
-            await asyncio.gather(*(self._drop(v) for v in versions))
+        for version in entry.versions.values():
+            version.retire()
+        self._own(self._unload(entry))
 
     async def poll(self) -> None:
         """Brings what is loaded into line with the folders: new, changed and removed ones.
@@ -161,112 +157,149 @@ class Repository:
         """
         present = set(self.names())
         marks = await asyncio.to_thread(lambda: {name: folder_mark(self._path / name) for name in present})
-        changed = [name for name in present if self._marks.get(name) != marks[name]]
-        gone = [name for name in self._versions if name not in present and self._each(name)]
-        await asyncio.gather(*(self.load(name) for name in changed), return_exceptions=True)
-        await asyncio.gather(*(self.unload(name) for name in gone), return_exceptions=True)
-        for name in {*gone, *(self._broken.keys() - present)}:
-            self._versions.pop(name, None)
-            self._broken.pop(name, None)
+        # A folder in which there is nothing yet is one that an export has just begun with.
+        known = {name: self._entries[name].tried_mark if name in self._entries else [] for name in present}
+        changed = [name for name in present if known[name] != marks[name]]
+        gone = self._entries.keys() - present
+        loads = await asyncio.gather(*(self.load(name) for name in changed), return_exceptions=True)
+        drops = await asyncio.gather(
+            *(self._own(self._unload(self._entries[name])) for name in gone), return_exceptions=True
+        )
+        for name in gone:
+            del self._entries[name]
+        for error in (*loads, *drops):
+            if isinstance(error, BaseException) and not isinstance(error, ZServeError):  # those have been logged
+                raise error
 
     async def close(self) -> None:
-        """Unloads everything at once."""
-        await asyncio.gather(*(v.model.unload() for v in self._each() if v.model is not None))
+        """Unloads everything at once, also what is being loaded."""
+        self._closing = True
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(model.unload() for model in self.live))
 
-    async def _load(self, name: str, override: Override | None) -> None:
-        path = self._path / name
-        if Path(name).name != name or not path.is_dir():
-            raise ConfigError("failed to poll from model repository: it has no folder of that name")
-        mark = folder_mark(path)
-        if override is None and self._marks.get(name) == mark and self.loaded(name):
+    def _own(self, work: Coroutine[Any, Any, None]) -> "asyncio.Future[None]":
+        """Does `work` to its end, even when nobody waits for it any more; only `close` stops it."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return asyncio.shield(task)
+
+    async def _load_in_turn(self, name: str, entry: Entry, override: Override | None) -> None:
+        async with entry.lock:
+            try:
+                await self._load(self._path / name, entry, override)
+            except (ZServeError, OSError) as error:
+                log.error("cannot load model %s: %s", name, error)
+                if not entry.active:
+                    entry.error = str(error)
+                raise EngineLoadError(f"failed to load '{name}', {error}") from error
+            finally:
+                await self._tidy(entry)
+                self._host.changed()
+
+    async def _load(self, path: Path, entry: Entry, override: Override | None) -> None:
+        mark = await asyncio.to_thread(folder_mark, path)
+        if override is None and entry.loaded_mark == mark:
             return
-        self._marks[name] = mark  # also of one that fails: polling is to try again only when it has changed
-        if override is not None:
-            path = override.lay_out(path, self._host.sockets)
-        there = [p.name for p in path.iterdir() if p.is_dir() and p.name.isdecimal()]
-        if not there:
-            raise ConfigError(f"{path} holds no version; finish its export with `zserve export --name {name}`")
-        file = read_model_file(path)
-        versions = file.versions.choose(there)
-        if not versions:
-            raise ConfigError("no version is available: its folder has none that the version policy asks for")
-        self._broken.pop(name, None)
-        folders = [ModelFolder(path, version, file) for version in versions]
-        await self._replace(name, folders)
+        entry.loaded_mark, entry.tried_mark = None, mark
+        if override is None:
+            await self._replace(entry, chosen_folders(path))
+            entry.loaded_mark = mark
+            return
+        scratch = Path(tempfile.mkdtemp(dir=self._host.sockets))
+        entry.scratch.add(scratch)
+        await self._replace(entry, chosen_folders(await asyncio.to_thread(override.lay_out, path, scratch)))
 
-    async def _replace(self, name: str, folders: list[ModelFolder]) -> None:
+    async def _replace(self, entry: Entry, folders: list[ModelFolder]) -> None:
         """Loads `folders`, and only then drops the versions that were there before."""
-        served = self._versions.setdefault(name, {})
-        fresh = [Version(folder) for folder in folders]
+        entry.error = ""
+        served, fresh = entry.versions, [Version(folder) for folder in folders]
         for version in fresh:
             served.setdefault(version.folder.version, version)
-        failures = [e for e in await asyncio.gather(*(self._start(v) for v in fresh)) if e]
-        wanted = {v.folder.version for v in fresh if v.model is not None}
-        old = [v for v in served.values() if v not in fresh and (v.folder.version in wanted or not failures)]
-        served.update({v.folder.version: v for v in fresh if v.model is not None})
-        await asyncio.gather(*(self._drop(v) for v in old))
-        for version in [v for v in old if v.folder.version not in wanted]:
-            version.reason = UNLOADED
+        await _together(self._start(v) for v in fresh)
+        failures = [f"version {v.folder.version}: {v.reason}" for v in fresh if v.model is None]
+        loaded = {v.folder.version: v for v in fresh if v.model is not None}
+        old = [v for v in served.values() if v not in fresh and (v.folder.version in loaded or not failures)]
+        served.update(loaded)
+        await _together(self._drop(v) for v in old)
         if failures:
             raise ConfigError("; ".join(failures))
 
-    async def _start(self, version: Version) -> str:
-        """Loads one version; returns why it could not be."""
+    async def _start(self, version: Version) -> None:
+        """Loads one version; where it cannot be, its reason says why."""
         began = time.monotonic()
         folder = version.folder
         try:
             model = self._backends(folder.file.backend)(folder, self._host)
-            await model.load()
+            await self._load_model(model)
         except ZServeError as error:
-            version.state, version.reason = ModelState.UNAVAILABLE, str(error)
-            return f"version {folder.version}: {error}"
+            version.rest(str(error))
+            return
         except Exception as error:
             log.exception("backend %s failed to load %s", folder.file.backend, folder.file.name)
-            version.state, version.reason = ModelState.UNAVAILABLE, f"{type(error).__name__}: {error}"
-            return f"version {folder.version}: {version.reason}"
+            version.rest(f"{type(error).__name__}: {error}")
+            return
         model.statistics.load_seconds = time.monotonic() - began
         version.model, version.state, version.reason = model, ModelState.READY, ""
+        self._live.add(version)
+        self._host.changed()  # now: what it replaces may take long to go
         log.info("model %s version %s is ready", folder.file.name, folder.version)
-        return ""
+
+    async def _load_model(self, model: Model) -> None:
+        try:
+            await model.load()
+        except asyncio.CancelledError:  # the server shuts down
+            await model.unload()
+            raise
+
+    async def _unload(self, entry: Entry) -> None:
+        async with entry.lock:
+            entry.error, entry.loaded_mark = "", None
+            await _together(self._drop(v) for v in entry.versions.values())
+            await self._tidy(entry)
+            self._host.changed()
 
     async def _drop(self, version: Version) -> None:
         model = version.model
-        if model is None:
-            return
-        version.state = ModelState.UNLOADING
-        try:
-            await asyncio.wait_for(model.statistics.idle(), DRAIN_SECONDS)
-        except TimeoutError:
-            log.warning("model %s is unloaded with requests under way", model.spec.name)
-        await model.unload()
-        version.model, version.state, version.reason = None, ModelState.UNAVAILABLE, UNLOADED
+        if model is not None:
+            version.retire()
+            try:
+                await asyncio.wait_for(model.statistics.idle(), DRAIN_SECONDS)
+            except TimeoutError:
+                log.warning("model %s is unloaded with requests under way", model.spec.name)
+            await model.unload()
+            self._live.discard(version)
+        version.rest()
         self._host.changed()
 
-    def _newest(self, name: str, versions: dict[str, Version]) -> Model:
-        newest: Model | None = None
-        for version in versions.values():
-            model = version.model
-            serves = model is not None and version.state is ModelState.READY and model.ready
-            if serves and (newest is None or int(version.folder.version) > int(newest.spec.version)):
-                newest = model
-        if newest is None:
-            reasons = "; ".join(v.reason or v.state.lower() for v in versions.values())
-            if all(v.state is ModelState.UNAVAILABLE for v in versions.values()):
-                raise ModelNotFoundError(f"Request for unknown model: '{name}' has no available versions ({reasons})")
-            raise ModelNotReadyError(f"Request for unknown model: '{name}' is not at ready state ({reasons})")
-        return newest
+    async def _tidy(self, entry: Entry) -> None:
+        """Removes what came with load requests and is not served any more; a worker that is replaced reads it again."""
+        unused = entry.scratch - {v.folder.path.parent for v in self._live}
+        entry.scratch -= unused
+        for scratch in unused:
+            await asyncio.to_thread(shutil.rmtree, scratch, ignore_errors=True)
 
     def _unknown(self, name: str) -> str:
-        known = ", ".join(sorted(self._versions)) or "none"
-        reason = self._broken.get(name)
+        known = ", ".join(sorted(n for n, e in self._entries.items() if e.versions)) or "none"
+        reason = self._entries.get(name, Entry()).error
         because = f": {reason}" if reason else f"; there are: {known}"
         return f"Request for unknown model: '{name}' is not found{because}"
 
     def _each(self, name: str = "") -> list[Version]:
-        groups: Iterable[dict[str, Version]] = [self._versions.get(name, {})] if name else self._versions.values()
-        return [version for group in groups for version in group.values()]
+        entries: Iterable[Entry] = [self._entries.get(name, Entry())] if name else self._entries.values()
+        return [version for entry in entries for version in entry.versions.values()]
 
     def _folders(self) -> list[Path]:
         if not self._path.is_dir():
             return []
         return sorted(p for p in self._path.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+async def _together(works: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Does all of `works` at once, and comes back only when none of them goes on, also when it is cancelled."""
+    async with asyncio.TaskGroup() as group:
+        for work in works:
+            group.create_task(work)

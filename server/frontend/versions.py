@@ -1,13 +1,16 @@
-"""One version of a model in the repository: its state, and what tells it from another."""
+"""One model of the repository and its versions: their state, and what tells them from others."""
 
+import asyncio
+import os
 import shutil
-import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from server.backends.base import Model, ModelFolder
-from server.errors import ConfigError, InvalidRequestError
+from server.errors import ConfigError, InvalidRequestError, ModelNotFoundError, ModelNotReadyError
+from server.rpc.triton.model_config import read_model_file
 
 MAX_VERSION = 2**63 - 1
 UNLOADED = "unloaded"  # the reason of a version that was there and is not wanted now
@@ -31,6 +34,28 @@ class Version:
     state: ModelState = ModelState.LOADING
     reason: str = ""
 
+    @property
+    def serving(self) -> Model | None:
+        """The model, while it answers requests."""
+        ready = self.model is not None and self.state is ModelState.READY and self.model.ready
+        return self.model if ready else None
+
+    @property
+    def missing(self) -> bool:
+        """Whether it is to be served and is not."""
+        wanted = self.state is not ModelState.UNLOADING and self.reason != UNLOADED
+        return wanted and self.serving is None
+
+    def retire(self) -> None:
+        """Takes no more requests; those under way go on."""
+        if self.model is not None:
+            self.state = ModelState.UNLOADING
+            self.model.retire()
+
+    def rest(self, reason: str = UNLOADED) -> None:
+        """Nothing of it is loaded any more, and why."""
+        self.model, self.state, self.reason = None, ModelState.UNAVAILABLE, reason
+
 
 @dataclass(frozen=True)
 class IndexEntry:
@@ -42,34 +67,82 @@ class IndexEntry:
     reason: str
 
 
+@dataclass(eq=False)
+class Entry:
+    """One model of the repository, from the first time it is to be loaded."""
+
+    versions: dict[str, Version] = field(default_factory=dict)
+    error: str = ""  # why its folder cannot be read
+    loaded_mark: object = None  # of the folder as it was loaded; None after anything else than a success with it
+    tried_mark: object = None  # of the folder at the last attempt: polling is to try again only when it has changed
+    scratch: set[Path] = field(default_factory=set)  # folders that hold what came with load requests
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # held by who loads or unloads
+
+    @property
+    def active(self) -> bool:
+        """Whether any version is loaded, is being loaded or could not be."""
+        return any(v.model is not None or v.missing for v in self.versions.values())
+
+    def newest(self, name: str) -> Model:
+        """The newest version that serves.
+
+        Raises:
+            ModelNotFoundError: none is loaded.
+            ModelNotReadyError: none serves at this moment.
+        """
+        serving = {int(number): model for number, v in self.versions.items() if (model := v.serving) is not None}
+        if serving:
+            return serving[max(serving)]
+        reasons = "; ".join(v.reason or v.state.lower() for v in self.versions.values())
+        if all(v.state is ModelState.UNAVAILABLE for v in self.versions.values()):
+            raise ModelNotFoundError(f"Request for unknown model: '{name}' has no available versions ({reasons})")
+        raise ModelNotReadyError(f"Request for unknown model: '{name}' is not at ready state ({reasons})")
+
+    def index(self, name: str) -> list[IndexEntry]:
+        """Its lines of the repository's index."""
+        lines = [IndexEntry(name, v.folder.version, v.state, v.reason) for v in self.versions.values()]
+        if self.error:
+            lines.append(IndexEntry(name, "", ModelState.UNAVAILABLE, self.error))
+        return lines or [IndexEntry(name, "", None, "")]
+
+
 @dataclass(frozen=True)
 class Override:
-    """What a load request brings instead of the repository's files."""
+    """What a load request brings instead of the repository's files.
+
+    Raises:
+        InvalidRequestError: a file has no name, or would lie outside the model's folder.
+    """
 
     config: str = ""  # the text of a config.pbtxt
     files: dict[str, bytes] = field(default_factory=dict)  # by their path in the model's folder
+
+    def __post_init__(self) -> None:
+        for name in self.files:
+            parts = PurePosixPath(name).parts
+            if not parts or parts[0] == "/" or ".." in parts or "\0" in name:
+                raise InvalidRequestError.of("file", name, "a path inside the model's folder is, such as 1/model.onnx")
 
     def lay_out(self, model: Path, scratch: Path) -> Path:
         """A folder below `scratch` like `model`, with this config, and with these files instead of the versions.
 
         Raises:
-            ConfigError: a file would lie outside the folder.
+            ConfigError: it cannot be written.
         """
-        shadow = Path(tempfile.mkdtemp(dir=scratch)) / model.name
-        shadow.mkdir()
-        for name, data in self.files.items():
-            target = (shadow / name).resolve()
-            if not target.is_relative_to(shadow.resolve()):
-                raise ConfigError(f"file:{name} lies outside the model's folder")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(data)
-        for entry in () if self.files else model.iterdir():
-            if entry.is_dir():
-                (shadow / entry.name).symlink_to(entry.resolve())
-        if self.config:
-            (shadow / "config.pbtxt").write_text(self.config, "utf-8")
-        else:
-            shutil.copy(model / "config.pbtxt", shadow / "config.pbtxt")
+        shadow = scratch / model.name
+        try:
+            shadow.mkdir()
+            for name, data in self.files.items():
+                (shadow / name).parent.mkdir(parents=True, exist_ok=True)
+                (shadow / name).write_bytes(data)
+            for version in () if self.files else version_folders(model):
+                (shadow / version.name).symlink_to(version.resolve())
+            if self.config:
+                (shadow / "config.pbtxt").write_text(self.config, "utf-8")
+            else:
+                shutil.copy(model / "config.pbtxt", shadow)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"what the load request brings cannot be written: {error}") from error
         return shadow
 
 
@@ -84,7 +157,49 @@ def check_version(text: str) -> None:
         raise InvalidRequestError(f"invalid model version specified '{text}' , version should be an integral value > 0")
 
 
-def folder_mark(folder: Path) -> object:
-    """Differs whenever a file of the model has changed."""
-    files = [p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")]
-    return sorted((str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in files)
+def version_folders(model: Path) -> list[Path]:
+    """The folders of a model that are versions."""
+    return [p for p in model.iterdir() if p.name.isdecimal() and p.is_dir()]
+
+
+def chosen_folders(path: Path) -> list[ModelFolder]:
+    """The versions in the folder that its config asks for.
+
+    Raises:
+        ConfigError: there is none, or no config that can be read.
+    """
+    there = [p.name for p in version_folders(path)]
+    if not there:
+        raise ConfigError(f"{path} holds no version; finish its export with `zserve export --name {path.name}`")
+    file = read_model_file(path)
+    versions = file.versions.choose(there)
+    if not versions:
+        raise ConfigError("no version is available: its folder has none that the version policy asks for")
+    return [ModelFolder(path, version, file) for version in versions]
+
+
+def folder_mark(model: Path) -> object:
+    """Differs whenever config.pbtxt or a file of a version has; empty where there is neither.
+
+    What else lies in the folder does not count: an export writes there for minutes, and what it writes comes and goes.
+    """
+    return sorted(mark for file in _files(model) for mark in _file_mark(file))
+
+
+def _files(model: Path) -> Iterator[Path]:
+    yield model / "config.pbtxt"
+    try:
+        versions = version_folders(model)
+    except OSError:  # the model itself has gone since it was listed
+        return
+    for version in versions:
+        for folder, _, names in os.walk(version):
+            yield from (Path(folder, name) for name in names if not name.startswith("."))
+
+
+def _file_mark(file: Path) -> list[tuple[str, int, int]]:
+    try:
+        found = file.stat()
+    except OSError:  # it has gone since it was listed, or cannot be read, which is for a load to say
+        return []
+    return [(str(file), found.st_mtime_ns, found.st_size)]

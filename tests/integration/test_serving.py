@@ -98,6 +98,14 @@ def test_told_to_stop_it_finishes_what_runs_and_takes_nothing_new(copy: Path, ho
     assert not worker.is_running()
 
 
+def test_told_to_stop_while_it_loads_it_leaves_no_worker(copy: Path) -> None:
+    server = ServerProcess(copy)
+    worker = wait_for(server.workers)[0]
+    worker.suspend()  # it would not end by itself
+    assert server.stop() == 0
+    assert not worker.is_running()
+
+
 def test_a_killed_worker_is_replaced_and_does_not_outlive_a_killed_frontend(copy: Path) -> None:
     with ServerProcess(copy) as server, server.client() as client:
         (worker,) = server.workers()

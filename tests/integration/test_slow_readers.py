@@ -56,13 +56,13 @@ async def server(tmp_path: Path) -> AsyncIterator[Running]:
 async def test_answers_that_a_client_does_not_read_keep_no_worker(server: Running, tmp_path: Path) -> None:
     gate, figures = tmp_path / "gate", server.queue.statistics
     with client_of(server.url, gate) as stopped:
-        await server.until(lambda: figures.pending == UNREAD)
+        await server.until(lambda: figures.under_way == UNREAD)
         stopped.send_signal(signal.SIGSTOP)
         gate.touch()
         assert (await draw(server.client, ImageRequest("anything"))).kinds[-1] == "completed"
         await server.until(lambda: server.queue.running == server.queue.waiting == 0)
-        assert figures.pending > WINDOW
-    await server.until(lambda: figures.pending == 0)
+        assert figures.under_way > WINDOW
+    await server.until(lambda: figures.under_way == 0)
 
 
 async def test_answers_that_wait_for_an_earlier_one_of_their_stream_keep_no_worker(
@@ -77,7 +77,7 @@ async def test_answers_that_wait_for_an_earlier_one_of_their_stream_keep_no_work
         for priority in (8, *(1 for _ in range(2 * WINDOW))):
             inputs = [bytes_tensor("PROMPT", "anything")]
             yield {"model_name": "light", "inputs": inputs, "priority": priority, "request_id": str(priority)}
-        await server.until(lambda: server.queue.statistics.pending == 1 + 3 * WINDOW)
+        await server.until(lambda: server.queue.statistics.under_way == 1 + 3 * WINDOW)
         gate.touch()
 
     async with triton.InferenceServerClient(server.url) as client:

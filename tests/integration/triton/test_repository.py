@@ -1,18 +1,26 @@
 """Versions, loading and unloading: explicit, by polling, and with a model that cannot be loaded."""
 
+import asyncio
 import json
 import queue
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from export.repository import versions
+from server.config import ControlMode, ServeConfig
+from server.frontend.app import Frontend
+from server.frontend.repository import Repository
+from server.settings import GrpcConfig
 from tests.conftest import MODEL
 from tests.integration.process import PATIENCE, ServerProcess, wait_for
 from tests.integration.triton.conftest import IDENTITIES, bytes_tensor, identity_config, some_bytes, tensor, write_model
@@ -39,8 +47,9 @@ def test_load_and_unload(identity_server: Start, tmp_path: Path) -> None:
         client.load_model("identity")
         assert client.infer("identity", [some_bytes()]).as_numpy("OUTPUT0").size == 5
         assert status_of(lambda: client.unload_model("x"))[0] == "NOT_FOUND"
-        assert status_of(lambda: client.load_model("x"))[0] == "INTERNAL"
-        assert status_of(lambda: client.load_model("../models/identity"))[0] == "INTERNAL"
+        for name in ("x", "", "../models/identity"):
+            assert status_of(lambda name=name: client.load_model(name))[0] == "NOT_FOUND"
+        assert client.is_server_ready()
 
 
 class Drawing:
@@ -158,11 +167,29 @@ def test_a_config_given_with_the_load(identity_server: Start) -> None:
         files = {"file:7/model.bin": b"weights"}
         client.load_model("identity", config=json.dumps(config), files=files)
         assert states(client) == {("identity", "7"): "READY", ("identity", "1"): "UNAVAILABLE"}
-        escape = {"file:../../x": b""}
-        assert (
-            status_of(lambda: client.load_model("identity", config=json.dumps(config), files=escape))[0] == "INTERNAL"
-        )
+        for name in ("file:../../x", "file:"):
+            escape = {name: b""}
+            status = status_of(lambda f=escape: client.load_model("identity", config=json.dumps(config), files=f))
+            assert status[0] == "INVALID_ARGUMENT"
         assert client.infer("identity", [tensor("A", values, "FP32")]).get_response().model_version == "7"
+        client.load_model("identity")  # as the repository has it
+        assert states(client) == {("identity", "7"): "UNAVAILABLE", ("identity", "1"): "READY"}
+        assert client.get_model_config("identity").config.input[0].name == "INPUT0"
+
+
+def test_a_load_goes_on_when_its_client_has_left(repository: Path, tmp_path: Path) -> None:
+    (tmp_path / MODEL).symlink_to(repository / MODEL)
+    with ServerProcess(tmp_path, "--model-control-mode", "explicit") as server:
+        with grpc.insecure_channel(server.url) as channel:
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            load = stub.RepositoryModelLoad.future(service_pb2.RepositoryModelLoadRequest(model_name=MODEL))
+            with server.standing_still():
+                load.cancel()
+        with triton.InferenceServerClient(server.url) as client:
+            wait_for(lambda: "READY" in states(client).values())
+            assert client.is_server_ready()
+        with server.client() as drawing:
+            assert drawing.draw("a star", width=64, height=64, num_inference_steps=1).images
 
 
 def test_nothing_is_loaded_by_clients_unless_that_was_allowed(identity_server: Start) -> None:
@@ -215,6 +242,43 @@ def test_a_broken_model_is_named_and_the_others_serve(identity_server: Start, tm
         assert "nothing" in entry.reason or "config.pbtxt cannot be read" in entry.reason
         assert client.infer("identity", [some_bytes()]).as_numpy("OUTPUT0").size == 5
         assert [m.name for m in client.get_model_repository_index().models] == ["broken", "identity"]
+
+
+def test_a_name_at_the_start_that_has_no_folder_is_waited_for(identity_server: Start, tmp_path: Path) -> None:
+    arguments = ("--model-control-mode=explicit", "--load-model=identity", "--load-model=later")
+    server = ServerProcess(tmp_path / "models", *arguments)
+    with triton.InferenceServerClient(server.url) as client:
+        wait_for(lambda: "cannot load model later: it has no folder" in server.log)
+        wait_for(lambda: client.is_model_ready("identity") or None)
+        assert not client.is_server_ready()
+        write_model(tmp_path / "models", "later", IDENTITIES["identity"])
+        client.load_model("later")
+        wait_for(client.is_server_ready)
+    assert server.stop() == 0
+
+
+async def test_polling_survives_a_round_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rounds: asyncio.Queue[None] = asyncio.Queue()
+
+    async def poll(repository: Repository) -> None:
+        rounds.put_nowait(None)
+        raise FileNotFoundError("it went while it was read")
+
+    monkeypatch.setattr(Repository, "poll", poll)
+    models = write_model(tmp_path, "identity", IDENTITIES["identity"]).parent
+    grpc_config = GrpcConfig("127.0.0.1", port=0)
+    poll_mode = {"model_control_mode": ControlMode.POLL, "repository_poll_secs": 0.01}
+    config = ServeConfig(models, grpc=grpc_config, metrics_address="127.0.0.1", metrics_port=0, **poll_mode)
+    with tempfile.TemporaryDirectory() as sockets:
+        frontend = Frontend(config, Path(sockets))
+        running = asyncio.create_task(frontend.run())
+        for _ in range(2):
+            await rounds.get()
+        frontend.stop()
+        assert await running == 0
+    assert "it went while it was read" in caplog.text
 
 
 def test_strict_readiness(tmp_path: Path) -> None:

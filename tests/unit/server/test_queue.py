@@ -247,8 +247,11 @@ async def test_a_closed_queue_refuses_whoever_waits() -> None:
     waiting = asyncio.create_task(serve(queue))
     await asyncio.sleep(0)
     queue.close(ShuttingDownError("bye"))
+    queue.close(ModelNotReadyError("too late to say so"))
     with pytest.raises(ZServeError, match="bye"):
         await waiting
+    with pytest.raises(ZServeError, match="bye"):
+        queue.enter(a_request())
 
 
 async def until_empty(queue: ModelQueue) -> None:
