@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import signal
 import sys
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -219,6 +220,8 @@ class Worker:
             *self.config.arguments(),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
+            # What libraries unpack there and a killed worker cannot remove goes with the frontend's own folder.
+            env={**os.environ, "TMPDIR": str(self.config.socket.parent)},
             start_new_session=True,
         )
         return _Process(process, ImageGenerationClient(f"unix:{self.config.socket}"))

@@ -150,6 +150,15 @@ class Executor:
         self._cache.clear()
         return True
 
+    def usable(self) -> bool:
+        """False where an error has left the device in a state that only a new process mends, as CUDA's errors may."""
+        if self._device.type == "cuda":
+            try:
+                torch.cuda.synchronize(self._device)
+            except RuntimeError:
+                return False
+        return True
+
     def free_memory(self) -> None:
         """Drops what can be made again."""
         self._cache.clear()

@@ -12,8 +12,10 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,6 +28,8 @@ from server.worker.executor import Executor, ImageSequence
 from server.worker.images import Pixels
 from server.worker.lanes import Pending
 from server.worker.planner import Plan, Planner, Stage, Wait
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +46,12 @@ class _Submit:
 @dataclass(frozen=True)
 class _Cancel:
     key: int
+
+
+@dataclass(frozen=True)
+class _Call:
+    work: Callable[[], object]
+    answer: "Future[Any]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +80,7 @@ class WorkerLoop(threading.Thread):
         self._planner = planner
         self._clock = clock
         self._patience = patience
-        self._inbox: queue.SimpleQueue[_Submit | _Cancel | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Submit | _Cancel | _Call | None] = queue.SimpleQueue()
         self._flights: list[_Flight] = []
         self._listeners: dict[int, Listener] = {}
         self._told: dict[int, int] = {}  # by key, the queue position that was reported last
@@ -85,6 +95,12 @@ class WorkerLoop(threading.Thread):
     def cancel(self, key: int) -> None:
         """Takes the request's sequences out at the next step; unknown ones are ignored."""
         self._inbox.put(_Cancel(key))
+
+    def call(self, work: Callable[[], T]) -> "Future[T]":
+        """Runs `work` on this thread, between two plans. What CUDA's libraries prepare is kept by thread."""
+        answer: Future[T] = Future()
+        self._inbox.put(_Call(work, answer))
+        return answer
 
     def stop(self) -> None:
         """Ends the loop after the step that is running."""
@@ -133,6 +149,11 @@ class WorkerLoop(threading.Thread):
                     self._planner.add(sequence, self._clock())
             case _Cancel(key):
                 self._forget(key)
+            case _Call(work, answer):
+                try:
+                    answer.set_result(work())
+                except Exception as error:  # noqa: BLE001 - it is the caller's, who waits for it
+                    answer.set_exception(error)
             case None:
                 self._running = False
 
@@ -184,14 +205,13 @@ class WorkerLoop(threading.Thread):
     def _denoise(self, plan: Plan, began: float) -> None:
         sequences = _images(plan)
         self._executor.denoise(sequences)
-        step_ms = 1e3 * (self._clock() - began)
-        self._planner.advance(
-            plan
-        )  # at once: the latents have moved, and whatever fails from here on, no step is run again
-        for row, sequence in enumerate(sequences):
-            self._report_step(sequence, step_ms, len(sequences), row)
+        seconds = self._clock() - began
+        # At once: the latents have moved, and whatever fails from here on, no step is run again.
+        self._planner.advance(plan)
         if not self._flights:  # a step that shares the device costs more
-            self._planner.observe(plan, self._clock() - began)
+            self._planner.observe(plan, seconds)
+        for row, sequence in enumerate(sequences):
+            self._report_step(sequence, 1e3 * seconds, len(sequences), row)
 
     def _start(self, plan: Plan, began: float) -> None:
         """Gives the device what is not a step, and goes on with others if that is not done at once."""
@@ -279,7 +299,11 @@ class WorkerLoop(threading.Thread):
             self._collect()
 
     def _find_the_culprit(self, plan: Plan, error: Exception) -> None:
-        """Of a batch each is run alone: nobody fails for their company."""
+        """Of a batch each is run alone: nobody fails for their company. Unless it was the device."""
+        if not self._executor.usable():
+            log.critical("the device cannot be used any more, so this worker ends: %s", error)
+            self._running = False  # its requests are started over by whoever notices that it is not alive
+            return
         if len(plan.sequences) == 1:
             self._fail(plan.sequences[0].key, error)
             return

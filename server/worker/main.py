@@ -20,6 +20,7 @@ from export.errors import ExportError
 from export.manifest import Manifest
 from export.spec import Component
 from server.config import read_model_config
+from server.costs import CostTable
 from server.engines import memory
 from server.engines.eager import EagerModules
 from server.engines.load import EngineLoader
@@ -37,6 +38,10 @@ from server.worker.serving import serve
 from server.worker.warmup import WarmUp
 
 log = logging.getLogger(__name__)
+
+# Lengths of captions in tokens that the denoiser is warmed with. On CUDA the first run of every new shape prepares its
+# kernels, which may take as long as several steps; few prompts are longer than the last.
+CAPTIONS = {"cpu": (32,), "cuda": (32, 64, 96, 128)}
 
 
 def main() -> int:
@@ -66,10 +71,12 @@ def build_service(config: WorkerConfig) -> WorkerService:
     used = MemoryUse(host_before_load=memory.host_bytes(), device_before_load=memory.device_bytes())
     components = _load(config, folder, manifest, device)
     executor = Executor(components, manifest, device, model.prompt_cache_size)
-    costs = WarmUp(executor, manifest.checkpoint.dimensions, announce).run(model)
+    costs = CostTable()
     batches = BatchPolicy(model.max_batch_size, model.queue.preferred_batch_sizes, model.queue.max_delay)
     loop = WorkerLoop(executor, Planner(costs, batches, model.queue.turns), patience=config.patience)
     loop.start()
+    warm_up = WarmUp(executor, manifest.checkpoint.dimensions, announce, CAPTIONS[device])
+    loop.call(lambda: warm_up.run(model, costs)).result()
     used = replace(used, host_loaded=memory.host_bytes(), device_loaded=memory.device_bytes())
 
     device_name = _device_name(device, config.device)

@@ -1,7 +1,7 @@
 """Runs every configured shape before the worker says it is ready, and measures what each stage costs."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from export.spec import (
     CAPTION_MULTIPLE,
@@ -24,24 +24,32 @@ LONGEST_SHARED_STEP = 0.5
 
 
 class WarmUp:
-    """Warm-up of one executor. `announce` is told which component runs next, in case that ends the process."""
+    """Warm-up of one executor. `announce` is told which component runs next, in case that ends the process.
 
-    def __init__(self, executor: Executor, dimensions: ModelDimensions, announce: Callable[[Component], None]) -> None:
+    `captions`: the lengths in tokens that the denoiser is run with, of which the first is what is measured.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        dimensions: ModelDimensions,
+        announce: Callable[[Component], None],
+        captions: Sequence[int] = (CAPTION_MULTIPLE,),
+    ) -> None:
         self._executor = executor
         self._dimensions = dimensions
         self._announce = announce
+        self._captions = captions
         self._specs = component_specs(dimensions)
 
-    def run(self, model: ModelConfig) -> CostTable:
-        """Runs all sizes of `model`; the returned costs hold every size and batch that was run."""
-        costs = CostTable()
+    def run(self, model: ModelConfig, costs: CostTable) -> None:
+        """Runs all sizes of `model`; `costs` get every size and batch that was run."""
         for caption in (2 * CAPTION_MULTIPLE, CAPTION_MULTIPLE):
             taken = self._time(Component.PROMPT_ENCODER, ShapePoint(1, caption, *model.default_size))
         for seconds in taken:
             costs.observe(StepCost(0, 0, 1, seconds, Component.PROMPT_ENCODER))
         for size in dict.fromkeys((model.default_size, *model.warmup_sizes)):
             self._run_size(size, model.max_batch_size, costs)
-        return costs
 
     def _run_size(self, size: Size, max_batch: int, costs: CostTable) -> None:
         width, height = size
@@ -49,8 +57,11 @@ class WarmUp:
             costs.observe(StepCost(height, width, 1, seconds, Component.IMAGE_DECODER))
         rows = 1
         while rows <= 2 * max_batch:  # guidance doubles the rows of a batch
-            for seconds in self._time(Component.DENOISER, ShapePoint(rows, CAPTION_MULTIPLE, height, width)):
+            measured, *others = (ShapePoint(rows, caption, height, width) for caption in self._captions)
+            for seconds in self._time(Component.DENOISER, measured):
                 costs.observe(StepCost(height, width, rows, seconds))
+            for point in others:
+                self._call(self._specs[Component.DENOISER], point)()
             if costs.step(height, width, rows) > LONGEST_SHARED_STEP:
                 break
             rows *= 2

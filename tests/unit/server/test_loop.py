@@ -49,8 +49,9 @@ class ScriptedExecutor(Executor):
         self.largest = 100  # batch that there is memory for
         self.batches: list[int] = []
         self.steps_taken: Counter[str] = Counter()  # by prompt
-        self.gate = threading.Event()
+        self.gate, self.at_gate = threading.Event(), threading.Event()
         self.gate.set()
+        self.lost = False  # whether the device is
         self.resets = 0
         self.marks: dict[tuple[str, str], list[FakeMark]] = {}  # of stages, by prompt, that run beside the steps
 
@@ -58,6 +59,7 @@ class ScriptedExecutor(Executor):
         return Pending(lambda: None, *self.marks.get(("encode", sequence.request.prompt), ()))
 
     def denoise(self, sequences: list[ImageSequence]) -> None:  # type: ignore[override]
+        self.at_gate.set()
         self.gate.wait(PATIENCE)
         self.batches.append(len(sequences))
         if len(sequences) > self.largest:
@@ -91,6 +93,9 @@ class ScriptedExecutor(Executor):
 
     def free_memory(self) -> None:
         self.freed += 1
+
+    def usable(self) -> bool:
+        return not self.lost
 
 
 class Harness:
@@ -237,8 +242,7 @@ def test_a_device_that_does_not_come_back_is_noticed(harness: Harness) -> None:
     harness.executor.gate.clear()
     events = harness.submit()
     harness.loop.start()
-    while not isinstance(events.get(timeout=PATIENCE), SequenceStarted):
-        pass
+    assert harness.executor.at_gate.wait(PATIENCE)
     assert harness.loop.alive
     harness.clock.now = 10.0 + 20 * 1.1 + 1
     assert not harness.loop.alive
@@ -254,11 +258,38 @@ def beside(harness: Harness, stage: str, prompt: str) -> FakeMark:
     return mark
 
 
+def until_begun(mark: FakeMark) -> None:
+    end = time.monotonic() + PATIENCE
+    while not mark.looks and time.monotonic() < end:
+        time.sleep(0.001)
+    assert mark.looks
+
+
+def test_work_is_done_on_the_devices_thread_and_its_errors_are_the_callers(harness: Harness) -> None:
+    harness.loop.start()
+    assert harness.loop.call(threading.current_thread).result(PATIENCE) is harness.loop
+    with pytest.raises(ZeroDivisionError):
+        harness.loop.call(lambda: 1 // 0).result(PATIENCE)
+    assert isinstance(until_the_end(harness.submit())[-1], FinishedImage)
+
+
+def test_a_device_that_is_lost_ends_the_worker_and_no_request(harness: Harness) -> None:
+    """Whoever sees that the worker is not alive replaces it, and starts its requests over."""
+    harness.executor.faults = {"unlucky": RuntimeError("an illegal memory access was encountered")}
+    harness.executor.lost = True
+    unlucky, other = harness.submit("unlucky"), harness.submit()
+    harness.loop.start()
+    harness.loop.join(PATIENCE)
+    assert not harness.loop.alive
+    assert not [e for events in (unlucky, other) for e in drain(events) if isinstance(e, FinishedImage | Failed)]
+
+
 @pytest.mark.parametrize("stage", ["encode", "decode"])
 def test_others_go_on_while_a_request_is_encoded_or_decoded(harness: Harness, stage: str) -> None:
     mark = beside(harness, stage, "slow")
     slow = harness.submit("slow")
     harness.loop.start()
+    until_begun(mark)
     for number in range(3):
         assert isinstance(until_the_end(harness.submit(str(number)))[-1], FinishedImage)
     waiting_for_it = [slow.get(timeout=PATIENCE) for _ in range(2 if stage == "encode" else 4)]
@@ -274,8 +305,7 @@ def test_a_request_that_is_cancelled_while_it_is_decoded_leaves_nothing(harness:
     mark = beside(harness, "decode", "unwanted")
     unwanted = harness.submit("unwanted")
     harness.loop.start()
-    while not isinstance(unwanted.get(timeout=PATIENCE), Progress):
-        pass
+    until_begun(mark)
     harness.loop.cancel(0)
     until_the_end(harness.submit())
     (flight,) = harness.loop._flights
