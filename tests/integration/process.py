@@ -118,3 +118,10 @@ def _is_worker(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):  # or a zombie, which has no command line any more
         return "server.worker.main" in process.cmdline()
     return False
+
+
+def is_gone(process: psutil.Process) -> bool:
+    """Whether it has ended; nobody may have asked for its exit status yet."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    return True

@@ -17,7 +17,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from client import GenerationFailedError, ImageRequest
 from export.manifest import FileRecord
 from tests.conftest import MODEL
-from tests.integration.process import PATIENCE, ServerProcess, wait_for
+from tests.integration.process import PATIENCE, ServerProcess, is_gone, wait_for
 
 PROMPT = "a red circle on a white background"
 # Minutes of work on two cores: it does not end by itself while a test looks at it.
@@ -109,17 +109,16 @@ def test_told_to_stop_while_it_loads_it_leaves_no_worker(copy: Path) -> None:
 def test_a_killed_worker_is_replaced_and_does_not_outlive_a_killed_frontend(copy: Path) -> None:
     with ServerProcess(copy) as server, server.client() as client:
         (worker,) = server.workers()
-        events = client.generate(ImageRequest(PROMPT, num_inference_steps=50))
-        for event in events:
-            if event.HasField("progress"):
-                break
+        events = client.generate(ImageRequest(PROMPT, width=1024, height=1024, num_inference_steps=50))
+        next(e for e in events if e.HasField("progress"))
         worker.kill()
-        assert [e.started.attempt for e in events if e.HasField("started")] == [2]
+        assert next(e.started.attempt for e in events if e.HasField("started")) == 2
+        events.close()
         assert client.draw(PROMPT, num_inference_steps=1).images
         assert server.metric("zserve_worker_restarts", model=MODEL) == 1
         (replacement,) = server.workers()
         server.stop(signal.SIGKILL)
-        wait_for(lambda: not replacement.is_running())
+        wait_for(lambda: is_gone(replacement))
 
 
 def test_a_full_queue_refuses_and_what_does_not_finish_in_time_is_answered(copy: Path) -> None:

@@ -4,17 +4,31 @@ import json
 import queue
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import tritonclient.grpc as triton
 from google.protobuf import json_format
 
 from tests.conftest import MODEL
-from tests.integration.process import ServerProcess, wait_for
+from tests.integration.process import PATIENCE, ServerProcess, wait_for
 from tests.integration.triton.conftest import bytes_tensor, some_bytes
 from tests.integration.triton.test_errors import status_of
 
 Start = Callable[..., ServerProcess]
+
+
+def written(file: Path, count: int) -> list[dict[str, Any]]:
+    """The records of a trace file, once there are `count`; one that is being made may still be empty."""
+
+    def read() -> list[dict[str, Any]] | None:
+        with suppress(FileNotFoundError, json.JSONDecodeError):
+            records: list[dict[str, Any]] = json.loads(file.read_text())
+            return records if len(records) == count else None
+        return None
+
+    return wait_for(read)
 
 
 def test_traces(identity_server: Start, tmp_path: Path) -> None:
@@ -28,8 +42,7 @@ def test_traces(identity_server: Start, tmp_path: Path) -> None:
         assert changed["settings"]["trace_level"]["value"] == ["TIMESTAMPS"]
         for number in range(4):
             client.infer("identity", [some_bytes()], request_id=f"r{number}")
-    wait_for(lambda: file.exists() and len(json.loads(file.read_text())) == 4)
-    records = json.loads(file.read_text())
+    records = written(file, 4)
     assert [r["request_id"] for r in records if "request_id" in r] == ["r0", "r2"]
     points = {p["name"]: p["ns"] for p in records[1]["timestamps"]}
     assert list(points) == [
@@ -57,8 +70,7 @@ def test_traces_of_tensors(identity_server: Start, tmp_path: Path) -> None:
         off = client.update_trace_settings(settings={"trace_level": ["OFF"]}, as_json=True)
         assert off["settings"]["trace_level"]["value"] == ["OFF"]
         assert status_of(lambda: client.update_trace_settings(settings={"trace_level": "MAX"}))[0] == "INVALID_ARGUMENT"
-    wait_for(lambda: file.exists() and len(json.loads(file.read_text())) == 3)
-    assert json.loads(file.read_text())[1:] == [
+    assert written(file, 3)[1:] == [
         {"id": 1, "activity": activity, "tensor": {"name": name, "data": "0,1,2", "shape": "3", "dtype": "UINT8"}}
         for activity, name in (("TENSOR_QUEUE_INPUT", "INPUT0"), ("TENSOR_BACKEND_OUTPUT", "OUTPUT0"))
     ]
@@ -73,10 +85,9 @@ def test_traces_of_a_stream(identity_server: Start, tmp_path: Path) -> None:
         client.start_stream(lambda result, error: answers.put(error))
         for name in ("r0", "r1"):
             client.async_stream_infer("identity", [some_bytes()], request_id=name)
-        assert [answers.get(timeout=30) for _ in range(2)] == [None, None]
+        assert [answers.get(timeout=PATIENCE) for _ in range(2)] == [None, None]
         client.stop_stream()
-    wait_for(lambda: file.exists() and len(json.loads(file.read_text())) == 4)
-    records = json.loads(file.read_text())
+    records = written(file, 4)
     assert sorted(r["request_id"] for r in records if "request_id" in r) == ["r0", "r1"]
     for record in (r for r in records if "timestamps" in r):
         points = {p["name"]: p["ns"] for p in record["timestamps"]}
