@@ -4,9 +4,9 @@ import sys
 
 from export.build import builder_for
 from export.checkpoint import Checkpoint
+from export.checks import check_reach, check_request
 from export.errors import SourceError
 from export.estimate import GB, check_resources, estimate, free_disk
-from export.exporter import check_size
 from export.manifest import Backend
 from export.request import ExportRequest
 from export.spec import Component
@@ -19,8 +19,7 @@ def print_dry_run(request: ExportRequest) -> None:
         ExportError: as the export itself would before it builds anything.
     """
     builder = builder_for(request.backend, request.options)
-    if builder is not None:
-        builder.check()
+    check_request(request, builder)
     _say(f"{request.model}: {request.backend} in {request.precision}")
     try:
         checkpoint = request.source.cached().open()
@@ -29,7 +28,7 @@ def print_dry_run(request: ExportRequest) -> None:
         _say(f"           {request.source.repair_command()}")
         _say("           What is to be built from it, and what that needs, can be told when it is there")
         return
-    check_size(request, checkpoint)
+    check_reach(request, checkpoint)
     _say(f"download   nothing; the checkpoint is {checkpoint.path}")
     _say_builds(request, checkpoint)
 
