@@ -2,8 +2,9 @@
 
 from export.build import Builder
 from export.checkpoint import Checkpoint
-from export.errors import UnsupportedError
-from export.repository import ServingDefaults, free_version, pixels
+from export.errors import SourceError, UnsupportedError
+from export.estimate import check_disk, check_resources, download_place, estimate_listed
+from export.repository import INCOMPLETE, Existing, ServingDefaults, free_version, pixels, versions
 from export.request import ExportRequest
 from export.spec import MIN_SIZE, SIZE_MULTIPLE, SMALLEST_MAX_SIZE
 
@@ -34,6 +35,31 @@ def _check_sizes(serving: ServingDefaults) -> None:
                 f"{option} {size} cannot be served; sides that are multiples of {SIZE_MULTIPLE} from {MIN_SIZE} to "
                 f"{largest} are accepted. Give another, or another --max-size"
             )
+
+
+def check_download(request: ExportRequest) -> None:
+    """Checks what can be known of a checkpoint before it is downloaded.
+
+    Raises:
+        ResourcesError: there is too little disk for the download, or too little disk or memory for the export even if
+            the files turn out to hold as few numbers as they may.
+    """
+    try:
+        listing = request.source.listing()
+    except SourceError:
+        return  # it may be cached; if not, the download says what is wrong
+    if listing is None or not listing.missing:
+        return
+    if may_reuse(request):
+        check_disk([download_place(listing)])  # what is left to build is known when the checkpoint is there
+    else:
+        check_resources(estimate_listed(request, listing).least, request.repository, listing)
+
+
+def may_reuse(request: ExportRequest) -> bool:
+    """Whether there is anything that an export could take engines from."""
+    there = versions(request.model) or (request.model / INCOMPLETE).exists()
+    return bool(there) and request.existing is Existing.KEEP
 
 
 def check_reach(request: ExportRequest, checkpoint: Checkpoint) -> None:

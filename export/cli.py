@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.errors import ExportError, UnsupportedError
+from export.hubs import Hub
 from export.interruption import Interruption
 from export.manifest import Backend, EngineRecord, PlanWeights, Target, Verbosity
 from export.repository import Existing, ServingDefaults, kept_settings
-from export.sources import Hub, Network, Source, network_from_environment
+from export.sources import Network, Source, network_from_environment
 from export.spec import MIN_SIZE, SIZE_MULTIPLE, SMALLEST_MAX_SIZE, Precision
 
 if TYPE_CHECKING:

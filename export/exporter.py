@@ -11,7 +11,7 @@ from torch import nn
 
 from export.build import Builder, BuildInputs, builder_for
 from export.checkpoint import Checkpoint
-from export.checks import check_reach, check_request
+from export.checks import check_download, check_reach, check_request
 from export.devices import current_target
 from export.errors import BuildError
 from export.estimate import check_resources, estimate
@@ -61,6 +61,7 @@ def export_model(request: ExportRequest, report: Report) -> Exported:
     report("checking the checkpoint", 0)
     builder = builder_for(request.backend, request.options)
     check_request(request, builder)
+    check_download(request)
     checkpoint = request.source.open()
     check_reach(request, checkpoint)
     published = _published(request, checkpoint)
