@@ -42,7 +42,10 @@ def parser() -> argparse.ArgumentParser:
         choices=list(Precision),
         help="default: bf16 on CUDA and for TensorRT, else fp32",
     )
-    p.add_argument("--device", help="device to build for: cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+    p.add_argument(
+        "--device",
+        help="device to build for: cpu, cuda, cuda:1 ... (default: cuda where there is one; cpu for onnxruntime)",
+    )
     _add_serving_arguments(p)
     p.add_argument("--version", type=_whole(1, 999_999_999), help="version number to write (default: the next one)")
     p.add_argument(
@@ -175,7 +178,8 @@ def _request(arguments: argparse.Namespace) -> "ExportRequest":
     from export.devices import checked_device
     from export.request import ExportRequest
 
-    device = checked_device(arguments.device)
+    # ONNX Runtime computes on the CPU whatever else is here; a GPU asked for is refused by its builder.
+    device = checked_device(arguments.device or ("cpu" if arguments.backend is Backend.ONNXRUNTIME else None))
     cuda = device.startswith("cuda")
     backend = arguments.backend or (Backend.AOTINDUCTOR if cuda else Backend.ONNXRUNTIME)
     tensorrt = backend in (Backend.TENSORRT, Backend.TENSORRT_RTX)

@@ -1,4 +1,4 @@
-"""What an export will need, told before it begins: downloads, disk and memory, from file headers alone."""
+"""What an export will need, told before it begins: disk and memory, from file headers or from the sizes on a hub."""
 
 import shutil
 from collections.abc import Mapping, Sequence

@@ -146,7 +146,7 @@ class ModelScope:
         try:
             folder = Path(self.download(name, revision, cache, offline=True))
         except self.errors:
-            folder = Path(os.devnull)  # nothing is cached, so nothing is found below it
+            return Listing(self.cache(cache), tuple(RemoteFile(f.path, f.size, 0) for f in found))
         files = tuple(RemoteFile(f.path, f.size, _bytes_here(folder / f.path, f.size)) for f in found)
         return Listing(self.cache(cache), files)
 

@@ -54,6 +54,18 @@ def test_an_export_computes_on_the_gpu_it_was_told(two_gpus: None, tmp_path: Pat
         cli.main([*fixed, "--device", "cuda:1"])
 
 
+def test_onnx_runtime_is_for_the_cpu_unless_a_gpu_is_asked_for(
+    two_gpus: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fixed = ["--checkpoint", str(CHECKPOINT), "--repository", str(tmp_path), "--name", "m", "--dry-run"]
+    assert cli.main([*fixed, "--backend", "onnxruntime"]) == 0
+    said = capsys.readouterr().out
+    assert "onnxruntime in fp32" in said
+    assert "build for  cpu" in said
+    assert cli.main([*fixed, "--backend", "onnxruntime", "--device", "cuda"]) == 1
+    assert "runs on the CPU only" in capsys.readouterr().err
+
+
 def test_the_checks_process_computes_on_the_gpu_it_was_told(two_gpus: None) -> None:
     check = ParityCheck(CHECKPOINT, Component.DENOISER, Backend.AOTINDUCTOR, Path("x"), Precision.BF16, "cuda:1")
     with pytest.raises(ChosenError, match="cuda:1"):
