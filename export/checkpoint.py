@@ -56,6 +56,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     _check_tokenizer(path / "tokenizer" / "tokenizer.json", raw["tokenizer/tokenizer.json"])
     configs = checked_configs(raw)
     weights = [file for part in WEIGHTS for file in weight_files(path / part, WEIGHTS[part])]
+    for part, stacks in _stacks(configs).items():
+        _check_layers(path / part, stacks)
     return Checkpoint(
         path=path,
         dimensions=_dimensions(configs),
@@ -161,6 +163,32 @@ def _check_tokenizer(file: Path, tokenizer: dict[str, Any]) -> None:
     """The server turns prompts into token ids with it."""
     if not isinstance(tokenizer.get("model"), dict) or not tokenizer["model"].get("vocab"):
         raise DamagedFileError(file, "has no vocabulary (model.vocab)")
+
+
+def _stacks(configs: CheckpointConfigs) -> dict[str, dict[str, int]]:
+    """How many equal layers the configs promise, by folder and the name they have there."""
+    transformer = configs.transformer
+    refiners = dict.fromkeys(("noise_refiner", "context_refiner"), transformer.n_refiner_layers)
+    return {
+        "transformer": {"layers": transformer.n_layers, **refiners},
+        "text_encoder": {"layers": configs.text_encoder.num_hidden_layers},
+    }
+
+
+def _check_layers(folder: Path, stacks: dict[str, int]) -> None:
+    """Every layer must have what its equals have: the libraries would fill in what is missing, and say nothing."""
+    headers = [read_safetensors_header(file) for file in weight_files(folder, WEIGHTS[folder.name])]
+    # Text encoders are stored with or without the prefix of the causal language model around them.
+    names = {name.removeprefix("model.") for header in headers for name in header}
+    for stack, count in stacks.items():
+        inner = {parts[2] for name in names if len(parts := name.split(".", 2)) == 3 and parts[0] == stack}
+        needed = (f"{stack}.{layer}.{name}" for layer in range(count) for name in sorted(inner) or ["*"])
+        missing = next((name for name in needed if name not in names), None)
+        if missing is not None:
+            raise CheckpointError(
+                f"{folder} holds no tensor {missing}, and its config promises {count} {stack}; download it again, or "
+                "save it whole"
+            )
 
 
 def _dimensions(configs: CheckpointConfigs) -> ModelDimensions:

@@ -1,12 +1,14 @@
 """A broken checkpoint is named, with what is wrong and what to do."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from benchmarks import published
 from export.checkpoint import CONFIGS, data_start, open_checkpoint, read_safetensors_header
@@ -171,6 +173,31 @@ def test_a_header_that_is_none_is_named(copy: Path, header: str) -> None:
         open_checkpoint(copy)
 
 
+@pytest.mark.parametrize(
+    ("part", "gone", "named"),
+    [
+        ("transformer", "layers.3.attention.to_q.weight", "layers.3.attention.to_q.weight"),
+        ("transformer", "context_refiner.", "context_refiner.0."),
+        ("text_encoder", "layers.4.mlp.up_proj.weight", "layers.4.mlp.up_proj.weight"),
+    ],
+)
+def test_a_tensor_that_is_not_there_is_named(copy: Path, part: str, gone: str, named: str) -> None:
+    """diffusers and transformers fill it with noise or zeros."""
+    (file,) = (copy / part).glob("*.safetensors")
+    tensors = load_file(file)
+    kept = {name: tensor for name, tensor in tensors.items() if not name.removeprefix("model.").startswith(gone)}
+    assert 0 < len(kept) < len(tensors)
+    save_file(kept, file)
+    with pytest.raises(CheckpointError, match=f"{part} holds no tensor {re.escape(named)}"):
+        open_checkpoint(copy)
+
+
+def test_more_layers_than_there_are_cannot_be_promised(copy: Path) -> None:
+    change(copy, TRANSFORMER, n_layers=9)
+    with pytest.raises(CheckpointError, match=r"holds no tensor layers\.8\..*, and its config promises 9 layers"):
+        open_checkpoint(copy)
+
+
 @pytest.mark.parametrize("shards", [{"a": 5}, {"a": "../../other/model.safetensors"}, {}])
 def test_an_index_of_what_are_no_files_is_named(copy: Path, shards: dict[str, Any]) -> None:
     (copy / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": shards}))
@@ -233,7 +260,7 @@ def test_little_of_thirty_gigabytes_is_read(copy: Path) -> None:
             for n in range(tensors)
         }
     )
-    with (copy / WEIGHTS).open("wb") as f:
+    with (copy / "vae" / "diffusion_pytorch_model.safetensors").open("wb") as f:
         f.write(safetensors(header))
         f.truncate(8 + len(header) + tensors * size)  # it takes no room on the disk
     before = bytes_read()
