@@ -5,14 +5,15 @@ Reads JSON and safetensors headers only, so a broken 20 GB download is named wit
 
 import hashlib
 import json
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from export.configs import FILES, CheckpointConfigs, checked_configs
 from export.errors import CheckpointError, DamagedFileError
-from export.spec import CAPTION_MULTIPLE, MAX_PROMPT_TOKENS, SIZE_MULTIPLE, ModelDimensions
+from export.parsing import parsed
+from export.spec import ModelDimensions
 
 PIPELINE_CLASS = "ZImagePipeline"
 WEIGHTS = {
@@ -22,11 +23,13 @@ WEIGHTS = {
 }
 CONFIGS = (
     "model_index.json",
-    "scheduler/scheduler_config.json",
+    "tokenizer/tokenizer.json",
     "tokenizer/tokenizer_config.json",
-    *(f"{part}/config.json" for part in WEIGHTS),
+    *FILES.values(),
 )
-SAMPLE_BYTES = 1 << 20
+CHAT_TEMPLATE = "tokenizer/chat_template.jinja"  # older checkpoints have it in tokenizer_config.json
+SAMPLE_BYTES = 2048
+HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 @dataclass(frozen=True)
@@ -49,19 +52,28 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     path = path.resolve()
     _check_pipeline(path)
-    configs = {name: _read_json(path / name) for name in CONFIGS}
+    raw = {name: _read_json(path / name) for name in CONFIGS}
+    _check_tokenizer(path / "tokenizer" / "tokenizer.json", raw["tokenizer/tokenizer.json"])
+    configs = checked_configs(raw)
     weights = [file for part in WEIGHTS for file in weight_files(path / part, WEIGHTS[part])]
-    for file in weights:
-        read_safetensors_header(file)
-    transformer, scheduler = configs["transformer/config.json"], configs["scheduler/scheduler_config.json"]
-    _check_scheduler(scheduler)
+    for part, stacks in _stacks(configs).items():
+        _check_layers(path / part, stacks)
     return Checkpoint(
         path=path,
         dimensions=_dimensions(configs),
-        shift=float(scheduler["shift"]),
-        max_size=_max_size(transformer),
+        shift=float(configs.scheduler.shift),
+        max_size=configs.transformer.max_size,
         fingerprint=_fingerprint(path, weights),
     )
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor as a safetensors header has it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]  # from the header's end
 
 
 def read_safetensors_header(file: Path) -> dict[str, Any]:
@@ -70,19 +82,29 @@ def read_safetensors_header(file: Path) -> dict[str, Any]:
     Format: u64 header length, JSON header, tensor data (https://github.com/huggingface/safetensors).
     """
     size = file.stat().st_size
+    length = data_start(file) - 8
+    if not 2 <= length <= min(size - 8, HEADER_BYTES):
+        raise DamagedFileError(file, f"is not a safetensors file (its header does not fit its {size} bytes)")
     with file.open("rb") as f:
-        length = struct.unpack("<Q", f.read(8))[0] if size >= 8 else 0
-        if not 2 <= length <= size - 8:
-            raise DamagedFileError(file, f"is not a safetensors file (its header does not fit its {size} bytes)")
-        try:
-            header: dict[str, Any] = json.loads(f.read(length))
-            ends = [t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DamagedFileError(file, f"has an unreadable safetensors header ({error})") from error
-    expected = 8 + length + max(ends, default=0)
+        f.seek(8)
+        text = f.read(length)
+    try:
+        header = _object(json.loads(text))
+        spans = [parsed(_Stored, entry).data_offsets for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, TypeError) as error:
+        raise DamagedFileError(file, f"has an unreadable safetensors header ({error})") from error
+    expected = 8 + length + max((end for _, end in spans), default=0)
     if size != expected:
         raise DamagedFileError(file, f"is damaged: {expected} bytes expected, {size} found")
+    if any(not 0 <= begin <= end for begin, end in spans):
+        raise DamagedFileError(file, "has an unreadable safetensors header (a tensor ends before it begins)")
     return header
+
+
+def _object(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"it holds {type(value).__name__}, not an object")
+    return value
 
 
 def data_start(file: Path) -> int:
@@ -122,8 +144,8 @@ def weight_files(folder: Path, single: str) -> Iterator[Path]:
     index = folder / f"{single}.index.json"
     if index.is_file():
         shards = _read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not shards:
-            raise DamagedFileError(index, "names no shards")
+        if not isinstance(shards, dict) or not shards or not all(map(_is_file_name, shards.values())):
+            raise DamagedFileError(index, "names no shards, or what are no file names")
         names = sorted(set(shards.values()))
     else:
         names = [single]
@@ -133,56 +155,76 @@ def weight_files(folder: Path, single: str) -> Iterator[Path]:
         yield folder / name
 
 
-def _check_scheduler(config: dict[str, Any]) -> None:
-    kind = config.get("_class_name")
-    if kind != "FlowMatchEulerDiscreteScheduler" or config.get("use_dynamic_shifting"):
-        raise CheckpointError(
-            f"the checkpoint's schedule is {kind} with use_dynamic_shifting="
-            f"{config.get('use_dynamic_shifting')}; only FlowMatchEulerDiscreteScheduler with a fixed shift is"
-        )
+def _is_file_name(name: object) -> bool:
+    return isinstance(name, str) and name == Path(name).name
 
 
-def _dimensions(configs: dict[str, dict[str, Any]]) -> ModelDimensions:
-    transformer, text_encoder = configs["transformer/config.json"], configs["text_encoder/config.json"]
-    if transformer.get("all_patch_size") != [2] or transformer.get("all_f_patch_size") != [1]:
-        raise CheckpointError("transformer/config.json: only all_patch_size [2] and all_f_patch_size [1] are supported")
-    heads, vae = transformer["n_heads"], configs["vae/config.json"]
-    for what, value, needed in (
-        (
-            "transformer cap_feat_dim",
-            transformer["cap_feat_dim"],
-            ("text encoder hidden_size", text_encoder["hidden_size"]),
-        ),
-        ("transformer in_channels", transformer["in_channels"], ("vae latent_channels", vae["latent_channels"])),
-        ("transformer dim / n_heads", transformer["dim"] / heads, ("sum of axes_dims", sum(transformer["axes_dims"]))),
-        ("vae block_out_channels count", len(vae["block_out_channels"]), ("count for 8 pixels a latent", 4)),
-    ):
-        if value != needed[1]:
-            raise CheckpointError(f"the checkpoint's {what} is {value}; it must equal the {needed[0]}, {needed[1]}")
-    return ModelDimensions(transformer["in_channels"], transformer["dim"], text_encoder["vocab_size"])
+def _check_tokenizer(file: Path, tokenizer: dict[str, Any]) -> None:
+    """The server turns prompts into token ids with it."""
+    if not isinstance(tokenizer.get("model"), dict) or not tokenizer["model"].get("vocab"):
+        raise DamagedFileError(file, "has no vocabulary (model.vocab)")
 
 
-def _max_size(transformer: dict[str, Any]) -> int:
-    depth, rows, columns = transformer["axes_lens"]
-    if depth < MAX_PROMPT_TOKENS + CAPTION_MULTIPLE:
-        raise CheckpointError(f"axes_lens[0] is {depth}; a {MAX_PROMPT_TOKENS}-token prompt does not fit")
-    return int(min(rows, columns)) * SIZE_MULTIPLE
+def _stacks(configs: CheckpointConfigs) -> dict[str, dict[str, int]]:
+    """How many equal layers the configs promise, by folder and the name they have there."""
+    transformer = configs.transformer
+    refiners = dict.fromkeys(("noise_refiner", "context_refiner"), transformer.n_refiner_layers)
+    return {
+        "transformer": {"layers": transformer.n_layers, **refiners},
+        "text_encoder": {"layers": configs.text_encoder.num_hidden_layers},
+    }
+
+
+def _check_layers(folder: Path, stacks: dict[str, int]) -> None:
+    """Every layer must have what its equals have: the libraries would fill in what is missing, and say nothing."""
+    headers = [read_safetensors_header(file) for file in weight_files(folder, WEIGHTS[folder.name])]
+    # Text encoders are stored with or without the prefix of the causal language model around them.
+    names = {name.removeprefix("model.") for header in headers for name in header}
+    for stack, count in stacks.items():
+        inner = {parts[2] for name in names if len(parts := name.split(".", 2)) == 3 and parts[0] == stack}
+        needed = (f"{stack}.{layer}.{name}" for layer in range(count) for name in sorted(inner) or ["*"])
+        missing = next((name for name in needed if name not in names), None)
+        if missing is not None:
+            raise CheckpointError(
+                f"{folder} holds no tensor {missing}, and its config promises {count} {stack}; download it again, or "
+                "save it whole"
+            )
+
+
+def _dimensions(configs: CheckpointConfigs) -> ModelDimensions:
+    transformer = configs.transformer
+    return ModelDimensions(transformer.in_channels, transformer.dim, configs.text_encoder.vocab_size)
 
 
 def _fingerprint(path: Path, weights: list[Path]) -> str:
-    """SHA-256 over the configs and, of each weight file, its size, header and samples of its data.
+    """SHA-256 over the configs, the tokenizer and, of each weight file, its header and samples of every tensor.
 
-    Reading every byte of 30 GB would take longer than starting the server, so the data is sampled at both ends and in
-    the middle: enough to tell fine-tunes apart, not a defence against tampering.
+    Reading every byte of 30 GB would take longer than starting the server. Training changes most values of what it
+    trains, so a few from each tensor tell fine-tunes apart, partial ones too; a few rows changed by hand between the
+    samples of a large tensor are not seen.
     """
     digest = hashlib.sha256()
-    for name in CONFIGS:
-        digest.update((path / name).read_bytes())
+    for name in (*CONFIGS, CHAT_TEMPLATE):
+        if (path / name).is_file():
+            digest.update(name.encode() + (path / name).read_bytes())
     for file in weights:
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(path)}:{size}".encode())
-        with file.open("rb") as f:
-            for start in (0, size // 2, max(0, size - SAMPLE_BYTES)):
-                f.seek(start)
-                digest.update(f.read(SAMPLE_BYTES))
+        header = read_safetensors_header(file)
+        digest.update(f"{file.relative_to(path)}:{json.dumps(header)}".encode())
+        start = data_start(file)
+        with file.open("rb", buffering=0) as f:
+            for begin, end in sorted(t["data_offsets"] for name, t in header.items() if name != "__metadata__"):
+                digest.update(_samples(f, start + begin, start + end))
     return digest.hexdigest()
+
+
+def _samples(file: BinaryIO, begin: int, end: int) -> bytes:
+    """`SAMPLE_BYTES` from the start, the middle and the end of a tensor; all of it where that is no more."""
+    if end - begin <= 3 * SAMPLE_BYTES:
+        places = [(begin, end - begin)]
+    else:
+        places = [(at, SAMPLE_BYTES) for at in (begin, (begin + end - SAMPLE_BYTES) // 2, end - SAMPLE_BYTES)]
+    taken = b""
+    for at, length in places:
+        file.seek(at)
+        taken += file.read(length)
+    return taken

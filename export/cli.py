@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.errors import ExportError, UnsupportedError
+from export.hubs import Hub
 from export.interruption import Interruption
 from export.manifest import Backend, EngineRecord, PlanWeights, Target, Verbosity
-from export.repository import Existing, ServingDefaults
-from export.sources import Hub, Network, Source, network_from_environment
-from export.spec import SIZE_MULTIPLE, Precision
+from export.repository import Existing, ServingDefaults, kept_settings
+from export.sources import Network, Source, network_from_environment
+from export.spec import MIN_SIZE, SIZE_MULTIPLE, SMALLEST_MAX_SIZE, Precision
 
 if TYPE_CHECKING:
     from export.build import BuildOptions
@@ -41,7 +42,10 @@ def parser() -> argparse.ArgumentParser:
         choices=list(Precision),
         help="default: bf16 on CUDA and for TensorRT, else fp32",
     )
-    p.add_argument("--device", help="device to build for: cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+    p.add_argument(
+        "--device",
+        help="device to build for: cpu, cuda, cuda:1 ... (default: cuda where there is one; cpu for onnxruntime)",
+    )
     _add_serving_arguments(p)
     p.add_argument("--version", type=_whole(1, 999_999_999), help="version number to write (default: the next one)")
     p.add_argument(
@@ -59,7 +63,7 @@ def _add_serving_arguments(p: argparse.ArgumentParser) -> None:
         "--default-size",
         type=_size,
         default=DEFAULTS.default_size,
-        help="WIDTHxHEIGHT (default: %(default)s)",
+        help=f"WIDTHxHEIGHT, each side from {MIN_SIZE} to --max-size (default: %(default)s)",
     )
     p.add_argument(
         "--warmup-size",
@@ -76,9 +80,9 @@ def _add_serving_arguments(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--max-size",
-        type=_whole(256, 4096, SIZE_MULTIPLE),
+        type=_whole(SMALLEST_MAX_SIZE, 4096, SIZE_MULTIPLE),
         default=DEFAULTS.max_size,
-        help="longest side in pixels (default: %(default)s)",
+        help=f"longest side in pixels, {SMALLEST_MAX_SIZE} to 4096 (default: %(default)s)",
     )
 
 
@@ -149,11 +153,13 @@ def main(argv: Sequence[str]) -> int:
 
 def _run(arguments: argparse.Namespace, interruption: Interruption) -> None:
     print("loading PyTorch ...", file=sys.stderr, flush=True)
+    from export.devices import use_device
     from export.dry_run import print_dry_run
     from export.exporter import export_model
     from export.progress import progress_bar
 
     request = _request(arguments)
+    use_device(request.device)
     if arguments.dry_run:
         print_dry_run(request)
         return
@@ -165,13 +171,15 @@ def _run(arguments: argparse.Namespace, interruption: Interruption) -> None:
 
         exported = export_model(request, report)
     _print_result(exported)
+    _print_kept_settings(request)
 
 
 def _request(arguments: argparse.Namespace) -> "ExportRequest":
-    from export.devices import default_device
+    from export.devices import checked_device
     from export.request import ExportRequest
 
-    device = arguments.device or default_device()
+    # ONNX Runtime computes on the CPU whatever else is here; a GPU asked for is refused by its builder.
+    device = checked_device(arguments.device or ("cpu" if arguments.backend is Backend.ONNXRUNTIME else None))
     cuda = device.startswith("cuda")
     backend = arguments.backend or (Backend.AOTINDUCTOR if cuda else Backend.ONNXRUNTIME)
     tensorrt = backend in (Backend.TENSORRT, Backend.TENSORRT_RTX)
@@ -227,6 +235,14 @@ def _print_result(exported: "Exported") -> None:
             print(f"{'':<18}{engine.plan.decomposed_attention} attention layers have no fused kernel and run in parts")
     if not exported.manifest.engines:
         print("  eager only: no engines to build")
+
+
+def _print_kept_settings(request: "ExportRequest") -> None:
+    """An existing config.pbtxt is the operator's; what was asked for on the command line is not in it then."""
+    kept = kept_settings(request.model, request.serving)
+    if kept:
+        file = request.model / "config.pbtxt"
+        print(f"  {file} is kept: {'; '.join(kept)}. Edit it, or delete it and export again")
 
 
 def _checked(engine: EngineRecord) -> str:

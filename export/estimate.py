@@ -1,6 +1,7 @@
-"""What an export will need, told before it begins: downloads, disk and memory, from file headers alone."""
+"""What an export will need, told before it begins: disk and memory, from file headers or from the sizes on a hub."""
 
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -9,6 +10,7 @@ import psutil
 
 from export.checkpoint import WEIGHTS, Checkpoint, read_safetensors_header, weight_files
 from export.errors import ResourcesError
+from export.hubs import Listing
 from export.manifest import Backend
 from export.modules.load import PARTS
 from export.request import ExportRequest
@@ -21,6 +23,12 @@ CODE_BYTES = 60_000_000  # an engine without its weights
 
 # The transformer's tensors that the prompt encoder holds; all others are the denoiser's.
 CAPTION_TENSORS = ("cap_embedder.", "cap_pad_token", "context_refiner.")
+# The folder of the checkpoint that nearly all of a component's weights are in.
+MAIN_PARTS = {
+    Component.PROMPT_ENCODER: "text_encoder",
+    Component.DENOISER: "transformer",
+    Component.IMAGE_DECODER: "vae",
+}
 
 
 @dataclass(frozen=True)
@@ -33,10 +41,29 @@ class Estimate:
     memory: int
 
 
+@dataclass(frozen=True)
+class Range:
+    """What an export will need of a checkpoint whose headers are not here yet."""
+
+    least: Estimate
+    most: Estimate
+
+
 def estimate(request: ExportRequest, checkpoint: Checkpoint) -> Estimate:
     """What the export of `checkpoint` will need."""
-    width = BYTES[request.precision]
-    weights = {c: width * elements(checkpoint.path, c) for c in Component}
+    return _estimate(request, {c: elements(checkpoint.path, c) for c in Component})
+
+
+def estimate_listed(request: ExportRequest, listing: Listing) -> Range:
+    """The same from the sizes of the files on a hub, which hold 2 or 4 bytes a number."""
+    stored = {component: listing.weight_bytes(part) for component, part in MAIN_PARTS.items()}
+    least, most = ({c: size // width for c, size in stored.items()} for width in (4, 2))
+    return Range(_estimate(request, least), _estimate(request, most))
+
+
+def _estimate(request: ExportRequest, numbers: Mapping[Component, int]) -> Estimate:
+    """From how many numbers the weights of each component are."""
+    weights = {c: BYTES[request.precision] * count for c, count in numbers.items()}
     engines = {c: _engine_bytes(request.backend, size) for c, size in weights.items()}
     largest = max(weights.values())
     if request.backend in (Backend.TENSORRT, Backend.TENSORRT_RTX):
@@ -49,18 +76,15 @@ def estimate(request: ExportRequest, checkpoint: Checkpoint) -> Estimate:
     return Estimate(weights, engines, disk, memory + LIBRARIES_MEMORY)
 
 
-def check_resources(needed: Estimate, repository: Path) -> None:
-    """Refuses an export that would end for want of disk or memory.
+def check_resources(needed: Estimate, repository: Path, listing: Listing | None = None) -> None:
+    """Refuses an export that would end for want of disk or memory, with the download of what `listing` lacks.
 
     Raises:
         ResourcesError: with what is needed and what there is.
     """
-    disk, memory = free_disk(repository), psutil.virtual_memory().available
-    if needed.disk > disk:
-        raise ResourcesError(
-            f"this export needs {needed.disk / GB:.1f} GB of disk at {repository} and {disk / GB:.1f} GB are free; "
-            "free some, or give another --repository"
-        )
+    engines = Place(repository, needed.disk, "--repository")
+    check_disk([engines] if listing is None else [download_place(listing), engines])
+    memory = psutil.virtual_memory().available
     if needed.memory > memory:
         raise ResourcesError(
             f"this export needs {needed.memory / GB:.1f} GB of memory and {memory / GB:.1f} GB are available; "
@@ -68,10 +92,43 @@ def check_resources(needed: Estimate, repository: Path) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where bytes will be written, and the option that says where."""
+
+    folder: Path
+    bytes: int
+    option: str
+
+
+def download_place(listing: Listing) -> Place:
+    """Where a download goes."""
+    return Place(listing.cache, listing.missing_bytes, "--cache-dir")
+
+
+def check_disk(places: Sequence[Place]) -> None:
+    """Raises `ResourcesError` where one disk has too little for all that goes there."""
+    disks: dict[int, list[Place]] = {}
+    for place in places:
+        disks.setdefault(_existing(place.folder).stat().st_dev, []).append(place)
+    for together in disks.values():
+        needed, free = sum(p.bytes for p in together), free_disk(together[0].folder)
+        if needed > free:
+            raise ResourcesError(
+                f"this export needs {needed / GB:.1f} GB of disk at {' and '.join(str(p.folder) for p in together)} "
+                f"and {free / GB:.1f} GB are free; free some, or give another "
+                f"{' or '.join(p.option for p in together)}"
+            )
+
+
 def free_disk(folder: Path) -> int:
     """Free bytes where `folder` is, or will be."""
-    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    return shutil.disk_usage(existing).free
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def _existing(folder: Path) -> Path:
+    """`folder`, or the nearest above it that is there."""
+    return next(p for p in (folder, *folder.absolute().parents) if p.exists())
 
 
 def _engine_bytes(backend: Backend, weights: int) -> int:

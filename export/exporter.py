@@ -11,8 +11,9 @@ from torch import nn
 
 from export.build import Builder, BuildInputs, builder_for
 from export.checkpoint import Checkpoint
+from export.checks import check_download, check_reach, check_request
 from export.devices import current_target
-from export.errors import BuildError, UnsupportedError
+from export.errors import BuildError
 from export.estimate import check_resources, estimate
 from export.manifest import (
     EngineRecord,
@@ -58,11 +59,11 @@ def export_model(request: ExportRequest, report: Report) -> Exported:
             published then.
     """
     report("checking the checkpoint", 0)
-    checkpoint = request.source.open()
-    check_size(request, checkpoint)
     builder = builder_for(request.backend, request.options)
-    if builder is not None:
-        builder.check()
+    check_request(request, builder)
+    check_download(request)
+    checkpoint = request.source.open()
+    check_reach(request, checkpoint)
     published = _published(request, checkpoint)
     if published is not None:
         return published
@@ -92,16 +93,6 @@ def _newest(request: ExportRequest) -> Path | None:
     """The folder of the newest version, unless nothing there is to be kept."""
     numbers = versions(request.model)
     return request.model / str(numbers[-1]) if numbers and request.existing is Existing.KEEP else None
-
-
-def check_size(request: ExportRequest, checkpoint: Checkpoint) -> None:
-    """Raises `UnsupportedError` where the checkpoint's position tables do not reach the sizes asked for."""
-    largest = max(request.serving.max_size, *request.serving.default_pixels)
-    if largest > checkpoint.max_size:
-        raise UnsupportedError(
-            f"the checkpoint draws up to {checkpoint.max_size} pixels a side, and {largest} is asked for; "
-            f"give --max-size {checkpoint.max_size} or less"
-        )
 
 
 @dataclass(frozen=True)

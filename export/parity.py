@@ -118,9 +118,11 @@ def measure_parity(check: ParityCheck) -> Parity:
 
     from export.build import BuildOptions, builder_for
     from export.checkpoint import open_checkpoint
+    from export.devices import use_device
     from export.modules import load_components
     from export.spec import component_specs
 
+    use_device(check.device)
     dimensions = open_checkpoint(check.checkpoint).dimensions
     spec = component_specs(dimensions)[check.component]
     module = load_components(

@@ -13,6 +13,7 @@ from export.errors import VersionExistsError
 from export.spec import SIZE_MULTIPLE
 
 INCOMPLETE = ".incomplete"
+EXPORTED_PARAMETERS = ("default_size", "warmup_sizes", "max_size")  # of config.pbtxt, that an export's arguments say
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,13 @@ class ServingDefaults:
     @property
     def default_pixels(self) -> tuple[int, int]:
         """Width and height of the default size."""
-        width, height = self.default_size.split("x")
-        return int(width), int(height)
+        return pixels(self.default_size)
+
+
+def pixels(size: str) -> tuple[int, int]:
+    """Width and height of "WIDTHxHEIGHT"."""
+    width, height = size.split("x")
+    return int(width), int(height)
 
 
 def versions(model: Path) -> list[int]:
@@ -44,6 +50,20 @@ class Existing(Enum):
 
     KEEP = "keep"
     REPLACE = "replace"
+
+
+def free_version(model: Path, number: int | None, existing: Existing) -> Path:
+    """The folder that version `number` (None: the next) is published as.
+
+    Raises:
+        VersionExistsError: it is there, and to be kept.
+    """
+    target = model / str(number or max(versions(model), default=0) + 1)
+    if target.exists() and existing is Existing.KEEP:
+        raise VersionExistsError(
+            f"{target} is already there; --force replaces it, and without --version the next number is taken"
+        )
+    return target
 
 
 @contextmanager
@@ -63,11 +83,7 @@ def new_version(model: Path, number: int | None = None, existing: Existing = Exi
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise VersionExistsError(f"another export into {model} is running; wait for it to end") from None
-        target = model / str(number or max(versions(model), default=0) + 1)
-        if target.exists() and existing is Existing.KEEP:
-            raise VersionExistsError(
-                f"{target} is already there; --force replaces it, and without --version the next number is taken"
-            )
+        target = free_version(model, number, existing)
         folder.mkdir(exist_ok=True)
         yield folder
         _publish(folder, target)
@@ -101,6 +117,30 @@ def write_config(model: Path, defaults: ServingDefaults) -> None:
     draft = path.with_suffix(".draft")
     draft.write_text(_config_text(model.name, defaults), "utf-8")
     draft.rename(path)
+
+
+def kept_settings(model: Path, defaults: ServingDefaults) -> tuple[str, ...]:
+    """Where `config.pbtxt` says something else than an export with `defaults` would write, a phrase each."""
+    from google.protobuf import text_format
+    from tritonclient.grpc import model_config_pb2 as pb
+
+    def settings(text: str) -> dict[str, str]:
+        config = text_format.Parse(text, pb.ModelConfig())
+        values = {key: config.parameters[key].string_value for key in EXPORTED_PARAMETERS if key in config.parameters}
+        return {"max_batch_size": str(config.max_batch_size or ""), **values}
+
+    try:
+        there = settings((model / "config.pbtxt").read_text("utf-8"))
+    except FileNotFoundError:
+        return ()
+    except (OSError, text_format.ParseError) as error:
+        return (f"it cannot be read ({error})",)
+    ours = settings(_config_text(model.name, defaults))
+    return tuple(
+        f"{key} is {there.get(key) or 'not set'}, and {value} was asked for"
+        for key, value in ours.items()
+        if there.get(key) != value
+    )
 
 
 def _config_text(name: str, defaults: ServingDefaults) -> str:

@@ -2,25 +2,16 @@
 
 import os
 import shlex
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from enum import Enum, StrEnum
+from enum import Enum
 from pathlib import Path
-from typing import Any
 
 from export.checkpoint import WEIGHTS, Checkpoint, open_checkpoint
-from export.errors import DamagedFileError, SourceError
+from export.errors import DamagedFileError, ResourcesError, SourceError
+from export.hubs import Hub, HuggingFace, Library, Listing, ModelScope, is_disk_full
 
 # Nothing else in the repositories is needed: pictures, and on one of them a copy in another format.
 PATTERNS = ["model_index.json", "scheduler/*", "tokenizer/*", *(f"{part}/*" for part in WEIGHTS)]
-
-
-class Hub(StrEnum):
-    """The kinds of source."""
-
-    LOCAL = "local"
-    HUGGINGFACE = "huggingface"
-    MODELSCOPE = "modelscope"
 
 
 class Network(Enum):
@@ -45,6 +36,7 @@ class Source:
 
         Raises:
             SourceError: a hub does not have it, or cannot be reached.
+            ResourcesError: the disk of the cache is full.
             CheckpointError: it is damaged or not supported; the message has the command that repairs it.
         """
         folder = self.fetch()
@@ -78,36 +70,44 @@ class Source:
         words += ["--cache-dir", str(self.cache_dir)] if self.cache_dir else []
         return shlex.join(words)
 
-    def _download(self) -> str:
-        download, errors = _library(self.hub)
+    def listing(self) -> Listing | None:
+        """What the hub has, and what of it is here; None where no hub is to be asked.
+
+        Raises:
+            SourceError: the hub does not have it, or cannot be reached.
+        """
+        if self.hub is Hub.LOCAL or self.network is Network.OFFLINE:
+            return None
+        library = _library(self.hub)
         try:
-            return download(
-                self.name,
-                revision=self.revision,
-                cache_dir=self.cache_dir,
-                allow_patterns=PATTERNS,
-                local_files_only=self.network is Network.OFFLINE,
-            )
-        except errors as error:
-            where = "the cache" if self.network is Network.OFFLINE else self.hub
-            raise SourceError(
-                f"{self.name} at revision {self.revision or 'latest'} cannot be had from {where} "
-                f"({str(error).strip().splitlines()[0]}); check the name and the network, or download it "
-                f"elsewhere into the same cache: {self.repair_command()}"
-            ) from error
+            return library.list_files(self.name, self.revision, self.cache_dir)
+        except library.errors as error:
+            raise self._unavailable(error) from error
+
+    def _download(self) -> str:
+        library = _library(self.hub)
+        offline = self.network is Network.OFFLINE
+        try:
+            return library.download(self.name, self.revision, self.cache_dir, offline=offline)
+        except library.errors as error:
+            if is_disk_full(error):
+                raise ResourcesError(
+                    f"the disk of {library.cache(self.cache_dir)} was full before all of {self.name} was there; free "
+                    "some, or give another --cache-dir. The same command goes on with what is missing"
+                ) from error
+            raise self._unavailable(error) from error
+
+    def _unavailable(self, error: Exception) -> SourceError:
+        where = "the cache" if self.network is Network.OFFLINE else self.hub
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return SourceError(
+            f"{self.name} at revision {self.revision or 'latest'} cannot be had from {where} ({reason}); check the "
+            f"name and the network, or download it elsewhere into the same cache: {self.repair_command()}"
+        )
 
 
-def _library(hub: Hub) -> tuple[Callable[..., str], tuple[type[Exception], ...]]:
-    """The hub's own download function, and what it raises."""
-    if hub is Hub.HUGGINGFACE:
-        import huggingface_hub
-
-        return huggingface_hub.snapshot_download, (OSError, ValueError)
-    from modelscope.hub.snapshot_download import snapshot_download
-    from modelscope_hub.errors import HubError
-
-    modelscope: Any = snapshot_download
-    return modelscope, (OSError, ValueError, HubError)
+def _library(hub: Hub) -> Library:
+    return HuggingFace(PATTERNS) if hub is Hub.HUGGINGFACE else ModelScope(PATTERNS)
 
 
 def network_from_environment() -> Network:

@@ -17,7 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from export.devices import default_device
+from export.devices import checked_device
+from export.errors import UnsupportedError
 from export.manifest import BINDING_LIBRARIES, Backend, installed_version
 
 ON_CUDA = (Backend.TENSORRT, Backend.TENSORRT_RTX, Backend.AOTINDUCTOR)
@@ -45,12 +46,17 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="zserve verify", description=__doc__)
     parser.add_argument("--checkpoint", default="demo/checkpoint", help="default: %(default)s")
     parser.add_argument("--default-size", default="256x256", help="default: %(default)s; 1024x1024 for the real model")
-    parser.add_argument("--device", default=default_device(), help="default: %(default)s")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     parser.add_argument("--backend", type=Backend, choices=COMPILED, action="append", help="default: all that fit")
     parser.add_argument("--images", type=int, default=4, help="images drawn with each (default: %(default)s)")
     parser.add_argument("--repository", type=Path, help="keep the engines here and reuse them (default: deleted)")
     parser.add_argument("--out", type=Path, default=Path("out/verify"), help="report without suffix (%(default)s)")
     arguments = parser.parse_args(argv)
+    try:
+        arguments.device = checked_device(arguments.device)
+    except UnsupportedError as error:
+        print(f"zserve verify: {error}", file=sys.stderr)
+        return 1
     backends = arguments.backend or (ON_CUDA if arguments.device.startswith("cuda") else ON_CPU)
     with _repository(arguments.repository) as repository:
         verdicts = [verify(backend, arguments, repository) for backend in backends]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from export.devices import current_target, default_device
+from export.devices import checked_device, current_target
 from export.errors import ExportError, StaleEngineError
 from export.manifest import Backend, EngineRecord, Target, check_engine, rebuild_command
 from export.spec import ComponentSpec, TensorSpec, component_specs
@@ -22,10 +22,11 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     try:
         version = open_version(arguments)
+        here = current_target(checked_device(arguments.device))
     except ExportError as error:
         print(f"zserve inspect: {error}", file=sys.stderr)
         return 1
-    described = describe(version, current_target(arguments.device or default_device()))
+    described = describe(version, here)
     print(json.dumps(described, indent=2) if arguments.json else as_table(described))
     return 0
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from export.devices import default_device
+from export.devices import checked_device, use_device
 from export.errors import ExportError
 from export.manifest import Backend, Manifest
 from export.parity import POINTS
@@ -76,7 +76,9 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     try:
         version = open_version(arguments)
-        report = compare(version, arguments.device or default_device(), max(1, arguments.images))
+        device = checked_device(arguments.device)
+        use_device(device)
+        report = compare(version, device, max(1, arguments.images))
     except ExportError as error:
         print(f"zserve parity: {error}", file=sys.stderr)
         return 1

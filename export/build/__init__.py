@@ -16,7 +16,7 @@ def builder_for(backend: Backend, options: BuildOptions) -> Builder | None:
         case Backend.ONNXRUNTIME:
             from export.build.onnxruntime import OnnxRuntimeBuilder
 
-            return OnnxRuntimeBuilder()
+            return OnnxRuntimeBuilder(options)
         case Backend.AOTINDUCTOR:
             from export.build.aotinductor import AotInductorBuilder
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from export.build.base import BuildInputs, Built, Runner
-from export.spec import ComponentSpec
+from export.spec import ComponentSpec, Precision
 
 
 class AotInductorBuilder:
@@ -15,7 +15,7 @@ class AotInductorBuilder:
 
     libraries: tuple[str, ...] = ("torch",)
 
-    def check(self) -> None:
+    def check(self, precision: Precision) -> None:
         """Builds wherever torch runs."""
 
     def build(self, inputs: BuildInputs, folder: Path) -> Built:

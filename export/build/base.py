@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 from export.manifest import PlanRecord, PlanWeights, Target, Verbosity
 from export.onnx import GraphSource, export_program
 from export.profiles import ShapeProfile
-from export.spec import ComponentSpec
+from export.spec import ComponentSpec, Precision
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Builder(Protocol):
 
     libraries: tuple[str, ...]  # whose versions go into the manifest
 
-    def check(self) -> None:
-        """Called before anything is built.
+    def check(self, precision: Precision) -> None:
+        """Called before anything is downloaded or built.
 
         Raises:
             UnsupportedError: this backend cannot build here, or not with its options.

@@ -7,9 +7,10 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from export.build.base import BuildInputs, Built, Runner
+from export.build.base import BuildInputs, BuildOptions, Built, Runner
+from export.errors import UnsupportedError
 from export.onnx import export_onnx
-from export.spec import ComponentSpec
+from export.spec import ComponentSpec, Precision
 
 
 class OnnxRuntimeBuilder:
@@ -17,8 +18,20 @@ class OnnxRuntimeBuilder:
 
     libraries: tuple[str, ...] = ("onnxruntime", "onnx", "onnxscript", "torch")
 
-    def check(self) -> None:
-        """Builds wherever torch runs."""
+    def __init__(self, options: BuildOptions) -> None:
+        self._options = options
+
+    def check(self, precision: Precision) -> None:
+        if any(target.device != "cpu" for target in self._options.targets):
+            raise UnsupportedError(
+                "--backend onnxruntime runs on the CPU only (its CPU package is used); give --device cpu, or "
+                "--backend aotinductor for a GPU"
+            )
+        if precision is not Precision.FP32:
+            raise UnsupportedError(
+                f"--backend onnxruntime computes in fp32 only, as ONNX Runtime's CPU kernels lack {precision}; give "
+                "--precision fp32, or --backend aotinductor"
+            )
 
     def build(self, inputs: BuildInputs, folder: Path) -> Built:
         path = folder / f"{inputs.spec.component}.onnx"

@@ -20,7 +20,7 @@ from export.manifest import BINDING_LIBRARIES, Backend, PlanRecord, PlanWeights,
 from export.onnx import outline_graph
 from export.plans import Foreign, described, import_flavour, logger
 from export.repository import take
-from export.spec import ComponentSpec
+from export.spec import ComponentSpec, Precision
 
 TIMING_CACHE = "tensorrt.timing_cache"
 OLDEST_NATIVE = (10, 14)  # whose parser knows ONNX's Attention
@@ -35,7 +35,7 @@ class TensorRtBuilder:
         self._options = options
         self.libraries: tuple[str, ...] = (self._library, "onnx", "onnxscript", "torch")
 
-    def check(self) -> None:
+    def check(self, precision: Precision) -> None:
         trt = import_flavour(self._library)
         if self._backend is Backend.TENSORRT:
             _check_native(trt, self._options)

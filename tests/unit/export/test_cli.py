@@ -14,15 +14,27 @@ REFUSED = [
     ("--backend tensorrt_rtx --target sm90", "does not build for cuda .compute capability 9.0.; it builds for sm75"),
     ("--backend tensorrt_rtx --target sm89 --strip-weights", "leave out --strip-weights"),
     ("--backend onnxruntime --target sm89", "are for TensorRT, and --backend is onnxruntime"),
+    ("--backend onnxruntime --precision bf16", "computes in fp32 only.*give --precision fp32, or --backend aotind"),
+    ("--device cuda", r"--device cuda is not on this machine; cpu is accepted .this PyTorch sees no CUDA device."),
+    ("--device cuda:1", "--device cuda:1 is not on this machine; cpu is accepted"),
+    ("--device banana", "--device banana is not on this machine; cpu is accepted"),
+    (
+        "--default-size 2048x2048 --max-size 1024",
+        "--default-size 2048x2048 cannot be served; .* 64 to 1024 are accepted",
+    ),
+    ("--default-size 48x48", "--default-size 48x48 cannot be served; sides that are multiples of 16 from 64 to 2048"),
+    ("--warmup-size 256x256 --warmup-size 8000x8000", "--warmup-size 8000x8000 cannot be served"),
+    ("--max-size 512", "--default-size 1024x1024 cannot be served.*Give another, or another --max-size"),
 ]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="these are the answers of a machine without a GPU")
+@pytest.mark.parametrize("dry_run", [["--dry-run"], []])
 @pytest.mark.parametrize(("arguments", "remedy"), REFUSED)
 def test_a_refusal_names_the_remedy(
-    arguments: str, remedy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: str, remedy: str, dry_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fixed = ["--checkpoint", str(CHECKPOINT), "--repository", str(tmp_path), "--name", "m"]
+    fixed = ["--checkpoint", str(CHECKPOINT), "--repository", str(tmp_path), "--name", "m", *dry_run]
     assert main([*fixed, *arguments.split()]) == 1
     said = capsys.readouterr().err
     assert re.search(remedy, said), said
@@ -33,3 +45,23 @@ def test_fp16_is_refused_with_the_reason(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit):
         main(["--checkpoint", "x", "--name", "m", "--precision", "fp16"])
     assert "exceed what fp16 holds (65504), which draws black images; use bf16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["256", "320", "4112", "1000"])
+def test_a_model_too_small_to_be_exported_is_refused(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--checkpoint", "x", "--name", "m", "--max-size", size])
+    assert f"'{size}': a multiple of 16 from 336 to 4096 is accepted" in capsys.readouterr().err
+
+
+def test_a_config_that_is_kept_is_told_where_it_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fixed = ["--checkpoint", str(CHECKPOINT), "--repository", str(tmp_path), "--name", "m", "--backend", "eager"]
+    assert main([*fixed, "--default-size", "256x256"]) == 0
+    assert "is kept" not in capsys.readouterr().out
+    assert main([*fixed, "--default-size", "512x512", "--max-batch", "2"]) == 0
+    said = capsys.readouterr().out
+    assert f"{tmp_path / 'm' / 'config.pbtxt'} is kept: max_batch_size is 4, and 2 was asked for" in said
+    assert "default_size is 256x256, and 512x512 was asked for" in said
+    assert "warmup_sizes is 256x256, and 512x512 was asked for" in said
+    assert main([*fixed, "--default-size", "512x512", "--max-batch", "2"]) == 0, "what is published is reused"
+    assert "default_size is 256x256, and 512x512 was asked for" in capsys.readouterr().out

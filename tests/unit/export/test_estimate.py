@@ -68,9 +68,3 @@ def test_too_little_is_refused_before_anything_is_built(
     assert f"GB of {what}" in said
     assert remedy in said
     assert not (tmp_path / "models").exists()
-
-
-def test_what_is_not_cached_would_be_downloaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = ["--checkpoint", "owner/name", "--source", "huggingface", "--cache-dir", str(tmp_path)]
-    assert main([*source, "--name", "m", "--backend", "eager", "--dry-run"]) == 0
-    assert "hf download owner/name --include model_index.json" in capsys.readouterr().out

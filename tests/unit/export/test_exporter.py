@@ -32,7 +32,7 @@ class FakeBuilder:
     built: list[Component] = field(default_factory=list)
     libraries: tuple[str, ...] = ("torch",)
 
-    def check(self) -> None:
+    def check(self, precision: Precision) -> None:
         pass
 
     def build(self, inputs: BuildInputs, folder: Path) -> Built:

@@ -46,6 +46,10 @@ def test_what_is_written_is_read_again() -> None:
         ({"best": {"weight": [1.0, 2.0], "colour": "blue"}}, "blue"),
         ({"best": {"weight": [1.0]}}, "zip"),
         ({"best": {}}, "weight"),
+        ({"best": [1.0]}, r"\[1.0\] is not dict"),
+        ({"leaves": {"a": 1}}, "is not list"),
+        ({"sizes": [3]}, r"\[3\] is not dict"),
+        ({"sizes": {"height": True}}, "True is not int"),
     ],
 )
 def test_what_does_not_fit_is_named(change: dict[str, Any], says: str) -> None:

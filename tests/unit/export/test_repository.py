@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from export.errors import VersionExistsError
-from export.repository import Existing, ServingDefaults, new_version, versions, write_config
+from export.repository import Existing, ServingDefaults, kept_settings, new_version, versions, write_config
 from server.config import read_model_config
 
 
@@ -86,3 +86,14 @@ def test_an_existing_config_is_the_operators(tmp_path: Path) -> None:
     (tmp_path / "config.pbtxt").write_text('name: "mine"')
     write_config(tmp_path, ServingDefaults())
     assert (tmp_path / "config.pbtxt").read_text() == 'name: "mine"'
+
+
+def test_what_an_existing_config_says_otherwise_is_told(tmp_path: Path) -> None:
+    asked = ServingDefaults(default_size="512x512", max_batch=2)
+    assert kept_settings(tmp_path, asked) == ()
+    write_config(tmp_path, asked)
+    assert kept_settings(tmp_path, asked) == ()
+    (tmp_path / "config.pbtxt").write_text("dynamic_batching {}\nmax_batch_size: 2")
+    assert kept_settings(tmp_path, asked)[0] == "default_size is not set, and 512x512 was asked for"
+    (tmp_path / "config.pbtxt").write_text("colour: red")
+    assert "it cannot be read" in kept_settings(tmp_path, asked)[0]

@@ -11,7 +11,8 @@ import pytest
 
 from export.checkpoint import open_checkpoint
 from export.errors import CheckpointError, DamagedFileError, SourceError
-from export.sources import Hub, Network, Source
+from export.hubs import Hub
+from export.sources import Network, Source
 from tests.conftest import CHECKPOINT, ROOT
 
 NAME = "Tongyi-MAI/Z-Image-Turbo"

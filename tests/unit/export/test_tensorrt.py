@@ -136,14 +136,14 @@ def test_the_full_flavour_says_what_it_needs(version: str, says: str, monkeypatc
     builder = builder_for(Backend.TENSORRT, BuildOptions(TARGETS[:1]))
     assert builder is not None
     with pytest.raises(UnsupportedError, match=says):
-        builder.check()
+        builder.check(Precision.BF16)
 
 
 def test_plans_without_weights_need_a_gpu_that_is_not_here() -> None:
     builder = builder_for(Backend.TENSORRT_RTX, BuildOptions(TARGETS, PlanWeights.STRIPPED))
     assert builder is not None
     with pytest.raises(UnsupportedError, match="one target and on a machine with a GPU only"):
-        builder.check()
+        builder.check(Precision.BF16)
 
 
 class TimingConfig:

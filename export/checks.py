@@ -1,0 +1,71 @@
+"""What can be said against an export before anything is read, downloaded or built."""
+
+from export.build import Builder
+from export.checkpoint import Checkpoint
+from export.errors import SourceError, UnsupportedError
+from export.estimate import check_disk, check_resources, download_place, estimate_listed
+from export.repository import INCOMPLETE, Existing, ServingDefaults, free_version, pixels, versions
+from export.request import ExportRequest
+from export.spec import MIN_SIZE, SIZE_MULTIPLE, SMALLEST_MAX_SIZE
+
+
+def check_request(request: ExportRequest, builder: Builder | None) -> None:
+    """Checks the request by itself, without its checkpoint.
+
+    Raises:
+        UnsupportedError: its backend cannot build here or not as asked, or it has sizes that no server would take.
+        VersionExistsError: the version that it is to write is there, and to be kept.
+    """
+    _check_sizes(request.serving)
+    if builder is not None:
+        builder.check(request.precision)
+    free_version(request.model, request.version, request.existing)
+
+
+def _check_sizes(serving: ServingDefaults) -> None:
+    largest = serving.max_size
+    if largest < SMALLEST_MAX_SIZE or largest % SIZE_MULTIPLE:
+        raise UnsupportedError(
+            f"--max-size {largest}: a multiple of {SIZE_MULTIPLE} from {SMALLEST_MAX_SIZE} is accepted"
+        )
+    named = [("--default-size", serving.default_size), *(("--warmup-size", size) for size in serving.warmup_sizes)]
+    for option, size in named:
+        if any(side % SIZE_MULTIPLE or not MIN_SIZE <= side <= largest for side in pixels(size)):
+            raise UnsupportedError(
+                f"{option} {size} cannot be served; sides that are multiples of {SIZE_MULTIPLE} from {MIN_SIZE} to "
+                f"{largest} are accepted. Give another, or another --max-size"
+            )
+
+
+def check_download(request: ExportRequest) -> None:
+    """Checks what can be known of a checkpoint before it is downloaded.
+
+    Raises:
+        ResourcesError: there is too little disk for the download, or too little disk or memory for the export even if
+            the files turn out to hold as few numbers as they may.
+    """
+    try:
+        listing = request.source.listing()
+    except SourceError:
+        return  # it may be cached; if not, the download says what is wrong
+    if listing is None or not listing.missing:
+        return
+    if may_reuse(request):
+        check_disk([download_place(listing)])  # what is left to build is known when the checkpoint is there
+    else:
+        check_resources(estimate_listed(request, listing).least, request.repository, listing)
+
+
+def may_reuse(request: ExportRequest) -> bool:
+    """Whether there is anything that an export could take engines from."""
+    there = versions(request.model) or (request.model / INCOMPLETE).exists()
+    return bool(there) and request.existing is Existing.KEEP
+
+
+def check_reach(request: ExportRequest, checkpoint: Checkpoint) -> None:
+    """Raises `UnsupportedError` where the checkpoint's position tables do not reach the sizes asked for."""
+    if request.serving.max_size > checkpoint.max_size:
+        raise UnsupportedError(
+            f"the checkpoint draws up to {checkpoint.max_size} pixels a side, and {request.serving.max_size} is asked "
+            f"for; give --max-size {checkpoint.max_size} or less"
+        )
