@@ -9,6 +9,7 @@ from pathlib import Path
 import onnx
 import pytest
 
+from export.cli import NOT_POSSIBLE
 from export.manifest import Backend, FileRecord, Manifest
 from export.repository import versions
 from export.spec import Component
@@ -125,6 +126,24 @@ def test_verify_reports_on_every_backend(repository: Path, tensorrt_repository: 
     assert "* tensorrt_rtx: built for sm89,sm120, and not run, as this machine has no GPU" in lines
     assert any("1 images, PSNR at least" in line for line in lines)
     assert list((kept / "verified-onnxruntime").glob("[0-9]*")) == [kept / "verified-onnxruntime" / "1"], "reused"
+
+
+@pytest.mark.parametrize(("status", "verdict", "row"), [(1, 1, "FAILED"), (-9, 1, "FAILED"), (NOT_POSSIBLE, 0, "no")])
+def test_verify_fails_where_an_export_does_unless_it_is_not_possible_here(
+    status: int, verdict: int, row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An export checks its engines itself: one that differs, or ends the checker, is seen there first."""
+
+    def run(command: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        assert command == "export"
+        return subprocess.CompletedProcess([], status, "", "zserve export: the denoiser differs from eager\n")
+
+    monkeypatch.setattr(gpu, "_zserve", run)
+    out = tmp_path / "report"
+    assert gpu.main(["--backend", "aotinductor", "--device", "cpu", "--out", str(out)]) == verdict
+    (told,) = json.loads(out.with_suffix(".json").read_text())["backends"]
+    assert (told["built"], told["right"]) == (False, False if verdict else None)
+    assert f"| aotinductor | {row} | | | | | |" in out.with_suffix(".md").read_text()
 
 
 def test_verify_fails_where_an_engine_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
