@@ -11,16 +11,16 @@ from torch import nn
 
 from export.build import Builder, BuildInputs, builder_for
 from export.checkpoint import Checkpoint
-from export.devices import current_target
 from export.errors import BuildError, UnsupportedError
 from export.estimate import check_resources, estimate
 from export.manifest import (
+    FILE_NAME,
     EngineRecord,
     FileRecord,
     Manifest,
     Parity,
+    built_with,
     checkpoint_record,
-    installed_version,
     source_hash,
 )
 from export.modules import load_components
@@ -29,7 +29,7 @@ from export.parity import Checker, ParityCheck
 from export.preview import fit_preview
 from export.repository import Existing, new_version, take, versions, write_config
 from export.request import ExportRequest
-from export.reuse import is_whole, matching_manifest, reusable_engines
+from export.reuse import is_whole, matching_manifest, reusable_engines, runs_here
 from export.spec import Component, ComponentSpec, component_specs
 
 # How long building a component takes beside the others, for the time left on the progress bar.
@@ -141,11 +141,12 @@ class _Version:
         )
 
     def _keep_what_holds(self) -> dict[Component, EngineRecord]:
-        """Engines of an interrupted export of this request, then of the newest version; all else in the folder goes."""
-        kept: dict[Component, EngineRecord] = {}
-        if self.request.existing is Existing.KEEP:
-            kept = reusable_engines(self.folder, self.request, self.checkpoint)
-        wanted = {file.name for record in kept.values() for file in record.files}
+        """Engines of an interrupted export of this request, then of the newest version; all else in the folder goes.
+
+        The manifest stays until it is written anew: hashing the newest version takes long enough to be interrupted.
+        """
+        kept = reusable_engines(self.folder, self.request, self.checkpoint)
+        wanted = {FILE_NAME, *(file.name for record in kept.values() for file in record.files)}
         for path in self.folder.iterdir():
             if path.name not in wanted:
                 path.unlink()
@@ -175,9 +176,8 @@ class _Jobs:
         """Builds, checks and records one after the other."""
         modules = cache(self._read_modules)
         request = self.version.request
-        runs_here = bool(self.missing) and current_target(request.device) in request.options.targets
         done = 0
-        with Checker() if runs_here else nullcontext() as checker:
+        with Checker() if self.missing and runs_here(request) else nullcontext() as checker:
             for component in Component:
                 if component in self.missing:
                     yield self._build_one(component, modules, checker, done)
@@ -214,7 +214,7 @@ class _Jobs:
             component=component,
             backend=request.backend,
             files=tuple(FileRecord.of(path) for path in built.files),
-            built_with={name: installed_version(name) or "unknown" for name in self.builder.libraries},
+            built_with=built_with(self.builder.libraries),
             built_for=request.options.targets,
             parity=None if checker is None else self._parity(checker, spec, built.files[0]),
             plan=built.plan,

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -29,7 +30,10 @@ class Backend(StrEnum):
     EAGER = "eager"
 
 
-# An engine is bound to the versions of these; the others only influence what was built, and are not compared.
+# The modules' own code, which is in every graph.
+GRAPH_LIBRARIES = ("torch", "diffusers", "transformers")
+# An engine loads only with the versions of these that it was built with; another version of any other library that it
+# was built with makes another engine, so an export does not reuse it, but it can still be served.
 BINDING_LIBRARIES = {
     Backend.TENSORRT: ("tensorrt",),
     Backend.TENSORRT_RTX: ("tensorrt_rtx",),
@@ -163,8 +167,10 @@ class Manifest:
         return next((e for e in self.engines if e.component is component), None)
 
     def write(self, folder: Path) -> None:
-        """Writes `folder`/manifest.json."""
-        (folder / FILE_NAME).write_text(json.dumps(asdict(self), indent=2) + "\n", "utf-8")
+        """Writes `folder`/manifest.json, whole or not at all."""
+        draft = folder / f"{FILE_NAME}.draft"
+        draft.write_text(json.dumps(asdict(self), indent=2) + "\n", "utf-8")
+        draft.replace(folder / FILE_NAME)
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -251,6 +257,11 @@ def installed_version(library: str) -> str | None:
         with suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
     return None
+
+
+def built_with(libraries: Iterable[str]) -> dict[str, str]:
+    """What an engine made here now is built with: a builder's `libraries`, and those that every graph depends on."""
+    return {name: installed_version(name) or "unknown" for name in dict.fromkeys((*libraries, *GRAPH_LIBRARIES))}
 
 
 def rebuild_command(manifest: Manifest, repository: Path, record: EngineRecord) -> str:

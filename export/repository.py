@@ -12,8 +12,6 @@ from pathlib import Path
 from export.errors import VersionExistsError
 from export.spec import SIZE_MULTIPLE
 
-INCOMPLETE = ".incomplete"
-
 
 @dataclass(frozen=True)
 class ServingDefaults:
@@ -46,18 +44,22 @@ class Existing(Enum):
     REPLACE = "replace"
 
 
+# Where a version is built. What a forced export has finished was built since it was forced; the other's may be older.
+INCOMPLETE = {Existing.KEEP: ".incomplete", Existing.REPLACE: ".incomplete-forced"}
+
+
 @contextmanager
 def new_version(model: Path, number: int | None = None, existing: Existing = Existing.KEEP) -> Iterator[Path]:
     """A folder to build in, renamed to version `number` (None: the next) when the block ends well.
 
-    When it does not, the folder stays for the next export to go on from; no reader looks into it. It may hold anything
-    when it is yielded. The model is locked meanwhile.
+    When it does not, the folder stays for the next export of the same kind to go on from; no reader looks into it. It
+    may hold anything when it is yielded. The model is locked meanwhile.
 
     Raises:
         VersionExistsError: the version is there and to be kept, or another export of this model is running.
     """
     model.mkdir(parents=True, exist_ok=True)
-    folder = model / INCOMPLETE
+    folder = model / INCOMPLETE[existing]
     with (model / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -68,6 +70,8 @@ def new_version(model: Path, number: int | None = None, existing: Existing = Exi
             raise VersionExistsError(
                 f"{target} is already there; --force replaces it, and without --version the next number is taken"
             )
+        for other in set(INCOMPLETE.values()) - {folder.name}:
+            shutil.rmtree(model / other, ignore_errors=True)
         folder.mkdir(exist_ok=True)
         yield folder
         _publish(folder, target)

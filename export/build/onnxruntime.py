@@ -15,7 +15,7 @@ from export.spec import ComponentSpec
 class OnnxRuntimeBuilder:
     """The ONNX graph is the engine: ONNX Runtime optimises it at load."""
 
-    libraries: tuple[str, ...] = ("onnxruntime", "onnx", "onnxscript", "torch")
+    libraries: tuple[str, ...] = ("onnxruntime", "onnx", "onnxscript")
 
     def check(self) -> None:
         """Builds wherever torch runs."""
