@@ -23,7 +23,8 @@ class OnnxRuntimeBuilder:
     def build(self, inputs: BuildInputs, folder: Path) -> Built:
         path = folder / f"{inputs.spec.component}.onnx"
         export_onnx(inputs.program(), inputs.spec, path)
-        return Built((path,))
+        weights = path.with_name(f"{path.name}.data")  # where torch puts them when they do not fit into one protobuf
+        return Built((path, weights) if weights.exists() else (path,))
 
     def load(self, path: Path, module: nn.Module, spec: ComponentSpec) -> Runner:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
