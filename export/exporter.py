@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import cache
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -25,8 +25,9 @@ from export.manifest import (
 )
 from export.modules import load_components
 from export.onnx import GraphSource
-from export.parity import Checker, ParityCheck
+from export.parity import Checker, ParityCheck, free_memory
 from export.preview import fit_preview
+from export.profiles import parity_points
 from export.repository import Existing, new_version, take, versions, write_config
 from export.request import ExportRequest
 from export.reuse import is_whole, matching_manifest, reusable_engines, runs_here
@@ -174,29 +175,25 @@ class _Jobs:
 
     def build(self) -> Iterator[EngineRecord]:
         """Builds, checks and records one after the other."""
-        modules = cache(self._read_modules)
         request = self.version.request
         done = 0
         with Checker() if self.missing and runs_here(request) else nullcontext() as checker:
             for component in Component:
                 if component in self.missing:
-                    yield self._build_one(component, modules, checker, done)
+                    yield self._build_one(component, checker, done)
                 done += SHARES[component]
 
-    def _read_modules(self) -> dict[Component, nn.Module]:
-        """The eager modules of all that is missing, in one go, so that what they share is in memory once."""
-        version = self.version
-        return load_components(
-            version.checkpoint.path,
-            precision=version.request.precision,
-            device=version.request.device,
-            wanted=self.missing,
+    def _read_module(self, component: Component) -> nn.Module:
+        """One component alone: the default export of the published model has to fit on a GPU beside no other."""
+        request = self.version.request
+        modules = load_components(
+            self.version.checkpoint.path, precision=request.precision, device=request.device, wanted=[component]
         )
+        return modules[component]
 
     def _build_one(
         self,
         component: Component,
-        modules: Callable[[], dict[Component, nn.Module]],
         checker: Checker | None,  # None: built for other devices than the one here
         done: int,
     ) -> EngineRecord:
@@ -204,11 +201,12 @@ class _Jobs:
         version.report(f"building {component}", done)
         spec = component_specs(version.checkpoint.dimensions)[component]
         source = GraphSource(version.checkpoint.path, version.checkpoint.dimensions, request.precision, request.limits)
-        inputs = BuildInputs(source, spec, request.profiles, request.repository, lambda: modules().pop(component))
+        inputs = BuildInputs(source, spec, request.profiles, request.repository, partial(self._read_module, component))
         try:
             built = self.builder.build(inputs, version.folder)
         except RuntimeError as error:
             raise BuildError(f"{request.backend} could not build {component}: {error}") from error
+        free_memory()  # the checker reads the same weights
         version.report(f"checking {component}", done + SHARES[component] // 2)
         return EngineRecord(
             component=component,
@@ -224,6 +222,12 @@ class _Jobs:
         """How close the engine is to eager."""
         request = self.version.request
         check = ParityCheck(
-            self.version.checkpoint.path, spec.component, request.backend, path, request.precision, request.device
+            self.version.checkpoint.path,
+            spec.component,
+            request.backend,
+            path,
+            request.precision,
+            request.device,
+            parity_points(request.serving.default_pixels, request.limits.max_rows, request.limits.max_size),
         )
         return checker.check(check, spec.tolerance[request.precision])

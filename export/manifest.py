@@ -13,8 +13,8 @@ from typing import Self
 from export.checkpoint import Checkpoint
 from export.errors import ManifestError, StaleEngineError
 from export.parsing import parsed
-from export.profiles import ShapeProfile
-from export.spec import Component, ModelDimensions, Precision
+from export.profiles import ShapeProfile, parity_points
+from export.spec import Component, ModelDimensions, Precision, ShapePoint
 
 FILE_NAME = "manifest.json"
 FORMAT = 2
@@ -161,6 +161,17 @@ class Manifest:
     preview: PreviewProjection
     source: str  # hash of the code that made the graphs; another one makes other graphs
     format: int = FORMAT
+
+    @property
+    def default_pixels(self) -> tuple[int, int]:
+        """Width and height of the default size."""
+        width, height = self.default_size.split("x")
+        return int(width), int(height)
+
+    @property
+    def parity_points(self) -> tuple[ShapePoint, ...]:
+        """The shapes at which the engines are held against eager; guidance doubles the rows of a batch."""
+        return parity_points(self.default_pixels, 2 * self.max_batch, self.max_size)
 
     def engine(self, component: Component) -> EngineRecord | None:
         """The compiled engine of `component`; None where the version serves it with eager."""

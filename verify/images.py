@@ -39,8 +39,7 @@ def draw(manifest: Manifest, components: Components, device: str, count: int) ->
     """`count` images at the default size, always the same prompts and noise."""
     scenes = _scenes(manifest, count)
     prompts = [s.prompt for s in scenes] if scenes else [PROMPTS[i % len(PROMPTS)] for i in range(count)]
-    width, height = map(int, manifest.default_size.split("x"))
-    return Painter(manifest, components, device).draw(prompts, (width, height), steps=STEPS).pictures
+    return Painter(manifest, components, device).draw(prompts, manifest.default_pixels, steps=STEPS).pictures
 
 
 def compare_images(manifest: Manifest, compiled: list[Pixels], expected: list[Pixels]) -> ImageParity:

@@ -16,7 +16,7 @@ from torch import Tensor
 from export.devices import default_device
 from export.errors import ExportError
 from export.manifest import Backend, Manifest
-from export.parity import POINTS
+from export.parity import closeness
 from export.spec import CAPTION_MULTIPLE, IMAGE_PSNR, Component, ShapePoint, component_specs, example_inputs
 from server.config import FallbackPolicy, cpu_threads
 from server.engines.eager import EagerModules
@@ -104,7 +104,7 @@ def compare(version: Version, device: str, images: int) -> Report:
 
 @dataclass(frozen=True)
 class _Outputs:
-    """What a component gave at every point of `POINTS`, and how long a call took."""
+    """What a component gave at every point that is compared, and how long a call took."""
 
     tensors: tuple[Tensor, ...]
     milliseconds: float
@@ -130,7 +130,8 @@ def _measure(folder: Path, manifest: Manifest, modules: EagerModules, images: in
 
 
 def _outputs(manifest: Manifest, component: Component, served: ServedComponent, device: torch.device) -> _Outputs:
-    tensors = tuple(_call(manifest, component, point, device, seed)(served) for seed, point in enumerate(POINTS))
+    points = enumerate(manifest.parity_points)
+    tensors = tuple(_call(manifest, component, point, device, seed)(served) for seed, point in points)
     milliseconds = _milliseconds(manifest, component, served, device)
     return _Outputs(tensors, milliseconds, served.use)  # the use last: it says whether the engine failed when it ran
 
@@ -140,16 +141,14 @@ def _compare(manifest: Manifest, component: Component, engine: _Outputs, eager: 
     wanted = Backend.EAGER if record is None else record.backend
     if engine.use.backend is Backend.EAGER:
         return ComponentParity(component, wanted, not_run=engine.use.fallback_reason or "the version has no engine")
-    pairs = list(zip(engine.tensors, eager.tensors, strict=True))
-    errors = [(got - expected).norm() / expected.norm() for got, expected in pairs]
-    cosines = [torch.cosine_similarity(got.flatten(), expected.flatten(), dim=0) for got, expected in pairs]
+    close = closeness(engine.tensors, eager.tensors)
     return ComponentParity(
         component=component,
         backend=wanted,
-        relative_error=float(torch.stack(errors).max()),
-        cosine=float(torch.stack(cosines).min()),
+        relative_error=close.relative_error,
+        cosine=close.cosine,
         tolerance=component_specs(manifest.checkpoint.dimensions)[component].tolerance[manifest.precision],
-        points=len(POINTS),
+        points=close.points,
         milliseconds=engine.milliseconds,
         eager_milliseconds=eager.milliseconds,
     )
@@ -161,11 +160,11 @@ def _call(
     dimensions = manifest.checkpoint.dimensions
     made = example_inputs(component_specs(dimensions)[component], point, dimensions, seed=seed)
     inputs = {name: tensor.to(device) for name, tensor in made.items()}
-    return lambda served: served.run(inputs)[0].cpu().double()
+    return lambda served: served.run(inputs)[0].cpu()
 
 
 def _milliseconds(manifest: Manifest, component: Component, served: ServedComponent, device: torch.device) -> float:
-    width, height = map(int, manifest.default_size.split("x"))
+    width, height = manifest.default_pixels
     call = _call(manifest, component, ShapePoint(1, CAPTION_MULTIPLE, height, width), device)
     call(served)
     call(served)  # where CUDA graphs are recorded

@@ -1,11 +1,13 @@
 """What an export builds again, and what it takes from earlier ones."""
 
+import weakref
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 from export import exporter, manifest, reuse
@@ -15,11 +17,12 @@ from export.errors import UnsupportedError, VersionExistsError
 from export.exporter import Exported, export_model
 from export.manifest import Backend, EngineRecord, Parity, Target
 from export.parity import ParityCheck
+from export.profiles import parity_points
 from export.repository import INCOMPLETE, Existing, ServingDefaults, versions
 from export.request import ExportRequest
 from export.reuse import reusable_engines
 from export.sources import Hub, Source
-from export.spec import Component, ComponentSpec, Precision
+from export.spec import Component, ComponentSpec, Precision, ShapePoint, component_specs
 from tests.conftest import CHECKPOINT
 
 ENCODER, DENOISER, DECODER = Component
@@ -231,6 +234,74 @@ def test_a_version_number_of_ones_own(request_: ExportRequest, monkeypatch: pyte
         run(numbered, FakeBuilder(), monkeypatch)
     assert run(replace(numbered, existing=Existing.REPLACE), FakeBuilder(), monkeypatch).folder.name == "7"
     assert versions(request_.model) == [7]
+
+
+@dataclass
+class ReadingBuilder(FakeBuilder):
+    """Reads the weights, and holds them in a cycle, as graphs do."""
+
+    def build(self, inputs: BuildInputs, folder: Path) -> Built:
+        cycle: list[object] = [inputs.module()]
+        cycle.append(cycle)
+        return super().build(inputs, folder)
+
+
+def test_one_component_at_a_time_is_in_memory_and_none_while_it_is_checked(
+    request_: ExportRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All three of the published model do not fit on the GPUs that it is made for, nor does one of them twice."""
+    read: list[weakref.ref[nn.Module]] = []
+
+    def load(checkpoint: Path, *, wanted: list[Component], **_: object) -> dict[Component, nn.Module]:
+        assert not [module for module in read if module() is not None]
+        modules = {component: nn.Linear(1, 1) for component in wanted}
+        read.extend(weakref.ref(module) for module in modules.values())
+        assert len(modules) == 1
+        return dict(modules)
+
+    class Looking(FakeChecker):
+        def check(self, check: ParityCheck, tolerance: float) -> Parity:
+            assert not [module for module in read if module() is not None]
+            assert emptied.pop()
+            return super().check(check, tolerance)
+
+    emptied: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    monkeypatch.setattr(reuse, "current_target", lambda device: OPTIONS.targets[0])
+    monkeypatch.setattr(exporter, "load_components", load)
+    monkeypatch.setattr(exporter, "Checker", Looking)
+    run(request_, ReadingBuilder(), monkeypatch)
+    assert len(read) == 3
+
+
+def test_engines_are_checked_as_they_are_served(request_: ExportRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    checks: list[ParityCheck] = []
+
+    class Noting(FakeChecker):
+        def check(self, check: ParityCheck, tolerance: float) -> Parity:
+            checks.append(ParityCheck.of_line(check.as_line()))
+            return super().check(check, tolerance)
+
+    monkeypatch.setattr(reuse, "current_target", lambda device: OPTIONS.targets[0])
+    monkeypatch.setattr(exporter, "Checker", Noting)
+    served = replace(request_, serving=ServingDefaults(default_size="1024x768", max_batch=3))
+    done = run(served, FakeBuilder(), monkeypatch)
+    assert [check.component for check in checks] == list(Component)
+    for check in checks:
+        assert {ShapePoint(1, 64, 768, 1024), ShapePoint(6, 32, 64, 64)} <= set(check.points)
+        assert check.points == done.manifest.parity_points
+    fixed, ranged = served.profiles
+    spec = component_specs(done.manifest.checkpoint.dimensions)[DENOISER]
+    assert {fixed, ranged} == {
+        next(p for p in (fixed, ranged) if p.takes(spec, spec.input_shapes(point))) for point in checks[0].points
+    }, "every profile of a plan runs"
+
+
+@pytest.mark.parametrize("max_size", [256, 320, 2048])
+def test_no_engine_is_checked_past_its_limits(max_size: int) -> None:
+    for point in parity_points((256, 256), 2, max_size):
+        assert max(point.height, point.width) <= max_size
+        assert point.batch <= 2
 
 
 def test_sizes_past_the_checkpoints_position_tables_are_refused(
