@@ -23,9 +23,10 @@ from export.manifest import (
     checkpoint_record,
     source_hash,
 )
+from export.memory import lent
 from export.modules import load_components
 from export.onnx import GraphSource
-from export.parity import Checker, ParityCheck, free_memory
+from export.parity import Checker, ParityCheck
 from export.preview import fit_preview
 from export.profiles import parity_points
 from export.repository import Existing, new_version, take, versions, write_config
@@ -201,12 +202,12 @@ class _Jobs:
         version.report(f"building {component}", done)
         spec = component_specs(version.checkpoint.dimensions)[component]
         source = GraphSource(version.checkpoint.path, version.checkpoint.dimensions, request.precision, request.limits)
-        inputs = BuildInputs(source, spec, request.profiles, request.repository, partial(self._read_module, component))
-        try:
-            built = self.builder.build(inputs, version.folder)
-        except RuntimeError as error:
-            raise BuildError(f"{request.backend} could not build {component}: {error}") from error
-        free_memory()  # the checker reads the same weights
+        with lent(partial(self._read_module, component)) as module:
+            inputs = BuildInputs(source, spec, request.profiles, request.repository, module)
+            try:
+                built = self.builder.build(inputs, version.folder)
+            except RuntimeError as error:
+                raise BuildError(f"{request.backend} could not build {component}: {error}") from error
         version.report(f"checking {component}", done + SHARES[component] // 2)
         return EngineRecord(
             component=component,

@@ -6,7 +6,6 @@ That process reads one `ParityCheck` a line and answers with one `Parity`; both 
 build, so its imports cost no time of their own.
 """
 
-import gc
 import json
 import os
 import signal
@@ -169,14 +168,6 @@ def _inputs(
     return {name: tensor.to(device) for name, tensor in made.items()}
 
 
-def free_memory() -> None:
-    """Gives back what is not used any more: builds and checks take turns on the device, in two processes."""
-    import torch
-
-    gc.collect()  # graphs are full of cycles, which hold the weights
-    torch.cuda.empty_cache()  # does nothing where CUDA is not used
-
-
 def _hint(backend: Backend) -> str:
     if backend is not Backend.AOTINDUCTOR:
         return "Another version of the backend's library may build a good one."
@@ -192,6 +183,8 @@ def main() -> None:
     os.dup2(2, 1)
     from diffusers import AutoencoderKL, ZImageTransformer2DModel  # noqa: F401 slow to import, so before they are needed
     from transformers import AutoModel, Qwen3Model  # noqa: F401
+
+    from export.memory import free_memory
 
     for line in sys.stdin:
         parity = measure_parity(ParityCheck.of_line(line))
