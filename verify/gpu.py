@@ -20,6 +20,7 @@ from typing import Any
 from export.cli import NOT_POSSIBLE
 from export.devices import default_device
 from export.manifest import BINDING_LIBRARIES, Backend, installed_version
+from verify.images import psnr_text
 
 ON_CUDA = (Backend.TENSORRT, Backend.TENSORRT_RTX, Backend.AOTINDUCTOR)
 ON_CPU = (Backend.ONNXRUNTIME, Backend.AOTINDUCTOR, Backend.TENSORRT_RTX)
@@ -97,7 +98,8 @@ def verify(backend: Backend, arguments: argparse.Namespace, repository: Path) ->
         return replace(built, right=False, problem=_last_words(parity))
     measured = json.loads(parity.stdout)
     problem = "; ".join(c["not_run"] for c in measured["components"] if c["not_run"])
-    return replace(built, right=measured["within_tolerance"], problem=problem, parity=measured)
+    # It was built for this device, so that nothing can be said is no answer here.
+    return replace(built, right=measured["within_tolerance"] is True, problem=problem, parity=measured)
 
 
 def _not_built(backend: Backend, export: subprocess.CompletedProcess[str], seconds: float) -> Verdict:
@@ -173,12 +175,15 @@ def _rows(verdict: Verdict) -> list[str]:
 
 def _notes(verdict: Verdict) -> list[str]:
     notes = [f"* {verdict.backend}: {verdict.problem}"] if verdict.problem else []
-    if verdict.parity:
+    if verdict.parity and verdict.parity["images"]:
         images, least = verdict.parity["images"], verdict.parity["least_psnr"]
         notes.append(
-            f"* {verdict.backend}: {images['images']} images, PSNR at least {images['worst_psnr']:.1f} dB "
-            f"(tolerance {least:.0f}), at most {images['largest_difference']} grey levels from eager"
+            f"* {verdict.backend}: {images['images']} images, {psnr_text(images['worst_psnr'], least)}, at most "
+            f"{images['largest_difference']} grey levels from eager"
         )
         if images["score"] is not None:
-            notes.append(f"* {verdict.backend}: {images['score']:.0%} of the demo's images show what was asked for")
+            notes.append(
+                f"* {verdict.backend}: {images['score']:.0%} of the demo's images show what was asked for, and "
+                f"{images['eager_score']:.0%} of eager's"
+            )
     return notes
