@@ -1,5 +1,7 @@
 """What can be said against an export before anything is read, downloaded or built."""
 
+from pathlib import Path
+
 from export.build import Builder
 from export.checkpoint import Checkpoint
 from export.errors import SourceError, UnsupportedError
@@ -58,8 +60,13 @@ def check_download(request: ExportRequest) -> None:
 
 def may_reuse(request: ExportRequest) -> bool:
     """Whether there is anything that an export could take engines from."""
-    there = versions(request.model) or (request.model / INCOMPLETE).exists()
-    return bool(there) and request.existing is Existing.KEEP
+    return any(folder.exists() for folder in earlier_work(request))
+
+
+def earlier_work(request: ExportRequest) -> list[Path]:
+    """Where finished engines may lie: of an interrupted export like this, and of the newest version if kept."""
+    newest = versions(request.model)[-1:] if request.existing is Existing.KEEP else []
+    return [request.model / INCOMPLETE[request.existing], *(request.model / str(number) for number in newest)]
 
 
 def check_reach(request: ExportRequest, checkpoint: Checkpoint) -> None:

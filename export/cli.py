@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export.errors import ExportError, UnsupportedError
+from export.errors import ExportError, ResourcesError, UnsupportedError
 from export.hubs import Hub
 from export.interruption import Interruption
 from export.manifest import Backend, EngineRecord, PlanWeights, Target, Verbosity
@@ -22,11 +22,14 @@ if TYPE_CHECKING:
     from export.request import ExportRequest
 
 DEFAULTS = ServingDefaults()
+NOT_POSSIBLE = 3  # the exit status where this machine cannot do it at all, which says nothing against the engines
+STATUSES = f"""exit status: 0 published, or nothing to do; 1 it failed, or an engine is not right; 2 bad arguments;
+{NOT_POSSIBLE} not possible on this machine, for want of a GPU, a library, disk or memory; 130 interrupted"""
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line; its defaults are those of the dataclasses."""
-    p = argparse.ArgumentParser(prog="zserve export", description=__doc__)
+    p = argparse.ArgumentParser(prog="zserve export", description=__doc__, epilog=STATUSES)
     _add_source_arguments(p)
     p.add_argument("--repository", type=Path, default=Path("models"), help="model repository (default: %(default)s)")
     p.add_argument("--name", type=_name, required=True, help="the model's name in the repository")
@@ -141,7 +144,7 @@ def main(argv: Sequence[str]) -> int:
         _run(arguments, Interruption())
     except ExportError as error:
         print(f"zserve export: {error}", file=sys.stderr)
-        return 1
+        return NOT_POSSIBLE if isinstance(error, (UnsupportedError, ResourcesError)) else 1
     except KeyboardInterrupt:
         print(
             "zserve export: interrupted, nothing was published; the same command resumes at the component it was at",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from export.build import builder_for
 from export.checkpoint import Checkpoint
-from export.checks import check_download, check_reach, check_request, may_reuse
+from export.checks import check_download, check_reach, check_request, earlier_work, may_reuse
 from export.errors import SourceError
 from export.estimate import GB, Estimate, check_resources, estimate, estimate_listed, free_disk
 from export.hubs import Hub, Listing
@@ -82,7 +82,7 @@ def _is_published(request: ExportRequest, checkpoint: Checkpoint) -> bool:
 def _say_version(request: ExportRequest, checkpoint: Checkpoint) -> None:
     _say(f"version    {_target(request)}")
     for component, folder in _reused(request, checkpoint).items():
-        where = "an interrupted export" if folder.name == INCOMPLETE else f"version {folder.name}"
+        where = "an interrupted export" if folder.name in INCOMPLETE.values() else f"version {folder.name}"
         _say(f"  {component:<15} is not built again, but taken from {where}")
 
 
@@ -93,10 +93,8 @@ def _target(request: ExportRequest) -> str:
 
 def _reused(request: ExportRequest, checkpoint: Checkpoint) -> dict[Component, Path]:
     """The engines that would not be built, and the folders that have them."""
-    if not may_reuse(request):
-        return {}
     held: dict[Component, Path] = {}
-    for folder in (request.model / INCOMPLETE, *(request.model / str(n) for n in versions(request.model)[-1:])):
+    for folder in earlier_work(request):
         for component in reusable_engines(folder, request, checkpoint):
             held.setdefault(component, folder)
     return held

@@ -70,9 +70,9 @@ def _estimate(request: ExportRequest, numbers: Mapping[Component, int]) -> Estim
         # The weights pass through the disk, and through memory once as the parser's and once as the plan's.
         disk, memory = sum(engines.values()) + largest, 2 * largest
     elif request.backend is Backend.ONNXRUNTIME:
-        disk, memory = sum(engines.values()), sum(weights.values()) + 2 * largest
+        disk, memory = sum(engines.values()), 3 * largest  # one component at a time: its module, its graph, its file
     else:
-        disk, memory = sum(engines.values()), sum(weights.values())
+        disk, memory = sum(engines.values()), largest
     return Estimate(weights, engines, disk, memory + LIBRARIES_MEMORY)
 
 

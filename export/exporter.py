@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import cache
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -12,25 +12,27 @@ from torch import nn
 from export.build import Builder, BuildInputs, builder_for
 from export.checkpoint import Checkpoint
 from export.checks import check_download, check_reach, check_request
-from export.devices import current_target
 from export.errors import BuildError
 from export.estimate import check_resources, estimate
 from export.manifest import (
+    FILE_NAME,
     EngineRecord,
     FileRecord,
     Manifest,
     Parity,
+    built_with,
     checkpoint_record,
-    installed_version,
     source_hash,
 )
+from export.memory import lent
 from export.modules import load_components
 from export.onnx import GraphSource
 from export.parity import Checker, ParityCheck
 from export.preview import fit_preview
+from export.profiles import parity_points
 from export.repository import Existing, new_version, take, versions, write_config
 from export.request import ExportRequest
-from export.reuse import is_whole, matching_manifest, reusable_engines
+from export.reuse import is_whole, matching_manifest, reusable_engines, runs_here
 from export.spec import Component, ComponentSpec, component_specs
 
 # How long building a component takes beside the others, for the time left on the progress bar.
@@ -132,11 +134,12 @@ class _Version:
         )
 
     def _keep_what_holds(self) -> dict[Component, EngineRecord]:
-        """Engines of an interrupted export of this request, then of the newest version; all else in the folder goes."""
-        kept: dict[Component, EngineRecord] = {}
-        if self.request.existing is Existing.KEEP:
-            kept = reusable_engines(self.folder, self.request, self.checkpoint)
-        wanted = {file.name for record in kept.values() for file in record.files}
+        """Engines of an interrupted export of this request, then of the newest version; all else in the folder goes.
+
+        The manifest stays until it is written anew: hashing the newest version takes long enough to be interrupted.
+        """
+        kept = reusable_engines(self.folder, self.request, self.checkpoint)
+        wanted = {FILE_NAME, *(file.name for record in kept.values() for file in record.files)}
         for path in self.folder.iterdir():
             if path.name not in wanted:
                 path.unlink()
@@ -164,30 +167,25 @@ class _Jobs:
 
     def build(self) -> Iterator[EngineRecord]:
         """Builds, checks and records one after the other."""
-        modules = cache(self._read_modules)
         request = self.version.request
-        runs_here = bool(self.missing) and current_target(request.device) in request.options.targets
         done = 0
-        with Checker() if runs_here else nullcontext() as checker:
+        with Checker() if self.missing and runs_here(request) else nullcontext() as checker:
             for component in Component:
                 if component in self.missing:
-                    yield self._build_one(component, modules, checker, done)
+                    yield self._build_one(component, checker, done)
                 done += SHARES[component]
 
-    def _read_modules(self) -> dict[Component, nn.Module]:
-        """The eager modules of all that is missing, in one go, so that what they share is in memory once."""
-        version = self.version
-        return load_components(
-            version.checkpoint.path,
-            precision=version.request.precision,
-            device=version.request.device,
-            wanted=self.missing,
+    def _read_module(self, component: Component) -> nn.Module:
+        """One component alone: the default export of the published model has to fit on a GPU beside no other."""
+        request = self.version.request
+        modules = load_components(
+            self.version.checkpoint.path, precision=request.precision, device=request.device, wanted=[component]
         )
+        return modules[component]
 
     def _build_one(
         self,
         component: Component,
-        modules: Callable[[], dict[Component, nn.Module]],
         checker: Checker | None,  # None: built for other devices than the one here
         done: int,
     ) -> EngineRecord:
@@ -195,17 +193,18 @@ class _Jobs:
         version.report(f"building {component}", done)
         spec = component_specs(version.checkpoint.dimensions)[component]
         source = GraphSource(version.checkpoint.path, version.checkpoint.dimensions, request.precision, request.limits)
-        inputs = BuildInputs(source, spec, request.profiles, request.repository, lambda: modules().pop(component))
-        try:
-            built = self.builder.build(inputs, version.folder)
-        except RuntimeError as error:
-            raise BuildError(f"{request.backend} could not build {component}: {error}") from error
+        with lent(partial(self._read_module, component)) as module:
+            inputs = BuildInputs(source, spec, request.profiles, request.repository, module)
+            try:
+                built = self.builder.build(inputs, version.folder)
+            except RuntimeError as error:
+                raise BuildError(f"{request.backend} could not build {component}: {error}") from error
         version.report(f"checking {component}", done + SHARES[component] // 2)
         return EngineRecord(
             component=component,
             backend=request.backend,
             files=tuple(FileRecord.of(path) for path in built.files),
-            built_with={name: installed_version(name) or "unknown" for name in self.builder.libraries},
+            built_with=built_with(self.builder.libraries),
             built_for=request.options.targets,
             parity=None if checker is None else self._parity(checker, spec, built.files[0]),
             plan=built.plan,
@@ -215,6 +214,12 @@ class _Jobs:
         """How close the engine is to eager."""
         request = self.version.request
         check = ParityCheck(
-            self.version.checkpoint.path, spec.component, request.backend, path, request.precision, request.device
+            self.version.checkpoint.path,
+            spec.component,
+            request.backend,
+            path,
+            request.precision,
+            request.device,
+            parity_points(request.serving.default_pixels, request.limits.max_rows, request.limits.max_size),
         )
         return checker.check(check, spec.tolerance[request.precision])

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -12,8 +13,8 @@ from typing import Self
 from export.checkpoint import Checkpoint
 from export.errors import ManifestError, StaleEngineError
 from export.parsing import parsed
-from export.profiles import ShapeProfile
-from export.spec import Component, ModelDimensions, Precision
+from export.profiles import ShapeProfile, parity_points
+from export.spec import Component, ModelDimensions, Precision, ShapePoint
 
 FILE_NAME = "manifest.json"
 FORMAT = 2
@@ -29,7 +30,10 @@ class Backend(StrEnum):
     EAGER = "eager"
 
 
-# An engine is bound to the versions of these; the others only influence what was built, and are not compared.
+# The modules' own code, which is in every graph.
+GRAPH_LIBRARIES = ("torch", "diffusers", "transformers")
+# An engine loads only with the versions of these that it was built with; another version of any other library that it
+# was built with makes another engine, so an export does not reuse it, but it can still be served.
 BINDING_LIBRARIES = {
     Backend.TENSORRT: ("tensorrt",),
     Backend.TENSORRT_RTX: ("tensorrt_rtx",),
@@ -158,13 +162,26 @@ class Manifest:
     source: str  # hash of the code that made the graphs; another one makes other graphs
     format: int = FORMAT
 
+    @property
+    def default_pixels(self) -> tuple[int, int]:
+        """Width and height of the default size."""
+        width, height = self.default_size.split("x")
+        return int(width), int(height)
+
+    @property
+    def parity_points(self) -> tuple[ShapePoint, ...]:
+        """The shapes at which the engines are held against eager; guidance doubles the rows of a batch."""
+        return parity_points(self.default_pixels, 2 * self.max_batch, self.max_size)
+
     def engine(self, component: Component) -> EngineRecord | None:
         """The compiled engine of `component`; None where the version serves it with eager."""
         return next((e for e in self.engines if e.component is component), None)
 
     def write(self, folder: Path) -> None:
-        """Writes `folder`/manifest.json."""
-        (folder / FILE_NAME).write_text(json.dumps(asdict(self), indent=2) + "\n", "utf-8")
+        """Writes `folder`/manifest.json, whole or not at all."""
+        draft = folder / f"{FILE_NAME}.draft"
+        draft.write_text(json.dumps(asdict(self), indent=2) + "\n", "utf-8")
+        draft.replace(folder / FILE_NAME)
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -251,6 +268,11 @@ def installed_version(library: str) -> str | None:
         with suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
     return None
+
+
+def built_with(libraries: Iterable[str]) -> dict[str, str]:
+    """What an engine made here now is built with: a builder's `libraries`, and those that every graph depends on."""
+    return {name: installed_version(name) or "unknown" for name in dict.fromkeys((*libraries, *GRAPH_LIBRARIES))}
 
 
 def rebuild_command(manifest: Manifest, repository: Path, record: EngineRecord) -> str:

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,9 +26,6 @@ from export.spec import Component, ComponentSpec, ModelDimensions, Precision, Sh
 if TYPE_CHECKING:
     from torch import Tensor
 
-# None of these is the export example, so a dimension that was baked into the graph fails here.
-POINTS = (ShapePoint(1, 32, 256, 256), ShapePoint(2, 96, 192, 320), ShapePoint(1, 64, 336, 208))
-
 
 @dataclass(frozen=True)
 class ParityCheck:
@@ -40,6 +37,7 @@ class ParityCheck:
     file: Path
     precision: Precision
     device: str
+    points: tuple[ShapePoint, ...]
 
     def as_line(self) -> str:
         """One line of JSON."""
@@ -48,8 +46,16 @@ class ParityCheck:
     @classmethod
     def of_line(cls, line: str) -> Self:
         """The check that `as_line` wrote."""
-        kinds = (Path, Component, Backend, Path, Precision, str)
-        return cls(*(kind(value) for kind, value in zip(kinds, json.loads(line).values(), strict=True)))
+        raw = json.loads(line)
+        return cls(
+            checkpoint=Path(raw["checkpoint"]),
+            component=Component(raw["component"]),
+            backend=Backend(raw["backend"]),
+            file=Path(raw["file"]),
+            precision=Precision(raw["precision"]),
+            device=raw["device"],
+            points=tuple(ShapePoint(**point) for point in raw["points"]),
+        )
 
 
 class Checker(AbstractContextManager["Checker"]):
@@ -98,6 +104,11 @@ class Checker(AbstractContextManager["Checker"]):
     def _end(self, backend: Backend) -> str:
         """What became of the process."""
         status = self._process.wait()
+        if status == -signal.SIGKILL:
+            return (
+                "is not published: the process that checked it was killed (SIGKILL), probably for want of memory; "
+                "end other programs, or export on a larger machine"
+            )
         if status < 0:
             name = signal.Signals(-status).name
             return f"killed the process that loaded it ({name}); it is not published. {_hint(backend)}"
@@ -113,7 +124,7 @@ class Checker(AbstractContextManager["Checker"]):
 
 
 def measure_parity(check: ParityCheck) -> Parity:
-    """Compares the engine with eager in this process, at every point of `POINTS`."""
+    """Compares the engine with eager in this process, at every point of the check."""
     import torch
 
     from export.build import BuildOptions, builder_for
@@ -131,25 +142,32 @@ def measure_parity(check: ParityCheck) -> Parity:
     builder = builder_for(check.backend, BuildOptions())
     assert builder is not None
     with torch.inference_mode():
-        points = _inputs(spec, dimensions, check.device)
-        expected = [module(**inputs).cpu().double() for inputs in points]
+        inputs = [_inputs(spec, point, dimensions, check.device, seed) for seed, point in enumerate(check.points)]
+        expected = [module(**given).cpu() for given in inputs]
         if check.backend is not Backend.AOTINDUCTOR:
             # The others have weights of their own, and there may not be room for both.
             module.to("meta")
             torch.cuda.empty_cache()
         run = builder.load(check.file, module, spec)
-        got = [run(inputs).cpu().double() for inputs in points]
-    errors = [float((g - e).norm() / e.norm()) for g, e in zip(got, expected, strict=True)]
-    cosines = [
-        float(torch.cosine_similarity(g.flatten(), e.flatten(), dim=0)) for g, e in zip(got, expected, strict=True)
-    ]
-    # max() would let a NaN through, depending on where it stands; torch's does not.
-    return Parity(float(torch.tensor(errors).max()), float(torch.tensor(cosines).min()), len(POINTS))
+        return closeness([run(given).cpu() for given in inputs], expected)
 
 
-def _inputs(spec: ComponentSpec, dimensions: ModelDimensions, device: str) -> "list[Mapping[str, Tensor]]":
-    made = (example_inputs(spec, point, dimensions, seed=seed) for seed, point in enumerate(POINTS))
-    return [{name: tensor.to(device) for name, tensor in inputs.items()} for inputs in made]
+def closeness(got: "Sequence[Tensor]", expected: "Sequence[Tensor]") -> Parity:
+    """The largest error and the smallest cosine of pairs of tensors; NaN where one of them holds it."""
+    import torch
+
+    pairs = [(g.double().flatten(), e.double().flatten()) for g, e in zip(got, expected, strict=True)]
+    errors = [(g - e).norm() / e.norm() for g, e in pairs]
+    cosines = [torch.cosine_similarity(g, e, dim=0) for g, e in pairs]
+    # Python's max() would let a NaN through, depending on where it stands; torch's does not.
+    return Parity(float(torch.stack(errors).max()), float(torch.stack(cosines).min()), len(pairs))
+
+
+def _inputs(
+    spec: ComponentSpec, point: ShapePoint, dimensions: ModelDimensions, device: str, seed: int
+) -> "dict[str, Tensor]":
+    made = example_inputs(spec, point, dimensions, seed=seed)
+    return {name: tensor.to(device) for name, tensor in made.items()}
 
 
 def _hint(backend: Backend) -> str:
@@ -165,14 +183,16 @@ def main() -> None:
     """Answers the checks on standard input; what libraries print goes to standard error."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    import torch
     from diffusers import AutoencoderKL, ZImageTransformer2DModel  # noqa: F401 slow to import, so before they are needed
     from transformers import AutoModel, Qwen3Model  # noqa: F401
 
+    from export.memory import free_memory
+
     for line in sys.stdin:
-        answers.write(json.dumps(asdict(measure_parity(ParityCheck.of_line(line)))) + "\n")
+        parity = measure_parity(ParityCheck.of_line(line))
+        free_memory()  # before the answer, upon which the other process reads the next component
+        answers.write(json.dumps(asdict(parity)) + "\n")
         answers.flush()
-        torch.cuda.empty_cache()  # the next engine is built in another process
 
 
 if __name__ == "__main__":

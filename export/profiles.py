@@ -1,11 +1,16 @@
-"""The shapes an engine is built for: the model's default size, fastest, and a range that takes everything served."""
+"""The shapes an engine is built for: the model's default size, fastest, and a range that takes everything served.
+
+And those at which it is held against eager.
+"""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from export.spec import CAPTION_MULTIPLE, MAX_PROMPT_TOKENS, MIN_SIZE, ComponentSpec, ShapePoint
 
 TYPICAL_CAPTION = 2 * CAPTION_MULTIPLE  # most prompts, with the chat template around them
+# None of these is the export example, so a dimension that was baked into the graph fails here.
+ODD_POINTS = (ShapePoint(1, 32, 256, 256), ShapePoint(2, 96, 192, 320), ShapePoint(1, 64, 336, 208))
 
 
 @dataclass(frozen=True)
@@ -48,3 +53,14 @@ def serving_profiles(default_size: tuple[int, int], max_rows: int, max_size: int
         maximum=ShapePoint(max_rows, longest, max_size, max_size),
     )
     return fixed, ranged
+
+
+def parity_points(default_size: tuple[int, int], max_rows: int, max_size: int) -> tuple[ShapePoint, ...]:
+    """Where an engine is held against eager: at odd shapes, as it serves one image by default, and with all its rows.
+
+    Only the default size may be large, as eager computes all of them too, if need be on a CPU.
+    """
+    width, height = default_size
+    odd = (replace(p, height=min(p.height, max_size), width=min(p.width, max_size)) for p in ODD_POINTS)
+    served = ShapePoint(1, TYPICAL_CAPTION, height, width)
+    return (*odd, served, ShapePoint(max_rows, CAPTION_MULTIPLE, MIN_SIZE, MIN_SIZE))

@@ -12,7 +12,6 @@ from pathlib import Path
 from export.errors import VersionExistsError
 from export.spec import SIZE_MULTIPLE
 
-INCOMPLETE = ".incomplete"
 EXPORTED_PARAMETERS = ("default_size", "warmup_sizes", "max_size")  # of config.pbtxt, that an export's arguments say
 
 
@@ -52,6 +51,10 @@ class Existing(Enum):
     REPLACE = "replace"
 
 
+# Where a version is built. What a forced export has finished was built since it was forced; the other's may be older.
+INCOMPLETE = {Existing.KEEP: ".incomplete", Existing.REPLACE: ".incomplete-forced"}
+
+
 def free_version(model: Path, number: int | None, existing: Existing) -> Path:
     """The folder that version `number` (None: the next) is published as.
 
@@ -70,20 +73,22 @@ def free_version(model: Path, number: int | None, existing: Existing) -> Path:
 def new_version(model: Path, number: int | None = None, existing: Existing = Existing.KEEP) -> Iterator[Path]:
     """A folder to build in, renamed to version `number` (None: the next) when the block ends well.
 
-    When it does not, the folder stays for the next export to go on from; no reader looks into it. It may hold anything
-    when it is yielded. The model is locked meanwhile.
+    When it does not, the folder stays for the next export of the same kind to go on from; no reader looks into it. It
+    may hold anything when it is yielded. The model is locked meanwhile.
 
     Raises:
         VersionExistsError: the version is there and to be kept, or another export of this model is running.
     """
     model.mkdir(parents=True, exist_ok=True)
-    folder = model / INCOMPLETE
+    folder = model / INCOMPLETE[existing]
     with (model / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise VersionExistsError(f"another export into {model} is running; wait for it to end") from None
         target = free_version(model, number, existing)
+        for other in set(INCOMPLETE.values()) - {folder.name}:
+            shutil.rmtree(model / other, ignore_errors=True)
         folder.mkdir(exist_ok=True)
         yield folder
         _publish(folder, target)

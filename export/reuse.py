@@ -4,8 +4,18 @@ import logging
 from pathlib import Path
 
 from export.checkpoint import Checkpoint
+from export.devices import current_target
 from export.errors import ManifestError, StaleEngineError
-from export.manifest import FILE_NAME, Backend, EngineRecord, Manifest, check_engine, checkpoint_record, source_hash
+from export.manifest import (
+    FILE_NAME,
+    Backend,
+    EngineRecord,
+    Manifest,
+    built_with,
+    check_engine,
+    checkpoint_record,
+    source_hash,
+)
 from export.request import ExportRequest
 from export.spec import Component
 
@@ -46,11 +56,22 @@ def is_whole(engines: dict[Component, EngineRecord], backend: Backend) -> bool:
     return backend is Backend.EAGER or len(engines) == len(Component)
 
 
+def runs_here(request: ExportRequest) -> bool:
+    """Whether the device here is one of those that the engines are built for."""
+    return current_target(request.device) in request.options.targets
+
+
 def _is_as_asked(record: EngineRecord, request: ExportRequest) -> bool:
+    """An engine that no machine has run yet is not, where it can be run."""
     options, plan = request.options, record.plan
-    return record.built_for == options.targets and (
-        plan is None
-        or (plan.profiles, plan.weights, plan.verbosity) == (request.profiles, options.weights, options.verbosity)
+    return (
+        record.built_for == options.targets
+        and record.built_with == built_with(record.built_with)
+        and (record.parity is not None or not runs_here(request))
+        and (
+            plan is None
+            or (plan.profiles, plan.weights, plan.verbosity) == (request.profiles, options.weights, options.verbosity)
+        )
     )
 
 

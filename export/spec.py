@@ -81,8 +81,7 @@ IMAGE_PSNR = {Precision.FP32: 40.0, Precision.BF16: 20.0}
 # torch.export takes no example at which a dynamic dimension has a special value: batch 1, one block of caption
 # tokens, or a square would each be baked into the graph.
 EXPORT_EXAMPLE = ShapePoint(batch=2, caption=64, height=256, width=320)
-# Pixels; a model's longest side is no less, as its graphs must take the shapes they are exported and checked at.
-SMALLEST_MAX_SIZE = 336
+SMALLEST_MAX_SIZE = max(EXPORT_EXAMPLE.height, EXPORT_EXAMPLE.width)  # pixels; a model's longest side is no less
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from export.cli import NOT_POSSIBLE
 from export.devices import checked_device
 from export.errors import UnsupportedError
 from export.manifest import BINDING_LIBRARIES, Backend, installed_version
+from verify.images import psnr_text
 
 ON_CUDA = (Backend.TENSORRT, Backend.TENSORRT_RTX, Backend.AOTINDUCTOR)
 ON_CPU = (Backend.ONNXRUNTIME, Backend.AOTINDUCTOR, Backend.TENSORRT_RTX)
@@ -34,7 +36,9 @@ class Verdict:
 
     backend: Backend
     built: bool = False
-    right: bool | None = None  # whether it runs and is as close to eager as it must be; None where it cannot run
+    right: bool | None = (
+        None  # whether it is built, runs and is as close to eager as it must be; None: not possible here
+    )
     export_seconds: float = 0.0
     problem: str = ""  # why it was not built, or not run
     parity: dict[str, Any] = field(default_factory=dict)  # as `zserve parity --json` gives it
@@ -42,7 +46,7 @@ class Verdict:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs all backends; returns 1 if one that was built for this machine does not run or is past its tolerance."""
+    """Runs all backends; returns 1 if one that is possible here is not built, does not run or is past its tolerance."""
     parser = argparse.ArgumentParser(prog="zserve verify", description=__doc__)
     parser.add_argument("--checkpoint", default="demo/checkpoint", help="default: %(default)s")
     parser.add_argument("--default-size", default="256x256", help="default: %(default)s; 1024x1024 for the real model")
@@ -86,11 +90,12 @@ def verify(backend: Backend, arguments: argparse.Namespace, repository: Path) ->
     export = _zserve("export", *options, *target, "--repository", repository, "--name", name, "--backend", backend)
     seconds = round(time.perf_counter() - started, 1)
     if export.returncode != 0:
-        print(f"{backend}: not possible here", flush=True)
-        return Verdict(backend, export_seconds=seconds, problem=_last_words(export))
+        return _not_built(backend, export, seconds)
     model = repository / name
-    version = json.loads(_zserve("inspect", model, *device, "--json").stdout)
-    built = Verdict(backend, built=True, export_seconds=seconds, version=version)
+    inspected = _zserve("inspect", model, *device, "--json")
+    if inspected.returncode != 0:
+        return Verdict(backend, built=True, right=False, export_seconds=seconds, problem=_last_words(inspected))
+    built = Verdict(backend, built=True, export_seconds=seconds, version=json.loads(inspected.stdout))
     if elsewhere:
         return replace(built, problem=f"built for {AHEAD_OF_TIME}, and not run, as this machine has no GPU")
     print(f"{backend}: comparing with eager ...", flush=True)
@@ -99,7 +104,15 @@ def verify(backend: Backend, arguments: argparse.Namespace, repository: Path) ->
         return replace(built, right=False, problem=_last_words(parity))
     measured = json.loads(parity.stdout)
     problem = "; ".join(c["not_run"] for c in measured["components"] if c["not_run"])
-    return replace(built, right=measured["within_tolerance"], problem=problem, parity=measured)
+    # It was built for this device, so that nothing can be said is no answer here.
+    return replace(built, right=measured["within_tolerance"] is True, problem=problem, parity=measured)
+
+
+def _not_built(backend: Backend, export: subprocess.CompletedProcess[str], seconds: float) -> Verdict:
+    """An export checks its engines itself, so one that fails is as bad as a comparison that does."""
+    possible = export.returncode != NOT_POSSIBLE
+    print(f"{backend}: {'FAILED' if possible else 'not possible here'}", flush=True)
+    return Verdict(backend, right=False if possible else None, export_seconds=seconds, problem=_last_words(export))
 
 
 def _zserve(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -154,7 +167,7 @@ def as_markdown(here: dict[str, Any], verdicts: list[Verdict]) -> str:
 
 
 def _rows(verdict: Verdict) -> list[str]:
-    built = f"{verdict.export_seconds} s" if verdict.built else "no"
+    built = f"{verdict.export_seconds} s" if verdict.built else "no" if verdict.right is None else "FAILED"
     if not verdict.parity:
         return [f"| {verdict.backend} | {built} | | | | | |"]
     return [
@@ -168,12 +181,15 @@ def _rows(verdict: Verdict) -> list[str]:
 
 def _notes(verdict: Verdict) -> list[str]:
     notes = [f"* {verdict.backend}: {verdict.problem}"] if verdict.problem else []
-    if verdict.parity:
+    if verdict.parity and verdict.parity["images"]:
         images, least = verdict.parity["images"], verdict.parity["least_psnr"]
         notes.append(
-            f"* {verdict.backend}: {images['images']} images, PSNR at least {images['worst_psnr']:.1f} dB "
-            f"(tolerance {least:.0f}), at most {images['largest_difference']} grey levels from eager"
+            f"* {verdict.backend}: {images['images']} images, {psnr_text(images['worst_psnr'], least)}, at most "
+            f"{images['largest_difference']} grey levels from eager"
         )
         if images["score"] is not None:
-            notes.append(f"* {verdict.backend}: {images['score']:.0%} of the demo's images show what was asked for")
+            notes.append(
+                f"* {verdict.backend}: {images['score']:.0%} of the demo's images show what was asked for, and "
+                f"{images['eager_score']:.0%} of eager's"
+            )
     return notes

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from export.manifest import Manifest
 from export.spec import Component
-from server.requests import GenerationRequest, ImageFormat, LongPrompt
+from server.requests import EngineUse, GenerationRequest, ImageFormat, LongPrompt
 from server.worker.executor import Components, Executor, ImageSequence, make_sequences
 from server.worker.images import Pixels
 from server.worker.prompts import PromptTokenizer
@@ -19,10 +19,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Painted:
-    """Pictures, uint8 [H, W, 3], and the seconds that each component took for all of them."""
+    """Pictures, uint8 [H, W, 3], the seconds that each component took for all of them, and the engines they used."""
 
     pictures: list[Pixels]
     seconds: dict[Component, float]
+    uses: frozenset[EngineUse]
 
 
 class Painter:
@@ -58,7 +59,8 @@ class Painter:
         pictures = [self._executor.decode(sequence).result() for sequence in sequences]
         self.after(Component.IMAGE_DECODER)
         shared = {Component.DENOISER: [batch[0] for batch in batches]}  # of a batch each has waited for the same steps
-        return Painted(pictures, {c: _seconds(shared.get(c, sequences), c) for c in Component})
+        uses = frozenset(use for sequence in sequences for use in sequence.engines.values())
+        return Painted(pictures, {c: _seconds(shared.get(c, sequences), c) for c in Component}, uses)
 
     def forget(self) -> None:
         """Empties the prompt cache."""

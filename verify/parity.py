@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -13,17 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from export.devices import checked_device, use_device
+from export.cli import NOT_POSSIBLE
+from export.devices import checked_device, current_target, use_device
 from export.errors import ExportError
-from export.manifest import Backend, Manifest
-from export.parity import POINTS
+from export.manifest import Backend, Manifest, Target
+from export.parity import closeness
 from export.spec import CAPTION_MULTIPLE, IMAGE_PSNR, Component, ShapePoint, component_specs, example_inputs
 from server.config import FallbackPolicy, cpu_threads
 from server.engines.eager import EagerModules
 from server.engines.served import ServedComponent
+from server.errors import NonFiniteError, ZServeError
 from server.requests import EngineUse
-from server.worker.images import Pixels
-from verify.images import ImageParity, compare_images, draw
+from server.worker.executor import Components
+from verify.images import ImageParity, compare_images, draw, psnr_text
+from verify.painter import Painted
 from verify.version import Version, add_arguments, load_engines, open_version
 
 REPEATS = 5
@@ -42,11 +46,14 @@ class ComponentParity:
     milliseconds: float | None = None  # of one call at the default size, batch 1, median
     eager_milliseconds: float | None = None
     not_run: str = ""
+    belongs_here: bool = True  # False: there is no engine for this device, so nothing can be said of it here
 
     @property
-    def within(self) -> bool:
-        """Whether it ran and is as close to eager as the spec demands; NaN is not."""
+    def within(self) -> bool | None:
+        """Whether it made every output and is as close to eager as the spec demands; None where it does not belong."""
         error, tolerance = self.relative_error, self.tolerance
+        if not self.belongs_here:
+            return None
         return error is not None and tolerance is not None and error <= tolerance
 
 
@@ -56,19 +63,27 @@ class Report:
 
     device: str
     components: tuple[ComponentParity, ...]
-    images: ImageParity
+    images: ImageParity | None  # None: no engine belongs here
     least_psnr: float
 
     @property
-    def within(self) -> bool:
-        """Whether something ran, and all that ran is within its tolerance."""
-        ran = [c for c in self.components if not c.not_run]
-        return bool(ran) and all(c.within for c in ran) and self.images.worst_psnr >= self.least_psnr
+    def within(self) -> bool | None:
+        """Whether all engines that belong here ran and are within their tolerances; None where none does."""
+        if self.images is None:
+            return None
+        return all(c.within is not False for c in self.components) and self.images.within(self.least_psnr)
+
+
+STATUSES = {True: 0, False: 1, None: NOT_POSSIBLE}
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints the figures; returns 1 if one is past its tolerance or nothing could be run."""
-    parser = argparse.ArgumentParser(prog="zserve parity", description=__doc__)
+    """Prints the figures; returns the exit status."""
+    told = (
+        "exit status: 0 all engines for this device are right; 1 one is past its tolerance, was not loaded or failed; "
+        f"{NOT_POSSIBLE} the version has no engine for this device"
+    )
+    parser = argparse.ArgumentParser(prog="zserve parity", description=__doc__, epilog=told)
     add_arguments(parser)
     parser.add_argument("--against", choices=["eager"], default="eager", help="what to compare with")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
@@ -79,102 +94,149 @@ def main(argv: Sequence[str]) -> int:
         device = checked_device(arguments.device)
         use_device(device)
         report = compare(version, device, max(1, arguments.images))
-    except ExportError as error:
+    except (ExportError, ZServeError, torch.OutOfMemoryError) as error:
         print(f"zserve parity: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(as_json(report)) if arguments.json else as_table(report))
-    return 0 if report.within else 1
+    print(json.dumps(as_json(report), allow_nan=False) if arguments.json else as_table(report))
+    return STATUSES[report.within]
 
 
 def compare(version: Version, device: str, images: int) -> Report:
-    """Compares every engine that runs on `device`, then whole images.
+    """Compares every engine that is for `device`, then whole images.
 
     The engines run first and are closed then, since there may not be room for them and for eager at once.
+
+    Raises:
+        ZServeError: eager cannot draw either.
     """
     torch.set_num_threads(cpu_threads(1))
-    manifest = version.manifest
-    modules = EagerModules(Path(manifest.checkpoint.path), manifest.precision, device)
-    engines = _measure(version.folder, manifest, modules, images)
-    eager = _measure(version.folder, replace(manifest, engines=()), modules, images)
-    return Report(
+    manifest, here = version.manifest, current_target(device)
+    ours = replace(manifest, engines=tuple(e for e in manifest.engines if here in e.built_for))
+    report = Report(
         device=torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
-        components=tuple(_compare(manifest, c, engines.components[c], eager.components[c]) for c in Component),
-        images=compare_images(manifest, engines.pictures, eager.pictures),
+        components=tuple(_absent(manifest, component, here) for component in Component),
+        images=None,
         least_psnr=IMAGE_PSNR[manifest.precision],
     )
+    if not ours.engines:
+        return report
+    modules = EagerModules(Path(manifest.checkpoint.path), manifest.precision, device)
+    engines = _measure(version.folder, ours, modules, images)
+    eager = _measure(version.folder, replace(manifest, engines=()), modules, images)
+    return replace(
+        report,
+        components=tuple(
+            absent if ours.engine(absent.component) is None else _compare(ours, absent.component, engines, eager)
+            for absent in report.components
+        ),
+        images=compare_images(manifest, engines.painted.pictures, eager.painted.pictures),
+    )
+
+
+def _absent(manifest: Manifest, component: Component, here: Target) -> ComponentParity:
+    """What is said of a component that has no engine for this device."""
+    record = manifest.engine(component)
+    if record is None:
+        return ComponentParity(component, Backend.EAGER, not_run="the version has no engine", belongs_here=False)
+    why = f"built for {', '.join(map(str, record.built_for))}, this is {here}"
+    return ComponentParity(component, record.backend, not_run=why, belongs_here=False)
 
 
 @dataclass(frozen=True)
 class _Outputs:
-    """What a component gave at every point of `POINTS`, and how long a call took."""
+    """What a component gave at every point that is compared, and how long a call took."""
 
     tensors: tuple[Tensor, ...]
+    uses: tuple[EngineUse, ...]  # who made each of them
     milliseconds: float
-    use: EngineUse
 
 
 @dataclass(frozen=True)
 class _Measured:
     components: dict[Component, _Outputs]
-    pictures: list[Pixels]
+    painted: Painted
+    last: tuple[EngineUse, ...]  # what is in use when all is done
+
+    def fallbacks(self, component: Component) -> str:
+        """Why calls of `component` were made by eager in its engine's place; empty if none was."""
+        uses = (*self.components[component].uses, *self.painted.uses, *self.last)
+        reasons = dict.fromkeys(use.fallback_reason for use in uses if use.component is component)
+        return "; ".join(reason for reason in reasons if reason)
 
 
 def _measure(folder: Path, manifest: Manifest, modules: EagerModules, images: int) -> _Measured:
     """Runs what `manifest` lists, eager for the rest."""
     served = load_engines(folder, manifest, modules, FallbackPolicy.EAGER)
-    measured = _Measured(
-        {c: _outputs(manifest, c, served[c], modules.device) for c in Component},
-        draw(manifest, served, str(modules.device), images),
-    )
+    outputs = {c: _outputs(manifest, c, served[c], modules.device) for c in Component}
+    painted = _paint(manifest, served, str(modules.device), images)
+    measured = _Measured(outputs, painted, tuple(component.use for component in served.values()))
     for component in served.values():
         component.close()
     return measured
 
 
+def _paint(manifest: Manifest, served: Components, device: str, images: int) -> Painted:
+    """The images; an engine whose result is not finite is given up for eager, as the server does."""
+    try:
+        return draw(manifest, served, device, images)
+    except NonFiniteError as error:
+        if not served[Component.DENOISER].compiled:
+            raise
+        served[Component.DENOISER].quarantine(str(error))
+        return draw(manifest, served, device, images)
+
+
 def _outputs(manifest: Manifest, component: Component, served: ServedComponent, device: torch.device) -> _Outputs:
-    tensors = tuple(_call(manifest, component, point, device, seed)(served) for seed, point in enumerate(POINTS))
-    milliseconds = _milliseconds(manifest, component, served, device)
-    return _Outputs(tensors, milliseconds, served.use)  # the use last: it says whether the engine failed when it ran
+    points = enumerate(manifest.parity_points)
+    made = (_call(manifest, component, point, device, seed)(served) for seed, point in points)
+    tensors, uses = zip(*made, strict=True)
+    return _Outputs(tensors, uses, _milliseconds(manifest, component, served, device))
 
 
-def _compare(manifest: Manifest, component: Component, engine: _Outputs, eager: _Outputs) -> ComponentParity:
+def _compare(manifest: Manifest, component: Component, engines: _Measured, eager: _Measured) -> ComponentParity:
     record = manifest.engine(component)
-    wanted = Backend.EAGER if record is None else record.backend
-    if engine.use.backend is Backend.EAGER:
-        return ComponentParity(component, wanted, not_run=engine.use.fallback_reason or "the version has no engine")
-    pairs = list(zip(engine.tensors, eager.tensors, strict=True))
-    errors = [(got - expected).norm() / expected.norm() for got, expected in pairs]
-    cosines = [torch.cosine_similarity(got.flatten(), expected.flatten(), dim=0) for got, expected in pairs]
+    assert record is not None
+    if problem := engines.fallbacks(component):
+        return ComponentParity(component, record.backend, not_run=problem)
+    engine, expected = engines.components[component], eager.components[component]
+    close = closeness(engine.tensors, expected.tensors)
+    if not math.isfinite(close.relative_error):
+        return ComponentParity(component, record.backend, not_run="its output, or eager's, is not finite")
     return ComponentParity(
         component=component,
-        backend=wanted,
-        relative_error=float(torch.stack(errors).max()),
-        cosine=float(torch.stack(cosines).min()),
+        backend=record.backend,
+        relative_error=close.relative_error,
+        cosine=close.cosine,
         tolerance=component_specs(manifest.checkpoint.dimensions)[component].tolerance[manifest.precision],
-        points=len(POINTS),
+        points=close.points,
         milliseconds=engine.milliseconds,
-        eager_milliseconds=eager.milliseconds,
+        eager_milliseconds=expected.milliseconds,
     )
 
 
 def _call(
     manifest: Manifest, component: Component, point: ShapePoint, device: torch.device, seed: int = 0
-) -> Callable[[ServedComponent], Tensor]:
+) -> Callable[[ServedComponent], tuple[Tensor, EngineUse]]:
     dimensions = manifest.checkpoint.dimensions
     made = example_inputs(component_specs(dimensions)[component], point, dimensions, seed=seed)
     inputs = {name: tensor.to(device) for name, tensor in made.items()}
-    return lambda served: served.run(inputs)[0].cpu().double()
+
+    def call(served: ServedComponent) -> tuple[Tensor, EngineUse]:
+        output, use = served.run(inputs)
+        return output.cpu(), use
+
+    return call
 
 
 def _milliseconds(manifest: Manifest, component: Component, served: ServedComponent, device: torch.device) -> float:
-    width, height = map(int, manifest.default_size.split("x"))
+    width, height = manifest.default_pixels
     call = _call(manifest, component, ShapePoint(1, CAPTION_MULTIPLE, height, width), device)
     call(served)
     call(served)  # where CUDA graphs are recorded
     return statistics.median(_seconds(call, served) for _ in range(REPEATS)) * 1e3
 
 
-def _seconds(call: Callable[[ServedComponent], Tensor], served: ServedComponent) -> float:
+def _seconds(call: Callable[[ServedComponent], object], served: ServedComponent) -> float:
     started = time.perf_counter()
     call(served)  # ends with a copy to the host, so the device is done
     return time.perf_counter() - started
@@ -190,18 +252,22 @@ def as_table(report: Report) -> str:
     lines = [f"on {report.device}"]
     for c in report.components:
         if c.not_run:
-            lines.append(f"  {c.component:<15} {c.backend:<12} not run: {c.not_run}")
+            verdict = "BAD" if c.belongs_here else "not for this device"
+            lines.append(f"  {c.component:<15} {c.backend:<12} {verdict}: {c.not_run}")
         else:
             lines.append(
                 f"  {c.component:<15} {c.backend:<12} {'ok ' if c.within else 'BAD'} relative error "
                 f"{c.relative_error:.1e} (tolerance {c.tolerance:.0e}), cosine {c.cosine:.7f}, "
                 f"{c.milliseconds:.1f} ms (eager {c.eager_milliseconds:.1f})"
             )
-    i = report.images
-    lines.append(
-        f"  {i.images} images: PSNR at least {i.worst_psnr:.1f} dB (tolerance {report.least_psnr:.0f}), at most "
-        f"{i.largest_difference} grey levels apart"
-    )
-    if i.score is not None and i.eager_score is not None:
-        lines.append(f"  demo score: {i.score:.0%} all correct (eager {i.eager_score:.0%})")
-    return "\n".join(lines)
+    return "\n".join(lines if report.images is None else [*lines, *_image_lines(report.images, report.least_psnr)])
+
+
+def _image_lines(images: ImageParity, least_psnr: float) -> list[str]:
+    lines = [
+        f"  {images.images} images: {psnr_text(images.worst_psnr, least_psnr)}, at most "
+        f"{images.largest_difference} grey levels apart"
+    ]
+    if images.score is not None and images.eager_score is not None:
+        lines.append(f"  demo score: {images.score:.0%} all correct (eager {images.eager_score:.0%})")
+    return lines

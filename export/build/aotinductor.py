@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from export.build.base import BuildInputs, Built, Runner
+from export.packages import open_package
 from export.spec import ComponentSpec, Precision
 
 
@@ -31,18 +32,10 @@ class AotInductorBuilder:
         return Built((path,))
 
     def load(self, path: Path, module: nn.Module, spec: ComponentSpec) -> Runner:
-        package = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
-        held = shared_constants(module)
-        wanted = {name: held[name] for name in package.get_constant_fqns()}
-        package.load_constants(wanted, check_full_update=True, user_managed=True)
+        package = open_package(path, module)
 
         def run(inputs: Mapping[str, Tensor]) -> Tensor:
             output: Tensor = package(*inputs.values())
             return output
 
         return run
-
-
-def shared_constants(module: nn.Module) -> dict[str, Tensor]:
-    """The module's parameters and buffers by the names a package asks for them."""
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}

@@ -55,7 +55,7 @@ class Runner(Protocol):
 class Builder(Protocol):
     """Builds engine files of one backend and loads them again to be checked."""
 
-    libraries: tuple[str, ...]  # whose versions go into the manifest
+    libraries: tuple[str, ...]  # whose versions go into the manifest, besides those of `GRAPH_LIBRARIES`
 
     def check(self, precision: Precision) -> None:
         """Called before anything is downloaded or built.

@@ -16,7 +16,7 @@ from export.spec import ComponentSpec, Precision
 class OnnxRuntimeBuilder:
     """The ONNX graph is the engine: ONNX Runtime optimises it at load."""
 
-    libraries: tuple[str, ...] = ("onnxruntime", "onnx", "onnxscript", "torch")
+    libraries: tuple[str, ...] = ("onnxruntime", "onnx", "onnxscript")
 
     def __init__(self, options: BuildOptions) -> None:
         self._options = options
@@ -36,7 +36,8 @@ class OnnxRuntimeBuilder:
     def build(self, inputs: BuildInputs, folder: Path) -> Built:
         path = folder / f"{inputs.spec.component}.onnx"
         export_onnx(inputs.program(), inputs.spec, path)
-        return Built((path,))
+        weights = path.with_name(f"{path.name}.data")  # where torch puts them when they do not fit into one protobuf
+        return Built((path, weights) if weights.exists() else (path,))
 
     def load(self, path: Path, module: nn.Module, spec: ComponentSpec) -> Runner:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

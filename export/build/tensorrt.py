@@ -33,7 +33,7 @@ class TensorRtBuilder:
         (self._library,) = BINDING_LIBRARIES[backend]
         self._backend = backend
         self._options = options
-        self.libraries: tuple[str, ...] = (self._library, "onnx", "onnxscript", "torch")
+        self.libraries: tuple[str, ...] = (self._library, "onnx", "onnxscript")
 
     def check(self, precision: Precision) -> None:
         trt = import_flavour(self._library)

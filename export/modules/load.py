@@ -35,8 +35,9 @@ def load_components(
 ) -> dict[Component, nn.Module]:
     """Reads the weights that the `wanted` components need, in `precision`, onto `device`, ready for inference."""
     needed = sorted({part for component in wanted for part in PARTS[component]})
+    read = _read if Component.DENOISER in wanted else _read_without_layers
     with _quiet_loading():
-        parts = {part: _read(checkpoint / part, TORCH_DTYPES[precision]) for part in needed}
+        parts = {part: read(checkpoint / part, TORCH_DTYPES[precision]) for part in needed}
     modules = {c: build_component(c, parts) for c in wanted}
     return {c: m.eval().requires_grad_(False).to(device) for c, m in modules.items()}
 
@@ -58,8 +59,22 @@ def build_component(component: Component, parts: dict[str, nn.Module]) -> nn.Mod
             return ImageDecoder(parts["vae"])
 
 
-def _read(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """The model in one folder of a checkpoint."""
+def _read_without_layers(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The same, without the transformer's layers: most of its weights, and the denoiser's alone."""
+    if folder.name != "transformer":
+        return _read(folder, dtype)
+    from diffusers.utils import logging as diffusers_logging
+
+    level = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()  # else it lists every weight that it leaves out
+    try:
+        return _read(folder, dtype, n_layers=0)
+    finally:
+        diffusers_logging.set_verbosity(level)
+
+
+def _read(folder: Path, dtype: torch.dtype, **config: int) -> nn.Module:
+    """The model in one folder of a checkpoint; `config` takes the place of what its config file says."""
     from diffusers import AutoencoderKL, ZImageTransformer2DModel
     from transformers import AutoModel
 
@@ -70,7 +85,7 @@ def _read(folder: Path, dtype: torch.dtype) -> nn.Module:
         case name:
             # Weights are mapped from their file either way; without this diffusers asks for accelerate at every load.
             kind = {"transformer": ZImageTransformer2DModel, "vae": AutoencoderKL}[name]
-            model = kind.from_pretrained(folder, dtype=dtype, low_cpu_mem_usage=False)
+            model = kind.from_pretrained(folder, dtype=dtype, low_cpu_mem_usage=False, **config)
     return model
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from export.manifest import Backend
+from export.packages import open_package
 from export.spec import ComponentSpec
 from server.engines.base import Shapes
 from server.engines.limits import ShapeLimits
@@ -20,12 +21,8 @@ class AotInductorEngine:
     backend = Backend.AOTINDUCTOR
 
     def __init__(self, path: Path, spec: ComponentSpec, limits: ShapeLimits, module: nn.Module, threads: int) -> None:
-        held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         try:
-            # One thread drives the device, and CUDA graphs need it so.
-            self._package = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
-            wanted = {name: held[name] for name in self._package.get_constant_fqns()}
-            self._package.load_constants(wanted, check_full_update=True, user_managed=True)
+            self._package = open_package(path, module)
         except (RuntimeError, KeyError) as error:
             raise EngineLoadError(f"AOTInductor cannot load {path}: {error}") from error
         self._names = [t.name for t in spec.inputs]

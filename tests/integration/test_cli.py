@@ -15,7 +15,7 @@ from export.errors import BuildError, ParityError
 from export.manifest import Backend, Manifest
 from export.parity import Checker, ParityCheck
 from export.repository import versions
-from export.spec import Component, Precision
+from export.spec import Component, Precision, ShapePoint
 from tests.conftest import CHECKPOINT, MODEL, ROOT, run_export
 from tests.integration.process import PATIENCE, ServerProcess, wait_for
 
@@ -119,24 +119,30 @@ def test_an_interrupted_export_leaves_no_version(tmp_path: Path, how: signal.Sig
 
 
 def check_of(component: Component, backend: Backend, file: Path) -> ParityCheck:
-    return ParityCheck(CHECKPOINT, component, backend, file, Precision.FP32, "cpu")
+    return ParityCheck(CHECKPOINT, component, backend, file, Precision.FP32, "cpu", (ShapePoint(1, 32, 64, 80),))
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("SEGV", r"denoiser killed the process that loaded it \(SIGSEGV\).*CXX=/usr/bin/g\+\+"),
+        ("KILL", r"denoiser is not published: .* \(SIGKILL\), probably for want of memory; end other programs"),
+    ],
+)
 def test_an_engine_that_kills_its_process_is_named_and_not_published(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A Python that dies at its second engine as AOTInductor packages have been seen to make it die."""
+    """A Python that dies at its second engine as AOTInductor packages, and want of memory, have made it die."""
     deadly = tmp_path / "python"
     good = '{"relative_error": 0, "cosine": 1, "points": 3}'
-    deadly.write_text(f"#!/bin/sh\nread check; echo '{good}'; read check; kill -SEGV $$\n")
+    deadly.write_text(f"#!/bin/sh\nread check; echo '{good}'; read check; kill -{name} $$\n")
     deadly.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(deadly))
     first, second = (check_of(c, Backend.AOTINDUCTOR, tmp_path / f"{c}.pt2") for c in list(Component)[:2])
     with Checker() as checker:
         assert checker.check(first, 1e-5).relative_error == 0
-        killed = r"denoiser killed the process that loaded it \(SIGSEGV\).*CXX=/usr/bin/g\+\+"
         for _ in range(2):
-            with pytest.raises(BuildError, match=killed):
+            with pytest.raises(BuildError, match=message):
                 checker.check(second, 1e-5)
 
 

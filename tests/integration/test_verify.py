@@ -1,17 +1,25 @@
 """`zserve inspect`, `zserve parity` and `zserve verify`, as their users call them."""
 
 import json
+import re
 import shutil
 import subprocess
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
+from torch import Tensor
 
+from export.cli import NOT_POSSIBLE
 from export.manifest import Backend, FileRecord, Manifest
 from export.repository import versions
 from export.spec import Component
+from server.engines.base import Shapes
+from server.engines.onnxruntime import OnnxRuntimeEngine
+from server.errors import EngineRunError
 from tests.conftest import CHECKPOINT, MODEL
 from verify import gpu, images, inspection, parity
 
@@ -65,16 +73,124 @@ def test_a_model_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.Captu
         assert "there is none; `zserve export` makes one" in capsys.readouterr().err
 
 
+def strict_json(text: str) -> Any:
+    """What every reader of JSON takes: Python's own writes and reads NaN and Infinity too."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
 def test_engines_that_are_right_pass(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert parity.main([str(repository / MODEL), "--device", "cpu", "--images", "1", "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report["within_tolerance"]
+    report = strict_json(capsys.readouterr().out)
+    assert report["within_tolerance"] is True
     for component in report["components"]:
         assert component["backend"] == "onnxruntime"
         assert component["relative_error"] <= component["tolerance"]
         assert component["cosine"] > 0.9999
     assert report["images"]["largest_difference"] <= 1
     assert report["images"]["score"] == report["images"]["eager_score"]
+
+
+def damage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "denoiser.onnx").write_bytes(b"damaged")
+
+
+def fail_on_the_first_real_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(engine: OnnxRuntimeEngine, inputs: Mapping[str, Tensor]) -> Tensor:
+        if "timestep" in inputs and drawing:
+            raise EngineRunError("kaput")
+        return right(engine, inputs)
+
+    def draw(*arguments: Any) -> Any:
+        drawing.append(True)
+        return images.draw(*arguments)
+
+    drawing: list[bool] = []
+    right = OnnxRuntimeEngine.run
+    monkeypatch.setattr(OnnxRuntimeEngine, "run", run)
+    monkeypatch.setattr(parity, "draw", draw)
+
+
+def take_no_batches(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fits(engine: OnnxRuntimeEngine, shapes: Shapes) -> bool:
+        return "timestep" not in shapes or shapes["timestep"] == (1,)
+
+    monkeypatch.setattr(OnnxRuntimeEngine, "fits", fits)
+
+
+def give_nan_at_the_default_size(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(engine: OnnxRuntimeEngine, inputs: Mapping[str, Tensor]) -> Tensor:
+        output = right(engine, inputs)
+        return output * float("nan") if "timestep" in inputs and inputs["latents"].shape[2:] == (32, 32) else output
+
+    right = OnnxRuntimeEngine.run
+    monkeypatch.setattr(OnnxRuntimeEngine, "run", run)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "problem"),
+    [
+        (damage, "is damaged: .* bytes of denoiser.onnx expected, 7 found"),
+        (fail_on_the_first_real_step, "kaput"),
+        (take_no_batches, "the onnxruntime engine was not built for"),
+        (give_nan_at_the_default_size, "not finite"),
+    ],
+)
+def test_an_engine_that_should_run_here_and_does_not_fails(
+    break_it: Callable[[Path, pytest.MonkeyPatch], None],
+    problem: str,
+    repository: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Eager answers in its place, and agrees with itself."""
+    folder = tmp_path / MODEL / "1"
+    shutil.copytree(newest(repository), folder)
+    break_it(folder, monkeypatch)
+    assert parity.main([str(folder.parent), "--device", "cpu", "--images", "1", "--json"]) == 1
+    report = strict_json(capsys.readouterr().out)
+    assert report["within_tolerance"] is False
+    encoder, denoiser, decoder = report["components"]
+    assert re.search(problem, denoiser["not_run"])
+    assert denoiser["relative_error"] is None
+    assert (encoder["not_run"], decoder["not_run"]) == ("", "")
+
+
+def test_nothing_is_said_of_engines_for_other_devices(
+    tensorrt_repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert parity.main([str(tensorrt_repository / MODEL), "--device", "cpu", "--json"]) == NOT_POSSIBLE
+    report = strict_json(capsys.readouterr().out)
+    assert (report["within_tolerance"], report["images"]) == (None, None)
+    assert {c["not_run"] for c in report["components"]} == {
+        "built for cuda (compute capability 8.9), cuda (compute capability 12.0), this is cpu"
+    }
+
+
+@pytest.mark.parametrize(
+    ("worst", "score", "within"),
+    [
+        (None, 1.0, True),
+        (25.0, 1.0, True),
+        (19.9, 1.0, False),
+        (25.0, 0.9, True),
+        (25.0, 0.8, False),
+        (25.0, None, True),
+    ],
+)
+def test_images_are_close_and_show_what_was_asked_for(worst: float | None, score: float | None, within: bool) -> None:
+    """One in ten may be tipped by rounding."""
+    eager_score = None if score is None else 1.0
+    assert images.ImageParity(10, worst, 3, score, eager_score).within(20.0) is within
+
+
+def test_four_images_lose_none() -> None:
+    assert not images.ImageParity(4, 25.0, 3, 0.5, 0.75).within(20.0)
+    assert images.ImageParity(4, 25.0, 3, 0.75, 0.75).within(20.0)
 
 
 def test_an_engine_that_is_slightly_wrong_does_not(
@@ -125,6 +241,24 @@ def test_verify_reports_on_every_backend(repository: Path, tensorrt_repository: 
     assert "* tensorrt_rtx: built for sm89,sm120, and not run, as this machine has no GPU" in lines
     assert any("1 images, PSNR at least" in line for line in lines)
     assert list((kept / "verified-onnxruntime").glob("[0-9]*")) == [kept / "verified-onnxruntime" / "1"], "reused"
+
+
+@pytest.mark.parametrize(("status", "verdict", "row"), [(1, 1, "FAILED"), (-9, 1, "FAILED"), (NOT_POSSIBLE, 0, "no")])
+def test_verify_fails_where_an_export_does_unless_it_is_not_possible_here(
+    status: int, verdict: int, row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An export checks its engines itself: one that differs, or ends the checker, is seen there first."""
+
+    def run(command: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        assert command == "export"
+        return subprocess.CompletedProcess([], status, "", "zserve export: the denoiser differs from eager\n")
+
+    monkeypatch.setattr(gpu, "_zserve", run)
+    out = tmp_path / "report"
+    assert gpu.main(["--backend", "aotinductor", "--device", "cpu", "--out", str(out)]) == verdict
+    (told,) = json.loads(out.with_suffix(".json").read_text())["backends"]
+    assert (told["built"], told["right"]) == (False, False if verdict else None)
+    assert f"| aotinductor | {row} | | | | | |" in out.with_suffix(".md").read_text()
 
 
 def test_verify_fails_where_an_engine_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ SERVER_MAY_SEE = {
     "export.checkpoint",
     "export.devices",
     "export.plans",
+    "export.packages",
 }
 PROJECT = ("export", "server", "verify", "client", "protos", "demo", "benchmarks", "tests")
 WIRE = ("protos", "tritonclient", "grpc_health", "grpc_reflection")

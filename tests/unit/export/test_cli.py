@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from export.cli import main
+from export import exporter
+from export.cli import NOT_POSSIBLE, main
+from export.errors import BuildError, ExportError, ParityError, ResourcesError, UnsupportedError
 from tests.conftest import CHECKPOINT
 
 REFUSED = [
@@ -35,10 +37,31 @@ def test_a_refusal_names_the_remedy(
     arguments: str, remedy: str, dry_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fixed = ["--checkpoint", str(CHECKPOINT), "--repository", str(tmp_path), "--name", "m", *dry_run]
-    assert main([*fixed, *arguments.split()]) == 1
+    assert main([*fixed, *arguments.split()]) == NOT_POSSIBLE
     said = capsys.readouterr().err
     assert re.search(remedy, said), said
     assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(UnsupportedError, 3), (ResourcesError, 3), (BuildError, 1), (ParityError, 1), (ExportError, 1)],
+)
+def test_what_is_not_possible_here_has_an_exit_status_of_its_own(
+    error: type[ExportError], status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error("so it is")
+
+    monkeypatch.setattr(exporter, "export_model", fail)
+    fixed = ["--checkpoint", str(CHECKPOINT), "--repository", str(tmp_path), "--name", "m", "--device", "cpu"]
+    assert main(fixed) == status
+
+
+def test_the_help_tells_the_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert f"{NOT_POSSIBLE} not possible on this machine" in " ".join(capsys.readouterr().out.split())
 
 
 def test_fp16_is_refused_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,11 +70,11 @@ def test_fp16_is_refused_with_the_reason(capsys: pytest.CaptureFixture[str]) -> 
     assert "exceed what fp16 holds (65504), which draws black images; use bf16" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("size", ["256", "320", "4112", "1000"])
+@pytest.mark.parametrize("size", ["256", "304", "4112", "1000"])
 def test_a_model_too_small_to_be_exported_is_refused(size: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--checkpoint", "x", "--name", "m", "--max-size", size])
-    assert f"'{size}': a multiple of 16 from 336 to 4096 is accepted" in capsys.readouterr().err
+    assert f"'{size}': a multiple of 16 from 320 to 4096 is accepted" in capsys.readouterr().err
 
 
 def test_a_config_that_is_kept_is_told_where_it_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from export import cli
 from export.build import BuildOptions, builder_for
+from export.cli import NOT_POSSIBLE
 from export.devices import checked_device, use_device
 from export.errors import UnsupportedError
 from export.manifest import Backend, Target
@@ -62,12 +63,12 @@ def test_onnx_runtime_is_for_the_cpu_unless_a_gpu_is_asked_for(
     said = capsys.readouterr().out
     assert "onnxruntime in fp32" in said
     assert "build for  cpu" in said
-    assert cli.main([*fixed, "--backend", "onnxruntime", "--device", "cuda"]) == 1
+    assert cli.main([*fixed, "--backend", "onnxruntime", "--device", "cuda"]) == NOT_POSSIBLE
     assert "runs on the CPU only" in capsys.readouterr().err
 
 
 def test_the_checks_process_computes_on_the_gpu_it_was_told(two_gpus: None) -> None:
-    check = ParityCheck(CHECKPOINT, Component.DENOISER, Backend.AOTINDUCTOR, Path("x"), Precision.BF16, "cuda:1")
+    check = ParityCheck(CHECKPOINT, Component.DENOISER, Backend.AOTINDUCTOR, Path("x"), Precision.BF16, "cuda:1", ())
     with pytest.raises(ChosenError, match="cuda:1"):
         measure_parity(check)
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import psutil
 import pytest
 
-from export.cli import main
+from export.cli import NOT_POSSIBLE, main
 from export.modules import load_components
 from export.spec import Component, Precision
 from tests.conftest import CHECKPOINT
@@ -63,7 +63,7 @@ def test_too_little_is_refused_before_anything_is_built(
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: has)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: has)
     arguments = [a for a in ARGUMENTS if a != "--dry-run"]
-    assert main([*arguments, "onnxruntime", "--repository", str(tmp_path / "models"), *dry_run]) == 1
+    assert main([*arguments, "onnxruntime", "--repository", str(tmp_path / "models"), *dry_run]) == NOT_POSSIBLE
     said = capsys.readouterr().err
     assert f"GB of {what}" in said
     assert remedy in said

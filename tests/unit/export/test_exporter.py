@@ -1,26 +1,33 @@
 """What an export builds again, and what it takes from earlier ones."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
-from export import exporter
+from export import exporter, manifest, reuse
 from export.build import BuildInputs, BuildOptions, Built, Runner
+from export.checkpoint import Checkpoint
 from export.errors import UnsupportedError, VersionExistsError
 from export.exporter import Exported, export_model
-from export.manifest import Backend, Target
+from export.manifest import Backend, EngineRecord, Parity, Target
+from export.parity import ParityCheck
+from export.profiles import parity_points
 from export.repository import INCOMPLETE, Existing, ServingDefaults, versions
 from export.request import ExportRequest
+from export.reuse import reusable_engines
 from export.sources import Hub, Source
-from export.spec import Component, ComponentSpec, Precision
+from export.spec import Component, ComponentSpec, Precision, ShapePoint, component_specs
 from tests.conftest import CHECKPOINT
 
 ENCODER, DENOISER, DECODER = Component
 # No such device is here, so nothing is run.
 OPTIONS = BuildOptions((Target("cuda", "8.9"),))
+PARITY = Parity(0.0, 1.0, 5)
 fit_preview_once = cache(exporter.fit_preview)
 
 
@@ -47,6 +54,16 @@ class FakeBuilder:
 
     def load(self, path: Path, module: nn.Module, spec: ComponentSpec) -> Runner:
         raise AssertionError("nothing is run")
+
+
+class FakeChecker(AbstractContextManager["FakeChecker"]):
+    """Finds every engine right."""
+
+    def check(self, check: ParityCheck, tolerance: float) -> Parity:
+        return PARITY
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
 
 @pytest.fixture
@@ -82,7 +99,7 @@ def test_an_interrupted_export_resumes_at_the_component_it_was_building(
     assert done.reused == {ENCODER}
     assert [e.component for e in done.manifest.engines] == list(Component)
     assert (done.folder / "denoiser.pt2").read_text() == "engine denoiser", "the half-written one is gone"
-    assert not (request_.model / INCOMPLETE).exists()
+    assert not list(request_.model.glob(".incomplete*"))
 
 
 @pytest.mark.parametrize("damage", ["truncate", "other settings"])
@@ -92,7 +109,7 @@ def test_only_what_is_whole_and_of_the_same_request_is_resumed(
     with pytest.raises(KeyboardInterrupt):
         run(request_, FakeBuilder(stop_at=DENOISER), monkeypatch)
     if damage == "truncate":
-        (request_.model / INCOMPLETE / "prompt_encoder.pt2").write_text("cut")
+        (request_.model / INCOMPLETE[Existing.KEEP] / "prompt_encoder.pt2").write_text("cut")
     else:
         request_ = replace(request_, serving=replace(request_.serving, max_batch=2))
     second = FakeBuilder()
@@ -109,6 +126,92 @@ def test_a_whole_version_is_not_built_again_unless_forced(
     forced = FakeBuilder()
     assert run(replace(request_, existing=Existing.REPLACE), forced, monkeypatch).folder.name == "2"
     assert forced.built == list(Component)
+
+
+def test_a_forced_export_resumes_its_own_work_and_nothing_older(
+    request_: ExportRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(request_, FakeBuilder(), monkeypatch)
+    (request_.model / "1" / "denoiser.pt2").write_text("engine damaged!")
+    with pytest.raises(KeyboardInterrupt):
+        run(request_, FakeBuilder(stop_at=DENOISER), monkeypatch)  # with two engines of version 1 that still hold
+    forced = replace(request_, existing=Existing.REPLACE)
+    first, second = FakeBuilder(stop_at=DECODER), FakeBuilder()
+    with pytest.raises(KeyboardInterrupt):
+        run(forced, first, monkeypatch)
+    assert first.built == [ENCODER, DENOISER]
+    done = run(forced, second, monkeypatch)
+    assert second.built == [DECODER]
+    assert (done.folder.name, done.reused) == ("2", {ENCODER, DENOISER})
+    assert not list(request_.model.glob(".incomplete*"))
+
+
+def test_an_export_that_is_not_forced_leaves_nothing_of_its_own_to_one_that_is(
+    request_: ExportRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forced = replace(request_, existing=Existing.REPLACE)
+    for interrupted in (forced, request_):
+        with pytest.raises(KeyboardInterrupt):
+            run(interrupted, FakeBuilder(stop_at=DENOISER), monkeypatch)
+    again = FakeBuilder()
+    assert run(forced, again, monkeypatch).reused == frozenset()
+    assert again.built == list(Component)
+
+
+def test_an_export_interrupted_again_before_it_builds_keeps_what_was_finished(
+    request_: ExportRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(request_, FakeBuilder(), monkeypatch)
+    for component in (ENCODER, DENOISER):
+        (request_.model / "1" / f"{component}.pt2").write_text("damaged")
+    with pytest.raises(KeyboardInterrupt):
+        run(request_, FakeBuilder(stop_at=DENOISER), monkeypatch)
+
+    def interrupted(folder: Path, request: ExportRequest, checkpoint: Checkpoint) -> dict[Component, EngineRecord]:
+        if folder.name == "1":
+            asked.append(folder)
+            if len(asked) == 2:  # the first time, whether there is anything to do at all
+                raise KeyboardInterrupt
+        return reusable_engines(folder, request, checkpoint)
+
+    asked: list[Path] = []
+    with monkeypatch.context() as during:
+        during.setattr(exporter, "reusable_engines", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(request_, FakeBuilder(), monkeypatch)
+    last = FakeBuilder()
+    run(request_, last, monkeypatch)
+    assert last.built == [DENOISER]
+
+
+@pytest.mark.parametrize("library", ["torch", "diffusers", "transformers", "onnxscript"])
+def test_an_engine_is_built_again_when_a_library_that_shaped_it_is_another(
+    request_: ExportRequest, monkeypatch: pytest.MonkeyPatch, library: str
+) -> None:
+    """Also those that an engine of this backend loads without."""
+    here = manifest.installed_version
+    run(request_, FakeBuilder(libraries=("torch", "onnxscript")), monkeypatch)
+    again = FakeBuilder(libraries=("torch", "onnxscript"))
+    assert run(request_, again, monkeypatch).folder.name == "1"
+    monkeypatch.setattr(manifest, "BINDING_LIBRARIES", {Backend.AOTINDUCTOR: ()})
+    monkeypatch.setattr(manifest, "installed_version", lambda name: "99.0" if name == library else here(name))
+    done = run(request_, again, monkeypatch)
+    assert again.built == list(Component)
+    assert {e.built_with[library] for e in done.manifest.engines} == {"99.0"}
+
+
+def test_an_engine_that_was_never_run_is_built_again_where_it_can_be(
+    request_: ExportRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine built elsewhere for the device that is here now."""
+    run(request_, FakeBuilder(), monkeypatch)
+    monkeypatch.setattr(reuse, "current_target", lambda device: OPTIONS.targets[0])
+    monkeypatch.setattr(exporter, "Checker", FakeChecker)
+    builder = FakeBuilder()
+    done = run(request_, builder, monkeypatch)
+    assert builder.built == list(Component)
+    assert [e.parity for e in done.manifest.engines] == 3 * [PARITY]
+    assert run(request_, FakeBuilder(stop_at=ENCODER), monkeypatch).folder == done.folder
 
 
 def test_a_damaged_engine_of_the_newest_version_is_built_again_alone(
@@ -130,6 +233,79 @@ def test_a_version_number_of_ones_own(request_: ExportRequest, monkeypatch: pyte
         run(numbered, FakeBuilder(), monkeypatch)
     assert run(replace(numbered, existing=Existing.REPLACE), FakeBuilder(), monkeypatch).folder.name == "7"
     assert versions(request_.model) == [7]
+
+
+@dataclass
+class ReadingBuilder(FakeBuilder):
+    """Reads the weights and never forgets them, as torch.export's and Inductor's caches do."""
+
+    held: list[nn.Module] = field(default_factory=list)
+
+    def build(self, inputs: BuildInputs, folder: Path) -> Built:
+        assert self.bytes() == 0
+        self.held.append(inputs.module())
+        assert self.bytes() > 0
+        return super().build(inputs, folder)
+
+    def bytes(self) -> int:
+        """What the weights take."""
+        tensors = (t for module in self.held for t in (*module.parameters(), *module.buffers()))
+        return sum(t.untyped_storage().nbytes() for t in tensors)
+
+
+def test_one_component_at_a_time_is_in_memory_and_none_while_it_is_checked(
+    request_: ExportRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All three of the published model do not fit on the GPUs that it is made for, nor does one of them twice."""
+
+    def load(checkpoint: Path, *, wanted: list[Component], **_: object) -> dict[Component, nn.Module]:
+        assert len(wanted) == 1
+        return {component: nn.BatchNorm1d(8) for component in wanted}
+
+    class Looking(FakeChecker):
+        def check(self, check: ParityCheck, tolerance: float) -> Parity:
+            assert builder.bytes() == 0
+            assert emptied, "else the memory is the allocator's, and not the checker's"
+            emptied.clear()
+            return super().check(check, tolerance)
+
+    builder, emptied = ReadingBuilder(), list[bool]()
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    monkeypatch.setattr(reuse, "current_target", lambda device: OPTIONS.targets[0])
+    monkeypatch.setattr(exporter, "load_components", load)
+    monkeypatch.setattr(exporter, "Checker", Looking)
+    run(request_, builder, monkeypatch)
+    assert len(builder.held) == 3
+
+
+def test_engines_are_checked_as_they_are_served(request_: ExportRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    checks: list[ParityCheck] = []
+
+    class Noting(FakeChecker):
+        def check(self, check: ParityCheck, tolerance: float) -> Parity:
+            checks.append(ParityCheck.of_line(check.as_line()))
+            return super().check(check, tolerance)
+
+    monkeypatch.setattr(reuse, "current_target", lambda device: OPTIONS.targets[0])
+    monkeypatch.setattr(exporter, "Checker", Noting)
+    served = replace(request_, serving=ServingDefaults(default_size="1024x768", max_batch=3))
+    done = run(served, FakeBuilder(), monkeypatch)
+    assert [check.component for check in checks] == list(Component)
+    for check in checks:
+        assert {ShapePoint(1, 64, 768, 1024), ShapePoint(6, 32, 64, 64)} <= set(check.points)
+        assert check.points == done.manifest.parity_points
+    fixed, ranged = served.profiles
+    spec = component_specs(done.manifest.checkpoint.dimensions)[DENOISER]
+    assert {fixed, ranged} == {
+        next(p for p in (fixed, ranged) if p.takes(spec, spec.input_shapes(point))) for point in checks[0].points
+    }, "every profile of a plan runs"
+
+
+@pytest.mark.parametrize("max_size", [256, 320, 2048])
+def test_no_engine_is_checked_past_its_limits(max_size: int) -> None:
+    for point in parity_points((256, 256), 2, max_size):
+        assert max(point.height, point.width) <= max_size
+        assert point.batch <= 2
 
 
 def test_sizes_past_the_checkpoints_position_tables_are_refused(

@@ -6,9 +6,10 @@ import torch
 from diffusers import ZImagePipeline
 from torch import Tensor
 
-from export.modules import build_components
-from export.spec import Component
-from tests.conftest import load_pipeline
+from export.modules import build_components, load, load_components
+from export.modules.load import build_component
+from export.spec import Component, Precision
+from tests.conftest import CHECKPOINT, load_pipeline
 
 # latent height and width, tokens of each row's caption (all of one padded length)
 CASES = [
@@ -87,3 +88,22 @@ def test_weights_are_shared(pipeline: ZImagePipeline) -> None:
     }
     components = build_components(pipeline)
     assert all(p.data_ptr() in own for module in components.values() for p in module.parameters())
+
+
+def test_the_prompt_encoder_alone_is_read_without_the_denoisers_layers(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def build(component: Component, parts: dict[str, torch.nn.Module]) -> torch.nn.Module:
+        layers.append(len(parts["transformer"].layers))  # type: ignore[arg-type]
+        return build_component(component, parts)
+
+    layers: list[int] = []
+    both = load_components(CHECKPOINT, precision=Precision.FP32, device="cpu", wanted=list(Component)[:2])
+    monkeypatch.setattr(load, "build_component", build)
+    capfd.readouterr()
+    (alone,) = load_components(CHECKPOINT, precision=Precision.FP32, device="cpu", wanted=list(Component)[:1]).values()
+    assert layers == [0]
+    assert capfd.readouterr().err == "", "diffusers names no weight that it was told to leave out"
+    expected = both[Component.PROMPT_ENCODER].state_dict()
+    assert alone.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in alone.state_dict().items())

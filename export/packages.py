@@ -1,0 +1,29 @@
+"""An AOTInductor package opened: what the export's check and the server's engine have in common."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from torch.export.pt2_archive._package import AOTICompiledModel
+
+
+def open_package(path: Path, module: nn.Module) -> "AOTICompiledModel":
+    """The package at `path`, computing with the weights of `module`, on the device where these are.
+
+    The weights are lent, not copied: changing one in place changes both.
+
+    Raises:
+        RuntimeError: it is damaged, or of another torch or device.
+        KeyError: it wants a weight that `module` does not have.
+    """
+    device = next(module.parameters()).device
+    index = -1 if device.index is None else device.index  # else it would compute on the first GPU
+    # One thread drives the device, and CUDA graphs need it so.
+    package = torch._inductor.aoti_load_package(str(path), run_single_threaded=True, device_index=index)
+    held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    wanted = {name: held[name] for name in package.get_constant_fqns()}
+    package.load_constants(wanted, check_full_update=True, user_managed=True)
+    return package
