@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from export.build.base import BuildInputs, Built, Runner
+from export.errors import BuildError
 from export.packages import open_package
 from export.spec import ComponentSpec, Precision
 
@@ -27,6 +28,12 @@ class AotInductorBuilder:
                 package_path=str(path),
                 inductor_configs={"aot_inductor.package_constants_in_so": False},
             )
+        except OSError as error:
+            raise BuildError(
+                f"AOTInductor could not compile {inputs.spec.component}: {error}. It needs a C++ compiler (g++) and, "
+                "for a GPU, the CUDA toolkit: install them, and set CUDA_HOME where it is not found; or give "
+                "--backend eager"
+            ) from error
         finally:
             torch.compiler.reset()
         return Built((path,))

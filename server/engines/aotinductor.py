@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from export.manifest import Backend
 from export.packages import open_package
 from export.spec import ComponentSpec
+from server.engines import memory
 from server.engines.base import Shapes
 from server.engines.limits import ShapeLimits
 from server.engines.threads import torch_threads
@@ -27,6 +28,7 @@ class AotInductorEngine:
             raise EngineLoadError(f"AOTInductor cannot load {path}: {error}") from error
         self._names = [t.name for t in spec.inputs]
         self._limits, self._threads = limits, threads
+        self._refusals = memory.refusals()
 
     def fits(self, shapes: Shapes) -> bool:
         return self._limits.fit(shapes)
@@ -35,9 +37,11 @@ class AotInductorEngine:
         try:
             with torch.inference_mode(), torch_threads(self._threads):
                 output: Tensor = self._package(*(inputs[name] for name in self._names))
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            # The package's C interface makes one kind of error of all; the allocator still knows what it refused.
+            if (refused := memory.refusals()) > self._refusals:
+                self._refusals = refused
+                raise torch.OutOfMemoryError(str(error)) from error
             raise EngineRunError(f"AOTInductor failed: {error}") from error
         return output
 

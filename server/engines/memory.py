@@ -41,6 +41,11 @@ def device_peak_bytes() -> int:
     return torch.cuda.max_memory_reserved() + _outside_torch["peak"] if _on_cuda() else 0
 
 
+def refusals() -> int:
+    """How often torch's allocator has had no memory on the CUDA device; 0 without one."""
+    return int(torch.cuda.memory_stats().get("num_ooms", 0)) if _on_cuda() else 0
+
+
 def out_of_memory_error(error: torch.OutOfMemoryError) -> DeviceMemoryError:
     """The answer to a request that did not fit, with the figures; they are of before anything was freed."""
     return DeviceMemoryError(

@@ -11,7 +11,10 @@ from export.errors import StaleEngineError
 from export.manifest import Backend, Manifest, Target, check_engine
 from export.spec import Component, ModelDimensions, ShapePoint, component_specs, example_inputs
 from server.config import FallbackPolicy
+from server.engines import aotinductor, memory
+from server.engines.aotinductor import AotInductorEngine
 from server.engines.eager import EagerEngine, EagerModules
+from server.engines.limits import ShapeLimits
 from server.engines.load import EngineLoader
 from server.engines.served import ServedComponent
 from server.errors import EngineLoadError, EngineRunError
@@ -174,3 +177,22 @@ def test_bytes_that_onnxruntime_refuses_are_a_load_error(tmp_path: Path) -> None
     spec = SPECS[Component.DENOISER]
     with pytest.raises(EngineLoadError, match="ONNX Runtime cannot load"):
         OnnxRuntimeEngine(bad, spec, ShapeLimits(spec, 8, 256), 1)
+
+
+class Package:
+    """Fails as AOTInductor's C interface does: with one kind of error for all."""
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("run_func_(...) API call failed")
+
+
+def test_memory_that_was_refused_inside_a_package_is_not_its_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = iter([3, 4, 4])  # before, and after each of two failures
+    monkeypatch.setattr(memory, "refusals", lambda: next(refused))
+    monkeypatch.setattr(aotinductor, "open_package", lambda path, module: Package())
+    spec = SPECS[Component.IMAGE_DECODER]
+    engine = AotInductorEngine(Path("x.pt2"), spec, ShapeLimits(spec, 8, 64), torch.nn.Identity(), threads=1)
+    with pytest.raises(torch.OutOfMemoryError, match="API call failed"):
+        engine.run(INPUTS)
+    with pytest.raises(EngineRunError, match="AOTInductor failed"):
+        engine.run(INPUTS)
