@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import ZImagePipeline
-from hypothesis import settings
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = ROOT / "demo" / "checkpoint"
@@ -17,9 +16,6 @@ TENSORRT_REPOSITORY = ROOT / "build" / "test-models-tensorrt"
 MODEL = "z-image-demo"
 # Models as small as the demo's gain little from a second thread, and wait for it long where it has much else to do.
 torch.set_num_threads(1)
-# The same examples in every run: what a run finds, the next one finds again. More are tried by hand.
-settings.register_profile("repeatable", derandomize=True)
-settings.load_profile("repeatable")
 
 
 def load_pipeline(dtype: torch.dtype) -> ZImagePipeline:

@@ -125,8 +125,8 @@ def test_the_server_draws_what_was_asked(server: ServerProcess) -> None:
         (instance,) = client.model().instances
     assert all({e.backend for e in d.completed.engines} == {"aotinductor"} for d in drawings)
     right = [score(np.asarray(d.images[0].pillow()), s).all_correct for d, s in zip(drawings, scenes, strict=True)]
-    # The checkpoint's own share is 0.82 (demo/README.md), so this is three deviations below; other scenes score near 0.
-    assert sum(right) / len(right) >= 0.6
+    # The checkpoint's own share is 0.988 in fp32 (demo/README.md), so this leaves room; other scenes score near 0.
+    assert sum(right) / len(right) >= 0.85
     assert instance.device.startswith("cuda (")
     assert 0 < instance.memory.device_loaded <= instance.memory.device_peak
 
