@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image as Pillow
 
-from benchmarks.record import Row, row
+from benchmarks.record import BenchmarkError, Row, row
 from benchmarks.serving import add_model, backend_of, repository, server_process
 from benchmarks.traffic import check_answer
 from client import ZImageClient
@@ -51,10 +51,14 @@ class Question:
     seed: int = 20261
 
     @property
+    def size(self) -> str:
+        return f"{self.width}x{self.height}"
+
+    @property
     def name(self) -> str:
         extra = f", guidance {self.guidance}" if self.guidance else ""
         extra += (f", {self.kind}s" if self.kind else "") + (", held out" if self.held_out else "")
-        return f"{self.width}x{self.height}, {self.steps} steps{extra}"
+        return f"{self.size}, {self.steps} steps{extra}"
 
     def scenes(self) -> list[Scene]:
         return sample_scenes(self.count, self.seed, held_out=self.held_out, kind=self.kind)
@@ -103,13 +107,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--device", default=default_device(), help="default: %(default)s")
     parser.add_argument("--suite", choices=SUITES, default="quick", help="default: %(default)s")
+    parser.add_argument("--size", action="append", help="WIDTHxHEIGHT: only these questions; may be repeated")
     parser.add_argument("--images", type=Path, help="folder to keep the pictures in")
     parser.add_argument("--minutes", type=float, default=math.inf, help="draw no more after so many")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Draws, scores and prints a line a question. A row is a question."""
-    backend, questions = backend_of(options.model), SUITES[options.suite]
+    backend, questions = backend_of(options.model), chosen(options)
     with (
         repository(options.model, ["256x256"]) as models,
         server_process(models, options.device) as server,
@@ -120,6 +125,20 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         rows = [answer for question in questions if (answer := ask(drawer, question))]
     settings = {"suite": options.suite, "engine": backend, "pictures_of_earlier_runs": len(drawer.found)}
     return {"settings": settings, "rows": rows}
+
+
+def chosen(options: argparse.Namespace) -> list[Question]:
+    """The questions of the suite, of some sizes alone if so told.
+
+    Raises:
+        BenchmarkError: it has none of that size.
+    """
+    suite = SUITES[options.suite]
+    there = list(dict.fromkeys(q.size for q in suite))
+    wanted = options.size or there
+    if unknown := set(wanted) - set(there):
+        raise BenchmarkError(f"--size {', '.join(sorted(unknown))}: the {options.suite} suite has {', '.join(there)}")
+    return [question for question in suite if question.size in wanted]
 
 
 def identity(version: Path) -> str:

@@ -1,5 +1,6 @@
 """The quality benchmark's figures on pairs whose likeness is known, and its sheet."""
 
+import argparse
 import json
 import math
 from dataclasses import asdict
@@ -7,9 +8,10 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from benchmarks.demo_quality import Share
+from benchmarks.demo_quality import Share, chosen
 from benchmarks.likeness import likeness, ssim
 from benchmarks.quality_sheet import TITLE, contact_sheet, magnified
+from benchmarks.record import BenchmarkError
 from server.worker.images import Pixels
 from verify.images import psnr
 
@@ -67,6 +69,13 @@ def test_a_share_has_wilsons_interval(right: int, count: int, low: float, high: 
     share = Share.of([True] * right + [False] * (count - right))
     assert (share.right, share.count, share.share) == (right, count, right / count)
     assert (share.low, share.high) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
+
+
+def test_questions_of_some_sizes_alone_are_asked() -> None:
+    wanted = argparse.Namespace(suite="full", size=["768x1344", "1280x720"])
+    assert [(q.size, q.count) for q in chosen(wanted)] == [("768x1344", 64), ("1280x720", 64)]
+    with pytest.raises(BenchmarkError, match="--size 96x96: the quick suite has 256x256, 512x512"):
+        chosen(argparse.Namespace(suite="quick", size=["256x256", "96x96"]))
 
 
 def test_the_sheet_has_a_column_an_engine_and_shows_differences_magnified() -> None:
