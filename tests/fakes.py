@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -11,8 +11,9 @@ from server.backends.base import Host, ModelFolder
 from server.engines.base import Shapes
 from server.errors import EngineLoadError
 from server.frontend.statistics import Statistics
-from server.requests import GenerationRequest, ImageFormat, LongPrompt
+from server.requests import GenerationRequest, ImageFormat
 from server.tensors import InferRequest, InferResponse
+from verify.painter import one_image
 
 
 class FakeClock:
@@ -83,7 +84,7 @@ class FakeModel:
         self.unloaded.set()
 
     def infer(self, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
-        raise NotImplementedError
+        raise AssertionError("it is loaded and unloaded, and asked nothing")
 
 
 class FakeBackend:
@@ -103,21 +104,5 @@ class FakeBackend:
 
 def a_request() -> GenerationRequest:
     """A small valid request, to be varied with `dataclasses.replace`."""
-    return GenerationRequest(
-        request_id="test",
-        model="demo",
-        prompt="a red circle",
-        negative_prompt="",
-        width=64,
-        height=64,
-        num_inference_steps=2,
-        guidance_scale=0.0,
-        seed=7,
-        num_images=1,
-        image_format=ImageFormat.PNG,
-        quality=90,
-        preview_interval=0,
-        priority=4,
-        long_prompt=LongPrompt.REFUSE,
-        timeout=None,
-    )
+    plain = one_image("a red circle", (64, 64), steps=2, seed=7)
+    return replace(plain, request_id="test", model="demo", image_format=ImageFormat.PNG)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.cli import PLOTTED
 from benchmarks.plots import PLOTS, draw
 from benchmarks.record import Record, percentiles
 from tests.unit.benchmarks.records import components, engine_row, record
@@ -32,6 +33,10 @@ RECORDS = {
     ),
     "simulation": record("simulation", *(point(policy, load) for load in (0.5, 3.0) for policy in ("planner", "fifo"))),
 }
+
+
+def test_the_help_names_every_picture_there_is() -> None:
+    assert set(PLOTTED) == set(PLOTS)
 
 
 @pytest.mark.parametrize("benchmark", list(PLOTS))
