@@ -76,7 +76,7 @@ FULL = (
     Question(512, 512, 64, held_out=True),
     Question(512, 512, 48, kind="character"),
     *(Question(width, height, 64) for width, height in LARGE),
-    Question(1024, 1024, 16, kind="character"),
+    Question(1024, 1024, 64, kind="character"),
 )
 SUITES = {"quick": QUICK, "full": FULL}
 
