@@ -50,10 +50,21 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     for batch in subject.choice.batches:
         for number, size in enumerate(subject.choice.sizes):
             for component in options.component or Component:
-                if number == 0 or component is not Component.PROMPT_ENCODER:  # which knows no size
+                if _is_asked(component, batch, first=number == 0):
                     measured += benchmark.measure(component, size, batch)
     _show(measured)
     return {"settings": rows.settings(subject.choice, options), "rows": measured}
+
+
+def _is_asked(component: Component, batch: int, *, first: bool) -> bool:
+    """The prompt encoder knows no size, so it is measured at the first; the decoder takes one image a call."""
+    match component:
+        case Component.PROMPT_ENCODER:
+            return first
+        case Component.IMAGE_DECODER:
+            return batch == 1
+        case _:
+            return True
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from export.modules.denoiser import Denoiser
+from export.modules.fused import merge_projections
 
 if TYPE_CHECKING:
     from torch.export.pt2_archive._package import AOTICompiledModel
@@ -23,7 +26,14 @@ def open_package(path: Path, module: nn.Module) -> "AOTICompiledModel":
     index = -1 if device.index is None else device.index  # else it would compute on the first GPU
     # One thread drives the device, and CUDA graphs need it so.
     package = torch._inductor.aoti_load_package(str(path), run_single_threaded=True, device_index=index)
-    held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    wanted = {name: held[name] for name in package.get_constant_fqns()}
-    package.load_constants(wanted, check_full_update=True, user_managed=True)
+    wanted = package.get_constant_fqns()
+    held = _weights(module)
+    if isinstance(module, Denoiser) and not held.keys() >= set(wanted):
+        merge_projections(module)  # the package was compiled from the fused form
+        held = _weights(module)
+    package.load_constants({name: held[name] for name in wanted}, check_full_update=True, user_managed=True)
     return package
+
+
+def _weights(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}

@@ -145,7 +145,9 @@ def component_specs(dimensions: ModelDimensions) -> dict[Component, ComponentSpe
     latent_dims = (Dim.BATCH, dimensions.latent_channels, Dim.LATENT_HEIGHT, Dim.LATENT_WIDTH)
     latents = TensorSpec("latents", DType.FLOAT32, latent_dims)
     caption = TensorSpec("caption", DType.FLOAT32, (Dim.BATCH, Dim.CAPTION, dimensions.caption_dim))
-    tolerance = {Precision.FP32: 1e-5, Precision.BF16: 3e-2}
+    # bf16: engines round less often than eager. Deep stacks of random weights, where nothing damps what rounding does,
+    # were seen 3.7 % from eager with the published shapes; trained ones 1 %.
+    tolerance = {Precision.FP32: 1e-5, Precision.BF16: 5e-2}
     return {
         Component.PROMPT_ENCODER: ComponentSpec(
             Component.PROMPT_ENCODER,
@@ -164,11 +166,12 @@ def component_specs(dimensions: ModelDimensions) -> dict[Component, ComponentSpe
             onnx_opset=23,
             tolerance=tolerance,
         ),
+        # One image a call, as the server decodes: one fills the device, and a batch's activations pass 2^31 elements.
         # Opset 20: the attention node of opset 23 has no fused TensorRT kernel for the VAE's single wide head.
         Component.IMAGE_DECODER: ComponentSpec(
             Component.IMAGE_DECODER,
-            (latents,),
-            TensorSpec("image", DType.UINT8, (Dim.BATCH, Dim.IMAGE_HEIGHT, Dim.IMAGE_WIDTH, 3)),
+            (TensorSpec("latents", DType.FLOAT32, (1, *latent_dims[1:])),),
+            TensorSpec("image", DType.UINT8, (1, Dim.IMAGE_HEIGHT, Dim.IMAGE_WIDTH, 3)),
             onnx_opset=20,
             # A rounding that falls the other way is one grey level of 255 on a few pixels.
             tolerance={Precision.FP32: 1e-3, Precision.BF16: 3e-2},

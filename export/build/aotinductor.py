@@ -2,14 +2,25 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from export.build.base import BuildInputs, Built, Runner
+from export.build.lowering import lowered
 from export.errors import BuildError
+from export.modules.denoiser import Denoiser
+from export.modules.fused import fused
 from export.packages import open_package
 from export.spec import ComponentSpec, Precision
+
+# The weights stay outside: they are lent when the package is opened.
+CONFIGS: dict[str, Any] = {"aot_inductor.package_constants_in_so": False}
+# On CUDA also: channels-last convolutions, which Inductor avoids where sizes are dynamic; and no copies that pad
+# matrices, whose rows are aligned here anyway.
+CUDA_CONFIGS: dict[str, Any] = {**CONFIGS, "force_layout_optimization": True, "shape_padding": False}
 
 
 class AotInductorBuilder:
@@ -22,12 +33,9 @@ class AotInductorBuilder:
 
     def build(self, inputs: BuildInputs, folder: Path) -> Built:
         path = folder / f"{inputs.spec.component}.pt2"
+        program, configs = _prepared(inputs)
         try:
-            torch._inductor.aoti_compile_and_package(
-                inputs.program(),
-                package_path=str(path),
-                inductor_configs={"aot_inductor.package_constants_in_so": False},
-            )
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
         except OSError as error:
             raise BuildError(
                 f"AOTInductor could not compile {inputs.spec.component}: {error}. It needs a C++ compiler (g++) and, "
@@ -46,3 +54,13 @@ class AotInductorBuilder:
             return output
 
         return run
+
+
+def _prepared(inputs: BuildInputs) -> tuple[ExportedProgram, dict[str, Any]]:
+    """The component's program, and how Inductor is to compile it, on the device where the weights are."""
+    module = inputs.module()
+    on_cuda = next(module.parameters()).is_cuda
+    if on_cuda and isinstance(module, Denoiser):
+        module = fused(module)
+    program = inputs.program(module)
+    return (lowered(program, inputs.spec.component), CUDA_CONFIGS) if on_cuda else (program, CONFIGS)

@@ -33,9 +33,9 @@ class BuildInputs:
     repository: Path  # where another model may have what this one needs
     module: Callable[[], nn.Module]  # reads the weights into memory, so only builders that need them there call it
 
-    def program(self) -> ExportedProgram:
-        """The component traced with its weights and dynamic shapes."""
-        return export_program(self.module(), self.spec, self.source.dimensions, self.source.limits)
+    def program(self, module: nn.Module) -> ExportedProgram:
+        """`module`, which is the component or a form of it, traced with the spec's dynamic shapes."""
+        return export_program(module, self.spec, self.source.dimensions, self.source.limits)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class OnnxRuntimeBuilder:
 
     def build(self, inputs: BuildInputs, folder: Path) -> Built:
         path = folder / f"{inputs.spec.component}.onnx"
-        export_onnx(inputs.program(), inputs.spec, path)
+        export_onnx(inputs.program(inputs.module()), inputs.spec, path)
         weights = path.with_name(f"{path.name}.data")  # where torch puts them when they do not fit into one protobuf
         return Built((path, weights) if weights.exists() else (path,))
 

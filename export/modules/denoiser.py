@@ -5,6 +5,8 @@ lists, masks and complex numbers. It equals diffusers exactly when all rows shar
 image's size, which is how the server batches.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,6 +34,7 @@ class Denoiser(nn.Module):
         self.layers = transformer.layers
         self.final_layer = transformer.all_final_layer["2-1"]
         self.rope = RotaryTables(config.axes_dims, config.axes_lens, config.rope_theta)
+        self.run_blocks = run_blocks  # or that of `export.modules.fused`
 
     def forward(self, latents: Tensor, timestep: Tensor, caption: Tensor) -> Tensor:
         height, width = latents.shape[2:]
@@ -48,15 +51,20 @@ class Denoiser(nn.Module):
         x = torch.where(inside.unsqueeze(-1), F.pad(x, (0, 0, *missing)), self.x_pad_token.to(dtype))
         positions = image_positions(rows, columns, caption.shape[1], latents.device)
         image_rotation = self.rope([F.pad(axis, missing).unsqueeze(0) for axis in positions])
-        for layer in self.noise_refiner:
-            x = modulated_block(layer, x, image_rotation, conditioning)
+        x = self.run_blocks(list(self.noise_refiner), x, image_rotation, conditioning)
         x = torch.cat([x, caption.to(dtype)], 1)
         caption_rotation = self.rope(caption_positions(caption.shape[1], caption.device))
         rotation = _join(image_rotation, caption_rotation)
-        for layer in self.layers:
-            x = modulated_block(layer, x, rotation, conditioning)
+        x = self.run_blocks(list(self.layers), x, rotation, conditioning)
         x = self.final_layer(x[:, :tokens], c=conditioning)
         return -_unpatchify(x, rows, columns).float()
+
+
+def run_blocks(layers: Sequence[Foreign], x: Tensor, rotation: Rotation, conditioning: Tensor) -> Tensor:
+    """`x` [B, S, dim] through all of `layers`, scaled and gated by `conditioning` [B, 256]."""
+    for layer in layers:
+        x = modulated_block(layer, x, rotation, conditioning)
+    return x
 
 
 def image_positions(rows: int, columns: int, length: int, device: torch.device) -> list[Tensor]:

@@ -28,8 +28,7 @@ class ShapeLimits:
             Dim.LATENT_WIDTH: self.max_latent,
         }
         return all(
-            size <= largest.get(dim, size)
+            size <= largest.get(dim, size) if isinstance(dim, Dim) else size == dim
             for tensor in self.spec.inputs
             for dim, size in zip(tensor.dims, shapes[tensor.name], strict=True)
-            if isinstance(dim, Dim)
         )

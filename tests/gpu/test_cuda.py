@@ -108,7 +108,9 @@ def test_engine_and_eager_share_one_copy_of_the_weights(loader: EngineLoader) ->
         bias.add_(1.0)  # type: ignore[operator]
         after, _ = engine.run(inputs)
         bias.sub_(1.0)  # type: ignore[operator]
-    assert torch.allclose(after, before - 1.0, atol=0.05), "changing eager's weights changed the engine's"
+    moved = before - after  # rounded to bf16, where numbers around 16 lie 0.125 apart
+    assert abs(float(moved.mean()) - 1) < 0.01, "changing eager's weights changed the engine's"
+    assert float((moved - 1).abs().max()) <= 0.25
 
 
 def test_numbers_and_images_are_within_tolerance(version: Path, capsys: pytest.CaptureFixture[str]) -> None:

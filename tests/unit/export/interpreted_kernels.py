@@ -1,0 +1,83 @@
+"""Runs every kernel in Triton's interpreter against its reference; prints the relative errors as JSON.
+
+A program of its own, because Triton reads TRITON_INTERPRET when a kernel is defined, for good.
+"""
+
+import json
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+
+from export.checkpoint import open_checkpoint
+from export.kernels import reference
+from export.kernels import triton_kernels as kernels
+from export.modules import load_components
+from export.modules.denoiser import Denoiser
+from export.modules.fused import fused
+from export.spec import Component, Precision, ShapePoint, component_specs, example_inputs
+from tests.conftest import CHECKPOINT
+
+EPS = 1e-5
+BATCH, TOKENS, HEADS, HEAD_DIM = 2, 5, 3, 16  # neither the width nor the number of heads is a power of two
+DIM = HEADS * HEAD_DIM
+
+
+def main() -> None:
+    errors = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(1)
+
+        def made(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+            return torch.randn(shape, dtype=torch.float32).to(dtype)
+
+        x, branch, weight, following = made(BATCH, TOKENS, DIM), made(BATCH, TOKENS, DIM), made(DIM), made(DIM)
+        modulation, next_modulation = made(BATCH, 4 * DIM), made(BATCH, 4 * DIM)
+        qkv, weight_q, weight_k = made(BATCH, TOKENS, 3 * DIM), made(HEAD_DIM), made(HEAD_DIM)
+        cos, sin = (made(TOKENS, HEAD_DIM // 2, dtype=torch.float32) for _ in range(2))
+        moved = reference.gated_residual(x, branch, weight, modulation, 3, EPS)
+        pairs = {
+            "norm_modulate": (
+                [kernels.norm_modulate(x, weight, modulation, 2, EPS)],
+                [reference.norm_modulate(x, weight, modulation, 2, EPS)],
+            ),
+            "gated_residual": ([kernels.gated_residual(x, branch, weight, modulation, 3, EPS)], [moved]),
+            "gated_residual_norm_modulate": (
+                kernels.gated_residual_norm_modulate(
+                    x, branch, weight, modulation, 3, following, next_modulation, 0, EPS
+                ),
+                [moved, reference.norm_modulate(moved, following, next_modulation, 0, EPS)],
+            ),
+            "norm_rotate": (
+                kernels.norm_rotate(qkv, weight_q, weight_k, cos, sin, EPS),
+                reference.norm_rotate(qkv, weight_q, weight_k, cos, sin, EPS),
+            ),
+        }
+        for name, (got, expected) in pairs.items():
+            assert [(g.shape, g.dtype) for g in got] == [(e.shape, e.dtype) for e in expected], name
+            errors[f"{name} {dtype}"] = max(map(_error, got, expected))
+    errors["fused denoiser"] = _denoiser_error()
+    print(json.dumps(errors))
+
+
+def _denoiser_error() -> float:
+    """Of the demo's denoiser, two images at once, which still computes the same in its own form afterwards."""
+    plain = load_components(CHECKPOINT, precision=Precision.FP32, device="cpu", wanted=[Component.DENOISER])
+    denoiser = plain[Component.DENOISER]
+    assert isinstance(denoiser, Denoiser)
+    dimensions = open_checkpoint(CHECKPOINT).dimensions
+    inputs = example_inputs(component_specs(dimensions)[Component.DENOISER], ShapePoint(2, 32, 64, 96), dimensions)
+    with torch.inference_mode():
+        expected = denoiser(**inputs)
+        got = fused(denoiser)(**inputs)
+        assert torch.equal(denoiser(**inputs), expected)
+    return _error(got, expected)
+
+
+def _error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got.double() - expected.double()).norm() / expected.double().norm())
+
+
+if __name__ == "__main__":
+    main()
