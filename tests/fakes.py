@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -54,6 +54,39 @@ def raising(error: Exception) -> Callable[[Mapping[str, Tensor]], Tensor]:
         raise error
 
     return answer
+
+
+@dataclass
+class FakeGraph:
+    """Does the recorded work again when it is replayed."""
+
+    work: Callable[[], Tensor]
+    output: Tensor
+    replays: int = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        self.output.copy_(self.work())
+
+    def pool(self) -> str:
+        return "pool"
+
+
+@dataclass
+class FakeRecorder:
+    """Records `FakeGraph`s; `fault` is what recording comes to."""
+
+    fault: Exception | None = None
+    graphs: list["FakeGraph"] = field(default_factory=list)
+    beside: list["FakeGraph | None"] = field(default_factory=list)  # whose memory each of them was to share
+
+    def __call__(self, work: Callable[[], Tensor], beside: FakeGraph | None) -> tuple[FakeGraph, Tensor]:
+        output = work()
+        if self.fault is not None:
+            raise self.fault
+        self.graphs.append(FakeGraph(work, output))
+        self.beside.append(beside)
+        return self.graphs[-1], output
 
 
 class FakeModel:

@@ -64,7 +64,7 @@ class Painter:
 
     def forget(self) -> None:
         """Empties the prompt cache."""
-        self._executor.free_memory()
+        self._executor.forget_prompts()
 
     def backends(self) -> dict[str, str]:
         """Which backend serves each component."""

@@ -1,6 +1,9 @@
-"""AOTInductor: compiled code that uses the eager module's own weights, on the CPU or on CUDA."""
+"""AOTInductor: compiled code that uses the eager module's own weights, on the CPU or on CUDA.
 
-from collections.abc import Mapping
+On CUDA a shape's calls are recorded as a graph and replayed (see `recorded`).
+"""
+
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -12,6 +15,7 @@ from export.spec import ComponentSpec
 from server.engines import memory
 from server.engines.base import Shapes
 from server.engines.limits import ShapeLimits
+from server.engines.recorded import CudaRecorder, RecordedCalls
 from server.engines.threads import torch_threads
 from server.errors import EngineLoadError, EngineRunError
 
@@ -23,12 +27,14 @@ class AotInductorEngine:
 
     def __init__(self, path: Path, spec: ComponentSpec, limits: ShapeLimits, module: nn.Module, threads: int) -> None:
         try:
-            self._package = open_package(path, module)
+            self._call: Callable[..., Tensor] = PackageCalls(open_package(path, module))
         except (RuntimeError, KeyError) as error:
             raise EngineLoadError(f"AOTInductor cannot load {path}: {error}") from error
+        device = next(module.parameters()).device
+        if device.type == "cuda":
+            self._call = RecordedCalls(self._call, CudaRecorder(device))
         self._names = [t.name for t in spec.inputs]
         self._limits, self._threads = limits, threads
-        self._refusals = memory.refusals()
 
     def fits(self, shapes: Shapes) -> bool:
         return self._limits.fit(shapes)
@@ -36,16 +42,42 @@ class AotInductorEngine:
     def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
         try:
             with torch.inference_mode(), torch_threads(self._threads):
-                output: Tensor = self._package(*(inputs[name] for name in self._names))
+                return self._call(*(inputs[name] for name in self._names))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise EngineRunError(f"AOTInductor failed: {error}") from error
+
+    def free_memory(self) -> None:
+        """See `KeepsMemory`: it has the graphs, and runs plainly without."""
+        if isinstance(self._call, RecordedCalls):
+            _wait()
+            self._call.stop()
+
+    def close(self) -> None:
+        _wait()
+        del self._call
+
+
+class PackageCalls:
+    """A package whose errors tell memory that was refused from everything else."""
+
+    def __init__(self, package: Callable[..., Tensor]) -> None:
+        self._package = package
+        self._refusals = memory.refusals()
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        try:
+            return self._package(*inputs)
         except RuntimeError as error:
             # The package's C interface makes one kind of error of all; the allocator still knows what it refused.
             if (refused := memory.refusals()) > self._refusals:
                 self._refusals = refused
                 raise torch.OutOfMemoryError(str(error)) from error
-            raise EngineRunError(f"AOTInductor failed: {error}") from error
-        return output
+            raise
 
-    def close(self) -> None:
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.synchronize()  # calls that were begun may still be running
-        del self._package
+
+def _wait() -> None:
+    """Calls that were begun may still be running."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()

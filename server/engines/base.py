@@ -1,7 +1,7 @@
 """What an engine is."""
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -28,3 +28,11 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Waits for calls that the device is still busy with, and gives the memory back."""
+
+
+@runtime_checkable
+class KeepsMemory(Protocol):
+    """What an engine is besides, if it keeps memory on the device that it can do without."""
+
+    def free_memory(self) -> None:
+        """Gives it back, for there is too little; calls may be slower from then on."""

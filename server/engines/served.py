@@ -7,7 +7,7 @@ from torch import Tensor
 
 from export.manifest import Backend
 from export.spec import ComponentSpec
-from server.engines.base import Engine
+from server.engines.base import Engine, KeepsMemory
 from server.errors import EngineRunError
 from server.requests import EngineUse
 
@@ -63,6 +63,11 @@ class ServedComponent:
         failed, self._engine = self._engine, self._fallback()
         failed.close()
         self._use = EngineUse(self._spec.component, self._engine.backend, reason)
+
+    def free_memory(self) -> None:
+        """Has the engine give back what it can do without."""
+        if isinstance(self._engine, KeepsMemory):
+            self._engine.free_memory()
 
     def _fallback(self) -> Engine:
         if self._eager is None:

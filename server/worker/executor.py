@@ -159,9 +159,15 @@ class Executor:
                 return False
         return True
 
-    def free_memory(self) -> None:
-        """Drops what can be made again."""
+    def forget_prompts(self) -> None:
+        """Empties the prompt cache."""
         self._cache.clear()
+
+    def free_memory(self) -> None:
+        """Drops what can be made again, and what engines can do without: there is too little memory."""
+        self.forget_prompts()
+        for component in self._components.values():
+            component.free_memory()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -39,9 +39,12 @@ from server.worker.warmup import WarmUp
 
 log = logging.getLogger(__name__)
 
-# Lengths of captions in tokens that the denoiser is warmed with. On CUDA the first run of every new shape prepares its
-# kernels, which may take as long as several steps; few prompts are longer than the last.
+# Lengths of captions in tokens that are warmed. On CUDA the first run of every new shape prepares its kernels, which
+# may take as long as several steps; few prompts are longer than the last.
 CAPTIONS = {"cpu": (32,), "cuda": (32, 64, 96, 128)}
+# Calls of a shape that are not as those that follow: in the first, libraries prepare themselves, and on CUDA the second
+# may be recorded as a graph.
+PREPARING = {"cpu": 1, "cuda": 2}
 
 
 def main() -> int:
@@ -75,7 +78,7 @@ def build_service(config: WorkerConfig) -> WorkerService:
     batches = BatchPolicy(model.max_batch_size, model.queue.preferred_batch_sizes, model.queue.max_delay)
     loop = WorkerLoop(executor, Planner(costs, batches, model.queue.turns), patience=config.patience)
     loop.start()
-    warm_up = WarmUp(executor, manifest.checkpoint.dimensions, announce, CAPTIONS[device])
+    warm_up = WarmUp(executor, manifest.checkpoint.dimensions, announce, CAPTIONS[device], PREPARING[device])
     loop.call(lambda: warm_up.run(model, costs)).result()
     used = replace(used, host_loaded=memory.host_bytes(), device_loaded=memory.device_bytes())
 

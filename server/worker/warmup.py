@@ -3,6 +3,8 @@
 import time
 from collections.abc import Callable, Sequence
 
+import torch
+
 from export.spec import (
     CAPTION_MULTIPLE,
     Component,
@@ -26,7 +28,8 @@ LONGEST_SHARED_STEP = 0.5
 class WarmUp:
     """Warm-up of one executor. `announce` is told which component runs next, in case that ends the process.
 
-    `captions`: the lengths in tokens that the denoiser is run with, of which the first is what is measured.
+    `captions`: the lengths in tokens that prompts have, of which the first is what is measured. `preparing`: how many
+    calls of a shape are not as those that follow.
     """
 
     def __init__(
@@ -35,16 +38,17 @@ class WarmUp:
         dimensions: ModelDimensions,
         announce: Callable[[Component], None],
         captions: Sequence[int] = (CAPTION_MULTIPLE,),
+        preparing: int = 1,
     ) -> None:
         self._executor = executor
         self._dimensions = dimensions
         self._announce = announce
-        self._captions = captions
+        self._captions, self._preparing = captions, preparing
         self._specs = component_specs(dimensions)
 
     def run(self, model: ModelConfig, costs: CostTable) -> None:
         """Runs all sizes of `model`; `costs` get every size and batch that was run."""
-        for caption in (2 * CAPTION_MULTIPLE, CAPTION_MULTIPLE):
+        for caption in sorted({2 * CAPTION_MULTIPLE, *self._captions}, reverse=True):
             taken = self._time(Component.PROMPT_ENCODER, ShapePoint(1, caption, *model.default_size))
         for seconds in taken:
             costs.observe(StepCost(0, 0, 1, seconds, Component.PROMPT_ENCODER))
@@ -61,21 +65,35 @@ class WarmUp:
             for seconds in self._time(Component.DENOISER, measured):
                 costs.observe(StepCost(height, width, rows, seconds))
             for point in others:
-                self._call(self._specs[Component.DENOISER], point)()
+                self._prepared(Component.DENOISER, point)
             if costs.step(height, width, rows) > LONGEST_SHARED_STEP:
                 break
             rows *= 2
 
     def _time(self, component: Component, point: ShapePoint) -> list[float]:
-        """Seconds of each of `REPEATS` calls, after one that is not counted."""
+        """Seconds of each of `REPEATS` calls, after those that prepare them."""
         self._announce(component)
-        call = self._call(self._specs[component], point)
-        call()
+        call = self._prepared(component, point)
         return [_seconds(call) for _ in range(REPEATS)]
+
+    def _prepared(self, component: Component, point: ShapePoint) -> Callable[[], object]:
+        """A call of this shape, after those that are not as the ones that follow."""
+        call = self._call(self._specs[component], point)
+        for _ in range(self._preparing):
+            call()
+        return call
 
     def _call(self, spec: ComponentSpec, point: ShapePoint) -> Callable[[], object]:
         inputs = example_inputs(spec, point, self._dimensions)
-        return lambda: self._executor.run(spec.component, inputs)
+
+        def call() -> object:
+            try:
+                return self._executor.run(spec.component, inputs)
+            except torch.OutOfMemoryError:  # what engines keep of other shapes may be what this one needs
+                self._executor.free_memory()
+                return self._executor.run(spec.component, inputs)
+
+        return call
 
 
 def _seconds(call: Callable[[], object]) -> float:

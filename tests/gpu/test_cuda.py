@@ -20,11 +20,13 @@ from demo.scenes import sample_scenes
 from demo.score import score
 from export.devices import current_target
 from export.manifest import Backend, Manifest
+from export.packages import open_package
 from export.repository import versions
 from export.spec import Component, Precision, ShapePoint, component_specs, example_inputs
 from server.config import FallbackPolicy
 from server.engines.eager import EagerModules
 from server.engines.load import EngineLoader
+from server.engines.recorded import Recording
 from tests.conftest import CHECKPOINT, ROOT
 from tests.integration.process import ServerProcess
 from verify import parity
@@ -94,6 +96,41 @@ def test_the_engines_agree_with_the_fp32_reference(loader: EngineLoader) -> None
         assert error <= spec.tolerance[Precision.BF16], component
 
 
+def test_replayed_calls_give_what_plain_ones_give(loader: EngineLoader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every component, on the default stream and on another, with shapes and inputs that alternate."""
+    replays: list[Recording] = []
+    replay = Recording.replay
+
+    def counted(self: Recording, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        replays.append(self)
+        return replay(self, inputs)
+
+    monkeypatch.setattr(Recording, "replay", counted)
+    manifest, side = loader.manifest, torch.cuda.Stream()
+    points = (POINT, ShapePoint(1, 32, 256, 256), ShapePoint(1, 96, 64, 128))
+    for component, spec in component_specs(manifest.checkpoint.dimensions).items():
+        record = manifest.engine(component)
+        assert record is not None
+        plain = open_package(loader.folder / record.file, loader.modules[component])
+        engine = loader.load_all()[component]
+        replays.clear()
+        for turn in range(4):
+            for point in points:
+                inputs = example_inputs(spec, point, manifest.checkpoint.dimensions, seed=turn)
+                inputs = {name: tensor.cuda() for name, tensor in inputs.items()}
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side if turn % 2 else torch.cuda.current_stream()), torch.inference_mode():
+                    got, use = engine.run(inputs)
+                torch.cuda.synchronize()
+                with torch.inference_mode():
+                    expected = plain(*(inputs[t.name] for t in spec.inputs))
+                assert use.backend is Backend.AOTINDUCTOR, use
+                error = float((got.double() - expected.double()).norm() / expected.double().norm())
+                assert error <= 1e-3, (component, point, turn)
+        assert len(replays) == 3 * len(points), component
+        engine.close()
+
+
 def test_engine_and_eager_share_one_copy_of_the_weights(loader: EngineLoader) -> None:
     dimensions = loader.manifest.checkpoint.dimensions
     spec = component_specs(dimensions)[Component.DENOISER]
@@ -103,7 +140,8 @@ def test_engine_and_eager_share_one_copy_of_the_weights(loader: EngineLoader) ->
     engine = loader.load_all()[Component.DENOISER]
     assert torch.cuda.memory_allocated() - held < weights / 10
     bias = loader.modules[Component.DENOISER].final_layer.linear.bias  # type: ignore[union-attr]
-    before, _ = engine.run(inputs)
+    for _ in range(3):  # the last of these is replayed
+        before, _ = engine.run(inputs)
     with torch.no_grad():
         bias.add_(1.0)  # type: ignore[operator]
         after, _ = engine.run(inputs)

@@ -1,7 +1,10 @@
 """Falling back, at load and at run time, with the reason kept."""
 
 import dataclasses
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock, create_autospec
 
 import pytest
 import torch
@@ -16,10 +19,11 @@ from server.engines.aotinductor import AotInductorEngine
 from server.engines.eager import EagerEngine, EagerModules
 from server.engines.limits import ShapeLimits
 from server.engines.load import EngineLoader
+from server.engines.recorded import CudaRecorder
 from server.engines.served import ServedComponent
 from server.errors import EngineLoadError, EngineRunError
 from tests.conftest import CHECKPOINT, MODEL
-from tests.fakes import FakeEngine, raising
+from tests.fakes import FakeEngine, FakeGraph, FakeRecorder, raising
 
 SPECS = component_specs(ModelDimensions(16, 192, 1024))
 INPUTS = {"latents": torch.zeros(1, 16, 8, 8)}
@@ -191,8 +195,72 @@ def test_memory_that_was_refused_inside_a_package_is_not_its_fault(monkeypatch: 
     monkeypatch.setattr(memory, "refusals", lambda: next(refused))
     monkeypatch.setattr(aotinductor, "open_package", lambda path, module: Package())
     spec = SPECS[Component.IMAGE_DECODER]
-    engine = AotInductorEngine(Path("x.pt2"), spec, ShapeLimits(spec, 8, 64), torch.nn.Identity(), threads=1)
+    engine = AotInductorEngine(Path("x.pt2"), spec, ShapeLimits(spec, 8, 64), torch.nn.Linear(1, 1), threads=1)
     with pytest.raises(torch.OutOfMemoryError, match="API call failed"):
         engine.run(INPUTS)
     with pytest.raises(EngineRunError, match="AOTInductor failed"):
         engine.run(INPUTS)
+
+
+class OnCuda(torch.nn.Module):
+    """Says that its weights are on CUDA."""
+
+    def parameters(self, recurse: bool = True) -> Iterator[torch.nn.Parameter]:
+        yield SimpleNamespace(device=torch.device("cuda"))  # type: ignore[misc]
+
+
+def engine_on_cuda(
+    monkeypatch: pytest.MonkeyPatch, package: Callable[..., torch.Tensor], recorder: FakeRecorder
+) -> AotInductorEngine:
+    monkeypatch.setattr(aotinductor, "open_package", lambda path, module: package)
+    monkeypatch.setattr(aotinductor, "CudaRecorder", create_autospec(CudaRecorder, return_value=recorder))
+    spec = SPECS[Component.IMAGE_DECODER]
+    return AotInductorEngine(Path("x.pt2"), spec, ShapeLimits(spec, 8, 64), OnCuda(), threads=1)
+
+
+def test_on_cuda_calls_are_recorded_until_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = FakeRecorder()
+    engine = engine_on_cuda(monkeypatch, lambda latents: latents + 1, recorder)
+    for value in range(4):
+        assert engine.run({"latents": torch.full((1, 16, 8, 8), value)}).unique().item() == value + 1
+    assert len(recorder.graphs) == 1
+    served(engine, eager_engine()).free_memory()  # type: ignore[arg-type]
+    for _ in range(3):
+        assert engine.run(INPUTS).unique().item() == 1
+    assert len(recorder.graphs) == 1, "what has been freed is needed"
+    engine.close()
+
+
+def test_memory_refused_while_recording_is_forgiven_and_accounted_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the next failure, of another kind, would be taken for a lack of memory."""
+    faults = iter([False, True, False, True])
+
+    def package(latents: torch.Tensor) -> torch.Tensor:
+        if next(faults):
+            raise RuntimeError("run_func_(...) API call failed")
+        return latents + 1
+
+    refused = iter([3, 4, 4])  # before, and after each of two failures
+    monkeypatch.setattr(memory, "refusals", lambda: next(refused))
+    engine = engine_on_cuda(monkeypatch, package, FakeRecorder())
+    for _ in range(2):
+        assert engine.run(INPUTS).unique().item() == 1
+    with pytest.raises(EngineRunError, match="AOTInductor failed"):
+        engine.run(INPUTS)
+
+
+def test_a_replay_that_fails_is_the_engines_fault_and_one_without_memory_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = engine_on_cuda(monkeypatch, lambda latents: latents + 1, FakeRecorder())
+    for _ in range(2):
+        engine.run(INPUTS)
+    monkeypatch.setattr(FakeGraph, "replay", MagicMock(side_effect=[torch.OutOfMemoryError("full"), RuntimeError("x")]))
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.run(INPUTS)
+    with pytest.raises(EngineRunError, match="AOTInductor failed: x"):
+        engine.run(INPUTS)
+
+
+def test_an_engine_that_keeps_nothing_is_not_asked_to_free_it() -> None:
+    served(FakeEngine(lambda inputs: torch.zeros(1)), eager_engine()).free_memory()

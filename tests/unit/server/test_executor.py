@@ -203,3 +203,23 @@ def test_a_preview_resembles_the_image(pipeline: ZImagePipeline, tokenizer: Prom
     small = image.reshape(32, 8, 32, 8, 3).mean((1, 3))
     # The best linear map over the demo's own scenes reaches 0.87: its small VAE is less linear than the real one.
     assert np.corrcoef(preview.ravel(), small.ravel())[0, 1] > 0.6
+
+
+class Hoarder(FakeEngine):
+    """An engine that can do with less memory."""
+
+    freed = 0
+
+    def free_memory(self) -> None:
+        self.freed += 1
+
+
+def test_when_memory_runs_out_every_engine_gives_back_what_it_can_do_without() -> None:
+    engines = {c: Hoarder(lambda inputs: torch.zeros(1)) for c in (Component.PROMPT_ENCODER, Component.DENOISER)}
+    every = {**engines, Component.IMAGE_DECODER: FakeEngine(lambda inputs: torch.zeros(1))}  # which keeps nothing
+    served = {c: ServedComponent(SPECS[c], e, lambda e=e: e) for c, e in every.items()}  # type: ignore[misc]
+    executor = Executor(served, manifest(), "cpu", prompt_cache_size=8)
+    executor.forget_prompts()
+    assert [e.freed for e in engines.values()] == [0, 0]
+    executor.free_memory()
+    assert [e.freed for e in engines.values()] == [1, 1]

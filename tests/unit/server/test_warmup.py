@@ -1,0 +1,75 @@
+"""What warm-up runs, and which calls it takes for the cost."""
+
+import time
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+
+from export.spec import Component, ModelDimensions
+from server.config import ModelConfig
+from server.costs import CostTable
+from server.worker.warmup import REPEATS, WarmUp
+from tests.fakes import FakeClock
+
+DIMENSIONS = ModelDimensions(latent_channels=4, caption_dim=8, vocabulary=10)
+Call = tuple[Component, tuple[tuple[int, ...], ...]]
+
+
+class FakeExecutor:
+    """The first `slow` calls of a shape take 9 s, all others a tenth of one."""
+
+    def __init__(self, clock: FakeClock, slow: int, full: bool = False) -> None:
+        self._clock, self._slow, self._full = clock, slow, full
+        self.calls: Counter[Call] = Counter()
+        self.freed = 0
+
+    def run(self, component: Component, inputs: dict[str, Tensor]) -> None:
+        if self._full:
+            raise torch.OutOfMemoryError("full")
+        call = component, tuple(tuple(t.shape) for t in inputs.values())
+        self.calls[call] += 1
+        self._clock.now += 9.0 if self.calls[call] <= self._slow else 0.1
+
+    def free_memory(self) -> None:
+        self.freed += 1
+        self._full = False
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    clock = FakeClock()
+    monkeypatch.setattr(time, "perf_counter", clock)
+    return clock
+
+
+def warm_up(executor: FakeExecutor, **settings: object) -> CostTable:
+    costs = CostTable()
+    model = ModelConfig(name="demo", default_size=(64, 64), max_batch_size=1)
+    WarmUp(executor, DIMENSIONS, lambda component: None, **settings).run(model, costs)  # type: ignore[arg-type]
+    return costs
+
+
+@pytest.mark.parametrize("preparing", [1, 2])
+def test_costs_are_of_calls_that_are_prepared(clock: FakeClock, preparing: int) -> None:
+    executor = FakeExecutor(clock, slow=preparing)
+    costs = warm_up(executor, preparing=preparing)
+    assert {cost.component for cost in costs.costs()} == set(Component)
+    assert all(cost.seconds == pytest.approx(0.1) for cost in costs.costs())
+    assert set(executor.calls.values()) == {preparing + REPEATS}
+
+
+def test_every_length_of_prompt_is_prepared(clock: FakeClock) -> None:
+    executor = FakeExecutor(clock, slow=2)
+    warm_up(executor, captions=(32, 96, 128), preparing=2)
+    encoded = {shapes[0][1]: n for (c, shapes), n in executor.calls.items() if c is Component.PROMPT_ENCODER}
+    steps = {(s[0][0], s[2][1]): n for (c, s), n in executor.calls.items() if c is Component.DENOISER}
+    assert set(encoded) == {32, 64, 96, 128}
+    assert steps == {(rows, length): 5 if length == 32 else 2 for rows in (1, 2) for length in (32, 96, 128)}
+
+
+def test_a_shape_without_memory_is_tried_again_once_some_has_been_freed(clock: FakeClock) -> None:
+    executor = FakeExecutor(clock, slow=1, full=True)
+    assert warm_up(executor).step(64, 64) == pytest.approx(0.1)
+    assert executor.freed == 1
