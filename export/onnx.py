@@ -12,7 +12,14 @@ import torch
 from torch import nn
 
 from export.modules.outline import Outline, outline_component
-from export.spec import EXPORT_EXAMPLE, ComponentSpec, ModelDimensions, Precision, example_inputs
+from export.spec import (
+    EXPORT_EXAMPLE,
+    ComponentSpec,
+    ModelDimensions,
+    Precision,
+    ShapePoint,
+    example_inputs,
+)
 from export.weights import Span, write_weights
 
 if TYPE_CHECKING:
@@ -29,11 +36,15 @@ class GraphLimits:
 
 
 def export_program(
-    module: nn.Module, spec: ComponentSpec, dimensions: ModelDimensions, limits: GraphLimits
+    module: nn.Module,
+    spec: ComponentSpec,
+    dimensions: ModelDimensions,
+    limits: GraphLimits,
+    example: ShapePoint = EXPORT_EXAMPLE,
 ) -> torch.export.ExportedProgram:
-    """torch.export of `module` with the spec's dimensions dynamic."""
+    """torch.export of `module` with the spec's dimensions dynamic; `example` is as special as `EXPORT_EXAMPLE`."""
     device = next(module.parameters()).device
-    inputs = tuple(t.to(device) for t in example_inputs(spec, EXPORT_EXAMPLE, dimensions).values())
+    inputs = tuple(t.to(device) for t in example_inputs(spec, example, dimensions).values())
     return _trace(module, inputs, spec, limits, nullcontext())
 
 

@@ -3,10 +3,18 @@
 And those at which it is held against eager.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from export.spec import CAPTION_MULTIPLE, MAX_PROMPT_TOKENS, MIN_SIZE, ComponentSpec, ShapePoint
+from export.spec import (
+    CAPTION_MULTIPLE,
+    EXPORT_EXAMPLE,
+    MAX_PROMPT_TOKENS,
+    MIN_SIZE,
+    SIZE_MULTIPLE,
+    ComponentSpec,
+    ShapePoint,
+)
 
 TYPICAL_CAPTION = 2 * CAPTION_MULTIPLE  # most prompts, with the chat template around them
 # None of these is the export example, so a dimension that was baked into the graph fails here.
@@ -53,6 +61,15 @@ def serving_profiles(default_size: tuple[int, int], max_rows: int, max_size: int
         maximum=ShapePoint(max_rows, longest, max_size, max_size),
     )
     return fixed, ranged
+
+
+def tuning_example(profiles: Sequence[ShapeProfile]) -> ShapePoint:
+    """Near the default size, for compilers that choose kernels by the example; as general as `EXPORT_EXAMPLE`."""
+    fixed, ranged = profiles
+    served, room = fixed.optimum, ranged.maximum
+    longer = max(served.height, served.width) + 2 * SIZE_MULTIPLE
+    width = longer if longer <= room.width else min(served.height, served.width) - 2 * SIZE_MULTIPLE
+    return replace(served, batch=EXPORT_EXAMPLE.batch, width=width)
 
 
 def parity_points(default_size: tuple[int, int], max_rows: int, max_size: int) -> tuple[ShapePoint, ...]:

@@ -14,13 +14,19 @@ from export.errors import BuildError
 from export.modules.denoiser import Denoiser
 from export.modules.fused import fused
 from export.packages import open_package
+from export.profiles import tuning_example
 from export.spec import ComponentSpec, Precision
 
 # The weights stay outside: they are lent when the package is opened.
 CONFIGS: dict[str, Any] = {"aot_inductor.package_constants_in_so": False}
-# On CUDA also: channels-last convolutions, which Inductor avoids where sizes are dynamic; and no copies that pad
-# matrices, whose rows are aligned here anyway.
-CUDA_CONFIGS: dict[str, Any] = {**CONFIGS, "force_layout_optimization": True, "shape_padding": False}
+# On CUDA also: channels-last convolutions, which Inductor avoids where sizes are dynamic; no copies that pad matrices,
+# whose rows are aligned here anyway; and several forms of each of its own kernels tried.
+CUDA_CONFIGS: dict[str, Any] = {
+    **CONFIGS,
+    "force_layout_optimization": True,
+    "shape_padding": False,
+    "max_autotune_pointwise": True,
+}
 
 
 class AotInductorBuilder:
@@ -62,5 +68,7 @@ def _prepared(inputs: BuildInputs) -> tuple[ExportedProgram, dict[str, Any]]:
     on_cuda = next(module.parameters()).is_cuda
     if on_cuda and isinstance(module, Denoiser):
         module = fused(module)
-    program = inputs.program(module)
-    return (lowered(program, inputs.spec.component), CUDA_CONFIGS) if on_cuda else (program, CONFIGS)
+    if not on_cuda:
+        return inputs.program(module), CONFIGS
+    program = inputs.program(module, tuning_example(inputs.profiles))
+    return lowered(program, inputs.spec.component), CUDA_CONFIGS

@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 from export.manifest import PlanRecord, PlanWeights, Target, Verbosity
 from export.onnx import GraphSource, export_program
 from export.profiles import ShapeProfile
-from export.spec import ComponentSpec, Precision
+from export.spec import EXPORT_EXAMPLE, ComponentSpec, Precision, ShapePoint
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class BuildInputs:
     repository: Path  # where another model may have what this one needs
     module: Callable[[], nn.Module]  # reads the weights into memory, so only builders that need them there call it
 
-    def program(self, module: nn.Module) -> ExportedProgram:
+    def program(self, module: nn.Module, example: ShapePoint = EXPORT_EXAMPLE) -> ExportedProgram:
         """`module`, which is the component or a form of it, traced with the spec's dynamic shapes."""
-        return export_program(module, self.spec, self.source.dimensions, self.source.limits)
+        return export_program(module, self.spec, self.source.dimensions, self.source.limits, example)
 
 
 @dataclass(frozen=True)

@@ -77,9 +77,10 @@ def _attention(attention: Foreign, h: Tensor, cos: Tensor, sin: Tensor) -> Tenso
 
 
 def _feed_forward(feed_forward: Foreign, h: Tensor) -> Tensor:
-    gate, value = F.linear(h, feed_forward.w13).chunk(2, -1)
+    # All samples' tokens as one list: where the batch is dynamic, Inductor would copy what goes into w2 to make it so.
+    gate, value = F.linear(h.flatten(0, 1), feed_forward.w13).chunk(2, -1)
     output: Tensor = feed_forward.w2(F.silu(gate) * value)
-    return output
+    return output.reshape(h.shape)
 
 
 def _merge(owner: nn.Module, name: str, parts: Sequence[str]) -> None:
