@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from export.build.base import BuildInputs, BuildOptions, Built, Runner
 from export.errors import UnsupportedError
+from export.modules.rope import with_onnx_rotation
 from export.onnx import export_onnx
 from export.spec import ComponentSpec, Precision
 
@@ -35,7 +36,7 @@ class OnnxRuntimeBuilder:
 
     def build(self, inputs: BuildInputs, folder: Path) -> Built:
         path = folder / f"{inputs.spec.component}.onnx"
-        export_onnx(inputs.program(inputs.module()), inputs.spec, path)
+        export_onnx(inputs.program(with_onnx_rotation(inputs.module())), inputs.spec, path)
         weights = path.with_name(f"{path.name}.data")  # where torch puts them when they do not fit into one protobuf
         return Built((path, weights) if weights.exists() else (path,))
 

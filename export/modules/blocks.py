@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from export.modules.rope import Rotation, rotate
+from export.modules.rope import Rotation
 
 Foreign = Any  # a module of diffusers or transformers, whose attributes carry no types
 
@@ -30,8 +30,8 @@ def rms_norm(norm: Foreign, x: Tensor) -> Tensor:
 def attention(module: Foreign, x: Tensor, rotation: Rotation) -> Tensor:
     """Self-attention over all of `x` [B, S, dim]; no mask, since every row of a batch has the same length."""
     q, k, v = (project(x).unflatten(-1, (module.heads, -1)) for project in (module.to_q, module.to_k, module.to_v))
-    q = rotate(rms_norm(module.norm_q, q), rotation).transpose(1, 2)
-    k = rotate(rms_norm(module.norm_k, k), rotation).transpose(1, 2)
+    q = rotation.rotate(rms_norm(module.norm_q, q)).transpose(1, 2)
+    k = rotation.rotate(rms_norm(module.norm_k, k)).transpose(1, 2)
     mixed = F.scaled_dot_product_attention(q, k, v.transpose(1, 2))
     output: Tensor = module.to_out[0](mixed.transpose(1, 2).flatten(2))
     return output

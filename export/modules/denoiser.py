@@ -54,7 +54,7 @@ class Denoiser(nn.Module):
         x = self.run_blocks(list(self.noise_refiner), x, image_rotation, conditioning)
         x = torch.cat([x, caption.to(dtype)], 1)
         caption_rotation = self.rope(caption_positions(caption.shape[1], caption.device))
-        rotation = _join(image_rotation, caption_rotation)
+        rotation = image_rotation.followed_by(caption_rotation)
         x = self.run_blocks(list(self.layers), x, rotation, conditioning)
         x = self.final_layer(x[:, :tokens], c=conditioning)
         return -_unpatchify(x, rows, columns).float()
@@ -78,10 +78,6 @@ def caption_positions(length: int, device: torch.device) -> list[Tensor]:
     """Positions (1..length, 0, 0) of a caption padded to `length` tokens, each [1, length]."""
     index = torch.arange(1, length + 1, device=device).unsqueeze(0)
     return [index, torch.zeros_like(index), torch.zeros_like(index)]
-
-
-def _join(a: Rotation, b: Rotation) -> Rotation:
-    return torch.cat([a[0], b[0]], 1), torch.cat([a[1], b[1]], 1)
 
 
 def _patchify(latents: Tensor) -> Tensor:

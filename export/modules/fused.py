@@ -42,7 +42,7 @@ def run_blocks(layers: Sequence[Foreign], x: Tensor, rotation: Rotation, conditi
     """What `export.modules.denoiser.run_blocks` does. What ends a block and begins the next is one kernel."""
     from export.kernels import triton_kernels as kernels
 
-    cos, sin = (table[0, :, 0].contiguous() for table in rotation)
+    cos, sin = (table[0, :, 0].contiguous() for table in (rotation.cos, rotation.sin))
     modulations = [layer.adaLN_modulation(conditioning) for layer in layers]
     first = layers[0].attention_norm1
     h = kernels.norm_modulate(x, first.weight, modulations[0], SCALE_ATTENTION, first.eps)
