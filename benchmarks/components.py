@@ -7,7 +7,7 @@ against eager's (diffusers' encoder by the velocity that its embeddings give: it
 every step). All rows are then called in turn in each repetition, beginning with another each time.
 
 Units: milliseconds a call, on the device (by CUDA events) where there is one; x is how many times as fast, repetition
-by repetition; error is the relative L2 distance from eager. No CUDA device has run this yet.
+by repetition; error is the relative L2 distance from eager.
 """
 
 import argparse

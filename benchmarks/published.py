@@ -89,10 +89,7 @@ def checkpoint(repository: Path, device: str, precision: Precision) -> Path:
 
 
 def random_pipeline(device: str, precision: Precision) -> "ZImagePipeline":
-    """diffusers' pipeline with the same random weights every time, made on `device`: 20.5 GB in bf16.
-
-    Not yet run on a GPU.
-    """
+    """diffusers' pipeline with the same random weights every time, made on `device`: 20.5 GB in bf16."""
     from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
     from transformers import AutoTokenizer
 

@@ -33,10 +33,7 @@ class HostStopwatch:
 
 
 class CudaStopwatch:
-    """Events on the current stream, so that measuring a stage does not make the host wait after it.
-
-    Written against torch 2.11 to 2.13 and not yet run on a GPU.
-    """
+    """Events on the current stream, so that measuring a stage does not make the host wait after it."""
 
     def mark(self) -> torch.cuda.Event:
         """See `Stopwatch`."""

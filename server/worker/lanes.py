@@ -7,8 +7,6 @@ Two rules make streams safe here, without torch's `record_stream`. All calls of 
 an engine keeps between calls (static buffers, graphs, scratch memory) is used in order. And memory changes lanes only
 while the device does nothing with it: what one lane has made is used by another only once the host has seen it done,
 and the inputs of pending work are kept until then, also when nobody wants its result any more.
-
-The CUDA lane has been written for torch 2.11 to 2.13 and not yet been run on a GPU.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,4 @@
-"""On an NVIDIA GPU: what is not a step runs beside steps, and images come out the same. Run by `make test-gpu`.
-
-Not yet run on one.
-"""
+"""On an NVIDIA GPU: what is not a step runs beside steps, and images come out the same. Run by `make test-gpu`."""
 
 import dataclasses
 from pathlib import Path

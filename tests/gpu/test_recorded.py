@@ -1,6 +1,6 @@
 """On an NVIDIA GPU: recorded calls give what plain ones give, on any stream and after any failure.
 
-Run by `make test-gpu`; not yet run on a GPU.
+Run by `make test-gpu`.
 """
 
 import logging
