@@ -23,6 +23,8 @@ REPEATS = 3
 # Larger batches are tried only while a step stays under this: beyond it one image fills the device, sharing a step
 # gains a few percent at most, and warming it up would take longer than it could ever save.
 LONGEST_SHARED_STEP = 0.5
+# The same is so where twice the rows took nearly twice as long; from short steps, whose times scatter, nothing follows.
+FULL, SHORT_STEP = 1.9, 0.15
 
 
 class WarmUp:
@@ -66,7 +68,7 @@ class WarmUp:
                 costs.observe(StepCost(height, width, rows, seconds))
             for point in others:
                 self._prepared(Component.DENOISER, point)
-            if costs.step(height, width, rows) > LONGEST_SHARED_STEP:
+            if _is_enough(costs, size, rows):
                 break
             rows *= 2
 
@@ -94,6 +96,14 @@ class WarmUp:
                 return self._executor.run(spec.component, inputs)
 
         return call
+
+
+def _is_enough(costs: CostTable, size: Size, rows: int) -> bool:
+    """Whether steps of more rows would gain next to nothing."""
+    width, height = size
+    step = costs.step(height, width, rows)
+    full = rows > 1 and step > max(SHORT_STEP, FULL * costs.step(height, width, rows // 2))
+    return full or step > LONGEST_SHARED_STEP
 
 
 def _seconds(call: Callable[[], object]) -> float:

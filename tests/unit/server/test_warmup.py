@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -18,10 +19,13 @@ Call = tuple[Component, tuple[tuple[int, ...], ...]]
 
 
 class FakeExecutor:
-    """The first `slow` calls of a shape take 9 s, all others a tenth of one."""
+    """The first `slow` calls of a shape take 9 s, all others a tenth of one or what is said of so many rows."""
 
-    def __init__(self, clock: FakeClock, slow: int, full: bool = False) -> None:
+    def __init__(
+        self, clock: FakeClock, slow: int, full: bool = False, by_rows: Mapping[int, float] | None = None
+    ) -> None:
         self._clock, self._slow, self._full = clock, slow, full
+        self._by_rows = by_rows or {}
         self.calls: Counter[Call] = Counter()
         self.freed = 0
 
@@ -30,7 +34,8 @@ class FakeExecutor:
             raise torch.OutOfMemoryError("full")
         call = component, tuple(tuple(t.shape) for t in inputs.values())
         self.calls[call] += 1
-        self._clock.now += 9.0 if self.calls[call] <= self._slow else 0.1
+        usual = self._by_rows.get(call[1][0][0], 0.1)
+        self._clock.now += 9.0 if self.calls[call] <= self._slow else usual
 
     def free_memory(self) -> None:
         self.freed += 1
@@ -44,9 +49,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
     return clock
 
 
-def warm_up(executor: FakeExecutor, **settings: object) -> CostTable:
+def warm_up(executor: FakeExecutor, max_batch_size: int = 1, **settings: object) -> CostTable:
     costs = CostTable()
-    model = ModelConfig(name="demo", default_size=(64, 64), max_batch_size=1)
+    model = ModelConfig(name="demo", default_size=(64, 64), max_batch_size=max_batch_size)
     WarmUp(executor, DIMENSIONS, lambda component: None, **settings).run(model, costs)  # type: ignore[arg-type]
     return costs
 
@@ -67,6 +72,23 @@ def test_every_length_of_prompt_is_prepared(clock: FakeClock) -> None:
     steps = {(s[0][0], s[2][1]): n for (c, s), n in executor.calls.items() if c is Component.DENOISER}
     assert set(encoded) == {32, 64, 96, 128}
     assert steps == {(rows, length): 5 if length == 32 else 2 for rows in (1, 2) for length in (32, 96, 128)}
+
+
+@pytest.mark.parametrize(
+    ("by_rows", "expected"),
+    [
+        ({1: 0.09, 2: 0.18, 4: 0.36, 8: 0.72}, {1, 2}),  # full with one image; guidance needs two rows all the same
+        ({1: 0.09, 2: 0.16, 4: 0.30, 8: 0.58}, {1, 2, 4, 8}),
+        ({1: 0.02, 2: 0.04, 4: 0.08, 8: 0.16}, {1, 2, 4, 8}),  # too short to tell
+        ({1: 0.60, 2: 0.90, 4: 1.80, 8: 3.60}, {1}),
+    ],
+)
+def test_batches_are_tried_until_the_device_is_full(
+    clock: FakeClock, by_rows: dict[int, float], expected: set[int]
+) -> None:
+    executor = FakeExecutor(clock, slow=0, by_rows=by_rows)
+    costs = warm_up(executor, max_batch_size=4)
+    assert set(costs.measured(64, 64)) == expected
 
 
 def test_a_shape_without_memory_is_tried_again_once_some_has_been_freed(clock: FakeClock) -> None:
