@@ -62,12 +62,12 @@ def main() -> None:
 
 
 def _denoiser_error() -> float:
-    """Of the demo's denoiser, two images at once, which still computes the same in its own form afterwards."""
+    """Of the demo's denoiser, which still computes the same in its own form afterwards."""
     plain = load_components(CHECKPOINT, precision=Precision.FP32, device="cpu", wanted=[Component.DENOISER])
     denoiser = plain[Component.DENOISER]
     assert isinstance(denoiser, Denoiser)
     dimensions = open_checkpoint(CHECKPOINT).dimensions
-    inputs = example_inputs(component_specs(dimensions)[Component.DENOISER], ShapePoint(2, 32, 64, 96), dimensions)
+    inputs = example_inputs(component_specs(dimensions)[Component.DENOISER], ShapePoint(1, 32, 64, 96), dimensions)
     with torch.inference_mode():
         expected = denoiser(**inputs)
         got = fused(denoiser)(**inputs)
