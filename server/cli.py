@@ -133,7 +133,7 @@ def _add_access(g: "argparse._ArgumentGroup") -> None:
         metavar="[GROUP,...:]FILE",
         help="calls of these groups (all but health) need the token in FILE as 'authorization: Bearer'",
     )
-    switch(g, "allow-client-shm", DEFAULTS["allow_client_shm"], "let clients register shared memory")
+    switch(g, "allow-client-shm", DEFAULTS["allow_client_shm"], "let clients register shared memory, of a GPU too")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -189,7 +189,7 @@ class Frontend:
         await self._repository.close()
         await server.stop(STOP_GRACE)
         self._tracer.close()
-        self._memory.close()
+        await self._memory.close()
 
 
 def _tracer(config: ServeConfig) -> Tracer:

@@ -33,13 +33,13 @@ TYPED = {
 }
 
 
-def decode_inputs(message: pb.ModelInferRequest, spec: ModelSpec, regions: Regions) -> dict[str, Tensor]:
+async def decode_inputs(message: pb.ModelInferRequest, spec: ModelSpec, regions: Regions) -> dict[str, Tensor]:
     """The inputs by name.
 
     Raises:
         InvalidRequestError: they do not fit the signature.
     """
-    return _Inputs(message, spec, regions).decode()
+    return await _Inputs(message, spec, regions).decode()
 
 
 class _Inputs:
@@ -52,14 +52,14 @@ class _Inputs:
         self._specs = {t.name: t for t in spec.inputs}
         self._raw: Iterator[bytes] = iter(message.raw_input_contents)
 
-    def decode(self) -> dict[str, Tensor]:
+    async def decode(self) -> dict[str, Tensor]:
         inputs: dict[str, Tensor] = {}
         for item in self._message.inputs:
             if item.name not in self._specs:
                 raise InvalidRequestError(f"unexpected inference input '{item.name}' {self._where}")
             if item.name in inputs:
                 raise self._error(f"input '{item.name}' already exists in request")
-            inputs[item.name] = self._tensor(item, self._specs[item.name])
+            inputs[item.name] = await self._tensor(item, self._specs[item.name])
         left = sum(1 for _ in self._raw)
         if left:
             raise InvalidRequestError(
@@ -69,7 +69,7 @@ class _Inputs:
         self._check_batch(inputs)
         return inputs
 
-    def _tensor(self, item: Any, spec: TensorSpec) -> Tensor:
+    async def _tensor(self, item: Any, spec: TensorSpec) -> Tensor:
         if item.datatype != spec.datatype:
             raise self._error(
                 f"inference input '{spec.name}' data-type is '{item.datatype}', but model '{self._spec.name}' expects "
@@ -77,7 +77,7 @@ class _Inputs:
             )
         shape = tuple(item.shape)
         self._check_shape(shape, spec)
-        tensor = Tensor(spec.name, spec.datatype, shape, self._data(item, spec))
+        tensor = Tensor(spec.name, spec.datatype, shape, await self._data(item, spec))
         self._check_size(tensor)
         return tensor
 
@@ -96,10 +96,9 @@ class _Inputs:
                 f"got {_list(shape)}.{note}"
             )
 
-    def _data(self, item: Any, spec: TensorSpec) -> bytes:
+    async def _data(self, item: Any, spec: TensorSpec) -> bytes:
         if REGION in item.parameters:
-            place = read_place(item.parameters, f"input '{spec.name}'")
-            return self._regions.read(place.region, place.offset, place.size)
+            return await self._regions.read(read_place(item.parameters, f"input '{spec.name}'"))
         if not self._message.raw_input_contents:
             return self._typed(item, spec)
         if item.HasField("contents") and item.contents.ListFields():

@@ -2,21 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from server.errors import InvalidRequestError
 
 REGION, REGION_SIZE, REGION_OFFSET = "shared_memory_region", "shared_memory_byte_size", "shared_memory_offset"
-
-
-class Regions(Protocol):
-    """Shared memory by the name it was registered under."""
-
-    def read(self, name: str, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset` on; never outside what was registered."""
-
-    def write(self, name: str, offset: int, data: bytes) -> None:
-        """The opposite of `read`."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +16,38 @@ class Place:
     region: str
     offset: int
     size: int
+
+
+class Region(Protocol):
+    """Memory of a client's that this server has open."""
+
+    kind: ClassVar[str]  # as Triton calls it
+
+    @property
+    def byte_size(self) -> int:
+        """How much of it was registered."""
+
+    async def read(self, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset` of the region on; fewer where the memory has shrunk."""
+
+    async def write(self, offset: int, data: bytes) -> None:
+        """The opposite of `read`."""
+
+    async def close(self) -> None:
+        """Lets go of the memory."""
+
+
+class Regions(Protocol):
+    """Shared memory by the name it was registered under; never outside what was registered."""
+
+    def check(self, place: Place) -> None:
+        """Raises what reading or writing there would."""
+
+    async def read(self, place: Place) -> bytes:
+        """All bytes of the range."""
+
+    async def write(self, place: Place, data: bytes) -> None:
+        """Puts `data` at the start of the range."""
 
 
 def read_place(parameters: Mapping[str, Any], what: str) -> Place:

@@ -15,7 +15,6 @@ from server.errors import (
     EngineRunError,
     InvalidRequestError,
     ModelNotReadyError,
-    NotFoundError,
     ShuttingDownError,
     UnavailableError,
     UnsupportedError,
@@ -26,10 +25,12 @@ from server.frontend.tracing import Call, Trace, Tracer, trace_context
 from server.frontend.versions import ModelState
 from server.rpc.tracing import end_with_call
 from server.rpc.triton import settings
+from server.rpc.triton.cuda_memory import CudaRegion
 from server.rpc.triton.model_config import complete_config
 from server.rpc.triton.shared_memory import SharedMemory
 from server.rpc.triton.statistics import encode_statistics
 from server.rpc.triton.stream import InferStream
+from server.rpc.triton.system_memory import SystemRegion
 from server.rpc.triton.tensors import InferCall, decode_call
 from server.tensors import Delivery, InferRequest, InferResponse, ModelSpec, TensorSpec
 
@@ -100,7 +101,7 @@ class TritonServicer(pb_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc
         return pb.ModelReadyResponse(ready=True)
 
     async def ServerMetadata(self, request: pb.ServerMetadataRequest, context: Context) -> pb.ServerMetadataResponse:
-        extensions = [*EXTENSIONS, *self._memory.extensions()]
+        extensions = [*EXTENSIONS, *await self._memory.extensions()]
         return pb.ServerMetadataResponse(
             name=self._server.config.id, version=self._server.version, extensions=extensions
         )
@@ -130,23 +131,23 @@ class TritonServicer(pb_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc
         return pb.ModelStatisticsResponse(model_stats=[encode_statistics(m) for m in wanted])
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
-        model, call, trace = self._begin(request, context, Delivery.ONE)
+        model, call, trace = await self._begin(request, context, Delivery.ONE)
         message = pb.ModelInferResponse()
         if trace is None:
-            call.encode(await _only(model, call.request), message)
+            await call.encode(await _only(model, call.request), message)
             return message
         end_with_call(self._tracer, trace, context)
         with trace.answering():
             response = await _only(model, call.request)
             trace.outputs += response.outputs
-            call.encode(response, message)
+            await call.encode(response, message)
         return message
 
     async def ModelStreamInfer(
         self, requests: AsyncIterator[pb.ModelInferRequest], context: Context
     ) -> AsyncIterator[pb.ModelStreamInferResponse]:
-        def begin(request: pb.ModelInferRequest) -> tuple[Model, InferCall, Trace | None]:
-            return self._begin(request, context, Delivery.MANY)
+        async def begin(request: pb.ModelInferRequest) -> tuple[Model, InferCall, Trace | None]:
+            return await self._begin(request, context, Delivery.MANY)
 
         fail_call = GRPC_ERROR in (context.invocation_metadata() or ())
         async for response in InferStream(begin, self._tracer.end, fail_call=fail_call).run(requests):
@@ -184,42 +185,43 @@ class TritonServicer(pb_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc
             name: pb.SystemSharedMemoryStatusResponse.RegionStatus(
                 name=name, key=region.key, offset=region.offset, byte_size=region.byte_size
             )
-            for name, region in self._memory.status(request.name).items()
+            for name, region in self._memory.status(SystemRegion, request.name).items()
         }
         return pb.SystemSharedMemoryStatusResponse(regions=regions)
 
     async def SystemSharedMemoryRegister(
         self, request: pb.SystemSharedMemoryRegisterRequest, context: Context
     ) -> pb.SystemSharedMemoryRegisterResponse:
-        self._memory.register(request.name, request.key, request.offset, request.byte_size)
+        await self._memory.register_system(request.name, request.key, request.offset, request.byte_size)
         return pb.SystemSharedMemoryRegisterResponse()
 
     async def SystemSharedMemoryUnregister(
         self, request: pb.SystemSharedMemoryUnregisterRequest, context: Context
     ) -> pb.SystemSharedMemoryUnregisterResponse:
-        self._memory.unregister(request.name)
+        await self._memory.unregister(SystemRegion, request.name)
         return pb.SystemSharedMemoryUnregisterResponse()
-
-    # Of CUDA shared memory there is never any: clients clean up all kinds before they use one, and may.
 
     async def CudaSharedMemoryStatus(
         self, request: pb.CudaSharedMemoryStatusRequest, context: Context
     ) -> pb.CudaSharedMemoryStatusResponse:
-        self._memory.check_allowed()
-        if request.name:
-            raise NotFoundError(f"Unable to find cuda shared memory region: '{request.name}'")
-        return pb.CudaSharedMemoryStatusResponse()
+        regions = {
+            name: pb.CudaSharedMemoryStatusResponse.RegionStatus(
+                name=name, device_id=region.device_id, byte_size=region.byte_size
+            )
+            for name, region in self._memory.status(CudaRegion, request.name).items()
+        }
+        return pb.CudaSharedMemoryStatusResponse(regions=regions)
 
     async def CudaSharedMemoryRegister(
         self, request: pb.CudaSharedMemoryRegisterRequest, context: Context
     ) -> pb.CudaSharedMemoryRegisterResponse:
-        self._memory.check_allowed()
-        raise UnsupportedError("CUDA shared memory is not served; system shared memory is")
+        await self._memory.register_cuda(request.name, request.raw_handle, request.device_id, request.byte_size)
+        return pb.CudaSharedMemoryRegisterResponse()
 
     async def CudaSharedMemoryUnregister(
         self, request: pb.CudaSharedMemoryUnregisterRequest, context: Context
     ) -> pb.CudaSharedMemoryUnregisterResponse:
-        self._memory.check_allowed()
+        await self._memory.unregister(CudaRegion, request.name)
         return pb.CudaSharedMemoryUnregisterResponse()
 
     async def TraceSetting(self, request: pb.TraceSettingRequest, context: Context) -> pb.TraceSettingResponse:
@@ -235,7 +237,7 @@ class TritonServicer(pb_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc
             self._logs.apply()
         return settings.encode_log(self._logs)
 
-    def _begin(
+    async def _begin(
         self, request: pb.ModelInferRequest, context: Context, delivery: Delivery
     ) -> tuple[Model, InferCall, Trace | None]:
         """Finds the model and decodes the request for it."""
@@ -244,8 +246,8 @@ class TritonServicer(pb_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc
         model = self._repository.find(request.model_name, request.model_version)
         if model.spec.decoupled and delivery is Delivery.ONE:
             raise UnsupportedError("ModelInfer RPC doesn't support models with decoupled transaction policy")
-        timeout = context.time_remaining()
-        call = decode_call(request, model.spec, self._memory, timeout=timeout, delivery=delivery)
+        seconds_left = context.time_remaining()
+        call = await decode_call(request, model.spec, self._memory, seconds_left=seconds_left, delivery=delivery)
         trace = self._trace(call.request, context)
         OBSERVER.set(trace)
         return model, call, trace

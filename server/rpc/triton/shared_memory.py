@@ -1,125 +1,114 @@
-"""Shared memory that clients register, read and written only within what was registered.
+"""Shared memory that clients register, of both kinds in one name space."""
 
-The memory is reached by pread and pwrite, not mapped: a client that shrinks its file then gets an error, where a
-mapping would end the server with SIGBUS.
-"""
+import asyncio
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import TypeVar
 
-import os
-from dataclasses import dataclass, field
+from server.errors import AlreadyExistsError, InvalidRequestError, NotFoundError, UnsupportedError
+from server.rpc.triton.cuda_memory import CudaMemory
+from server.rpc.triton.regions import Place, Region
+from server.rpc.triton.system_memory import SystemRegion
 
-from server.errors import AlreadyExistsError, InvalidRequestError, NotFoundError, UnsupportedError, ZServeError
-
-FOLDER = "/dev/shm"  # where Linux keeps what shm_open names
 DISABLED = "Client shared memory is disabled. Start the server with '--allow-client-shm=true' to enable."
 
-
-@dataclass
-class Region:
-    """A range of a POSIX shared memory object."""
-
-    key: str
-    offset: int
-    byte_size: int
-    descriptor: int = field(repr=False)
-
-    @classmethod
-    def open(cls, name: str, key: str, offset: int, byte_size: int) -> "Region":
-        """Opens the object called `key`, as the client gave it to shm_open."""
-        file = key.removeprefix("/")
-        if not file or "/" in file or "\0" in file or file in (".", ".."):
-            raise InvalidRequestError.of("key", key[:64], "the name of a shared memory object is: /NAME")
-        try:
-            descriptor = os.open(f"{FOLDER}/{file}", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError as error:
-            raise ZServeError(f"Unable to open shared memory region: '{key[:64]}' ({error.strerror})") from None
-        size = os.fstat(descriptor).st_size
-        if byte_size == 0 or offset + byte_size > size:
-            os.close(descriptor)
-            at = "offset" if offset > size else "offset + byte size"
-            raise InvalidRequestError(f"Invalid {at} for shared memory region: '{name}' (the object has {size} bytes)")
-        return cls(key, offset, byte_size, descriptor)
-
-    def read(self, offset: int, size: int) -> bytes:
-        """Bytes from `offset` of the region on; fewer where the memory has shrunk."""
-        return os.pread(self.descriptor, size, self.offset + offset)
-
-    def write(self, offset: int, data: bytes) -> None:
-        """The opposite of `read`."""
-        if os.fstat(self.descriptor).st_size < self.offset + offset + len(data):
-            raise ZServeError(f"the shared memory object '{self.key}' has shrunk since it was registered")
-        os.pwrite(self.descriptor, data, self.offset + offset)
-
-    def close(self) -> None:
-        """Lets go of the memory."""
-        os.close(self.descriptor)
+R = TypeVar("R", bound=Region)
 
 
 class SharedMemory:
     """All registered regions."""
 
-    def __init__(self, *, allowed: bool) -> None:
+    def __init__(self, *, allowed: bool, cuda: CudaMemory | None = None) -> None:
         self._allowed = allowed
+        self._cuda = cuda or CudaMemory()
         self._regions: dict[str, Region] = {}
+        self._changing = asyncio.Lock()  # held while a region is opened or closed
 
-    def extensions(self) -> list[str]:
+    async def extensions(self) -> list[str]:
         """Those of Triton's names that are served."""
-        return ["system_shared_memory"] if self._allowed else []
+        if not self._allowed:
+            return []
+        return ["system_shared_memory", *(["cuda_shared_memory"] if await self._cuda.available() else [])]
 
-    def register(self, name: str, key: str, offset: int, byte_size: int) -> None:
+    async def register_system(self, name: str, key: str, offset: int, byte_size: int) -> None:
         """Adds a range of the object that the client gave to shm_open as `key`."""
-        self._check(name)
-        self._regions[name] = Region.open(name, key, offset, byte_size)
+        await self._register(name, partial(SystemRegion.open, name, key, offset, byte_size))
 
-    def unregister(self, name: str) -> None:
-        """Forgets one region, or all of them where `name` is empty."""
+    async def register_cuda(self, name: str, handle: bytes, device_id: int, byte_size: int) -> None:
+        """Adds the start of the GPU's memory that the client got `handle` for."""
+        await self._register(name, partial(self._cuda.open, name, handle, device_id, byte_size))
+
+    async def unregister(self, kind: type[Region], name: str) -> None:
+        """Forgets one region, or all of the kind where `name` is empty."""
         self.check_allowed()
-        for known in [name] if name else list(self._regions):
-            if known in self._regions:
-                self._regions.pop(known).close()
+        async with self._changing:
+            for known in self._of(kind, name):
+                await self._regions.pop(known).close()
 
-    def status(self, name: str) -> dict[str, Region]:
-        """The regions by name: all, or the one asked for."""
+    def status(self, kind: type[R], name: str) -> dict[str, R]:
+        """The regions of a kind by name: all, or the one asked for."""
         self.check_allowed()
-        found = {n: r for n, r in self._regions.items() if name in ("", n)}
-        if name and not found:
-            raise NotFoundError(f"Unable to find system shared memory region: '{name}'")
-        return found
+        found = self._of(kind, name)
+        if not name or found:
+            return found
+        other = self._regions.get(name)
+        if other is None:
+            raise NotFoundError(f"Unable to find {kind.kind.lower()} shared memory region: '{name}'")
+        raise NotFoundError(
+            f"The region named '{name}' is registered as {other.kind} shared memory, not {kind.kind} shared memory"
+        )
 
-    def read(self, name: str, offset: int, size: int) -> bytes:
+    def check(self, place: Place) -> None:
         """See `Regions`."""
-        data = self._range(name, offset, size).read(offset, size)
-        if len(data) < size:
-            raise InvalidRequestError(f"shared memory region '{name}' has shrunk since it was registered")
+        self._region(place)
+
+    async def read(self, place: Place) -> bytes:
+        """See `Regions`."""
+        data = await self._region(place).read(place.offset, place.size)
+        if len(data) < place.size:
+            raise InvalidRequestError(f"shared memory region '{place.region}' has shrunk since it was registered")
         return data
 
-    def write(self, name: str, offset: int, data: bytes) -> None:
+    async def write(self, place: Place, data: bytes) -> None:
         """See `Regions`."""
-        self._range(name, offset, len(data)).write(offset, data)
+        await self._region(place).write(place.offset, data)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Forgets everything."""
-        while self._regions:
-            self._regions.popitem()[1].close()
-
-    def _range(self, name: str, offset: int, size: int) -> Region:
-        self.check_allowed()
-        region = self._regions.get(name)
-        if region is None:
-            raise NotFoundError(f"Unable to find shared memory region: '{name}'")
-        if offset > region.byte_size:
-            raise InvalidRequestError(f"Invalid offset for shared memory region: '{name}'")
-        if offset + size > region.byte_size:
-            raise InvalidRequestError(f"Invalid offset + byte size for shared memory region: '{name}'")
-        return region
-
-    def _check(self, name: str) -> None:
-        self.check_allowed()
-        if not name:
-            raise InvalidRequestError.of("name", name, "a name for the region is")
-        if name in self._regions:
-            raise AlreadyExistsError(f"shared memory region '{name}' already in manager")
+        async with self._changing:
+            while self._regions:
+                await self._regions.popitem()[1].close()
+        self._cuda.close()
 
     def check_allowed(self) -> None:
         """Raises UnsupportedError unless the server was started with --allow-client-shm."""
         if not self._allowed:
             raise UnsupportedError(DISABLED)
+
+    async def _register(self, name: str, opening: Callable[[], Awaitable[Region]]) -> None:
+        """Goes on when the client that asked for it has left: what has been opened must be in the list."""
+        self.check_allowed()
+        if not name:
+            raise InvalidRequestError.of("name", name, "a name for the region is")
+        await asyncio.shield(self._add(name, opening))
+
+    async def _add(self, name: str, opening: Callable[[], Awaitable[Region]]) -> None:
+        async with self._changing:
+            if name in self._regions:
+                raise AlreadyExistsError(f"shared memory region '{name}' already in manager")
+            self._regions[name] = await opening()
+
+    def _of(self, kind: type[R], name: str) -> dict[str, R]:
+        return {n: r for n, r in self._regions.items() if isinstance(r, kind) and name in ("", n)}
+
+    def _region(self, place: Place) -> Region:
+        """The region that the range lies in."""
+        self.check_allowed()
+        region = self._regions.get(place.region)
+        if region is None:
+            raise NotFoundError(f"Unable to find shared memory region: '{place.region}'")
+        if place.offset >= region.byte_size:
+            raise InvalidRequestError(f"Invalid offset for shared memory region: '{place.region}'")
+        if place.offset + place.size > region.byte_size:
+            raise InvalidRequestError(f"Invalid offset + byte size for shared memory region: '{place.region}'")
+        return region

@@ -6,7 +6,7 @@ end with it.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +24,7 @@ from server.tensors import InferResponse
 MAX_OPEN = 1024  # requests of one stream under way; more are not read from the wire until some end
 MAX_UNSENT = 64  # responses that wait for the client to take them
 
-Begin = Callable[[pb.ModelInferRequest], tuple[Model, InferCall, Trace | None]]
+Begin = Callable[[pb.ModelInferRequest], Awaitable[tuple[Model, InferCall, Trace | None]]]
 End = Callable[[Trace | None], None]
 
 
@@ -87,7 +87,7 @@ class InferStream:
 
     async def _answer(self, request: pb.ModelInferRequest, previous: asyncio.Task[None] | None) -> None:
         try:
-            model, call, trace = self._begin(request)
+            model, call, trace = await self._begin(request)
         except Exception as error:  # noqa: BLE001 - the process boundary
             await self._fail(error, pb.ModelInferResponse(id=request.id), previous)
             return
@@ -118,7 +118,7 @@ class InferStream:
 
     async def _send(self, call: InferCall, response: InferResponse, trace: Trace | None) -> None:
         outgoing = _Outgoing(pb.ModelStreamInferResponse())
-        call.encode(response, outgoing.message.infer_response)
+        await call.encode(response, outgoing.message.infer_response)
         outgoing.message.infer_response.parameters[FINAL].bool_param = response.final
         if trace is None:
             await self._outgoing.put(outgoing)

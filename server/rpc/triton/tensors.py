@@ -29,7 +29,7 @@ class InferCall:
     outputs: Mapping[str, Place | None]  # those asked for; empty: all of them
     regions: Regions
 
-    def encode(self, response: InferResponse, message: pb.ModelInferResponse) -> None:
+    async def encode(self, response: InferResponse, message: pb.ModelInferResponse) -> None:
         """Writes one response to this request into `message`: one that was made elsewhere would have to be copied."""
         spec = self.request.model
         message.model_name, message.model_version, message.id = spec.name, spec.version, self.request.id
@@ -37,9 +37,9 @@ class InferCall:
             encode_parameters(response.parameters, message.parameters)
         for tensor in response.outputs:
             if not self.outputs or tensor.name in self.outputs:
-                self._add(tensor, message)
+                await self._add(tensor, message)
 
-    def _add(self, tensor: Tensor, message: pb.ModelInferResponse) -> None:
+    async def _add(self, tensor: Tensor, message: pb.ModelInferResponse) -> None:
         """One entry of raw contents for every output, an empty one where the data went into shared memory."""
         output = message.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
         place = self.outputs.get(tensor.name)
@@ -52,13 +52,13 @@ class InferCall:
                 f"shared memory size specified with the request for output '{tensor.name}' ({place.size} bytes) should "
                 f"be at least {size} bytes to hold the results"
             )
-        self.regions.write(place.region, place.offset, tensor.data)
+        await self.regions.write(place, tensor.data)
         encode_parameters({REGION: place.region, REGION_SIZE: size, REGION_OFFSET: place.offset}, output.parameters)
         message.raw_output_contents.append(b"")
 
 
-def decode_call(
-    message: pb.ModelInferRequest, spec: ModelSpec, regions: Regions, *, timeout: float | None, delivery: Delivery
+async def decode_call(
+    message: pb.ModelInferRequest, spec: ModelSpec, regions: Regions, *, seconds_left: float | None, delivery: Delivery
 ) -> InferCall:
     """The request, checked against the model's signature in Triton's order: parameters, inputs, outputs.
 
@@ -66,7 +66,7 @@ def decode_call(
         InvalidRequestError: it does not fit.
     """
     parameters: RequestParameters = decode_parameters(message.parameters)
-    inputs = decode_inputs(message, spec, regions)
+    inputs = await decode_inputs(message, spec, regions)
     request = InferRequest(
         model=spec,
         id=message.id,
@@ -74,13 +74,13 @@ def decode_call(
         parameters=parameters.custom,
         priority=parameters.priority,
         queue_timeout=parameters.queue_timeout,
-        timeout=timeout,
+        timeout=seconds_left,
         delivery=delivery,
     )
-    return InferCall(request, parameters.empty_final, _decode_outputs(message, spec), regions)
+    return InferCall(request, parameters.empty_final, _decode_outputs(message, spec, regions), regions)
 
 
-def _decode_outputs(message: pb.ModelInferRequest, spec: ModelSpec) -> dict[str, Place | None]:
+def _decode_outputs(message: pb.ModelInferRequest, spec: ModelSpec, regions: Regions) -> dict[str, Place | None]:
     outputs: dict[str, Place | None] = {}
     known = {t.name for t in spec.outputs}
     for item in message.outputs:
@@ -92,5 +92,13 @@ def _decode_outputs(message: pb.ModelInferRequest, spec: ModelSpec) -> dict[str,
             )
         if "classification" in item.parameters:
             raise UnsupportedError(f"output '{item.name}': the classification extension is not served")
-        outputs[item.name] = read_place(item.parameters, f"output '{item.name}'") if REGION in item.parameters else None
+        outputs[item.name] = _decode_place(item, regions)
     return outputs
+
+
+def _decode_place(item: pb.ModelInferRequest.InferRequestedOutputTensor, regions: Regions) -> Place | None:
+    if REGION not in item.parameters:
+        return None
+    place = read_place(item.parameters, f"output '{item.name}'")
+    regions.check(place)  # nothing is computed for a place that is not there
+    return place

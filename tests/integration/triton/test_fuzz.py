@@ -73,6 +73,17 @@ def mutated(draw: st.DrawFn) -> bytes:
     return bytes(data)
 
 
+cuda_regions = st.builds(
+    pb.CudaSharedMemoryRegisterRequest,
+    name=st.text(max_size=8),
+    raw_handle=st.binary(min_size=64, max_size=64) | st.binary(max_size=80),
+    device_id=st.integers(-(2**63), 2**63 - 1) | st.just(0),
+    byte_size=st.integers(0, 2**64 - 1),
+)
+cuda_calls = st.tuples(
+    st.sampled_from(["Register", "Status", "Unregister"]),
+    cuda_regions.map(lambda m: m.SerializeToString()) | st.binary(max_size=64),
+)
 messages = requests.map(lambda m: m.SerializeToString()) | mutated() | st.binary(max_size=64)
 
 
@@ -110,6 +121,30 @@ def test_any_request_gets_a_clear_status(
     record_property("statuses", dict(seen))
     record_property("growth_bytes", process.memory_info().rss - before)
     assert process.memory_info().rss - before < GROWTH
+    assert channel.unary_unary(f"{PATH}ServerLive")(b"", timeout=PATIENCE)
+    assert "internal error" not in triton_server.log
+    assert seen["OK"] and seen["INVALID_ARGUMENT"]
+
+
+def test_any_call_about_cuda_memory_gets_a_clear_status(triton_server: ServerProcess, channel: grpc.Channel) -> None:
+    seen: Counter[str] = Counter()
+
+    @settings(
+        max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=True
+    )
+    @given(cuda_calls)
+    def send(wanted: tuple[str, bytes]) -> None:
+        call, message = wanted
+        try:
+            channel.unary_unary(f"{PATH}CudaSharedMemory{call}")(message, timeout=PATIENCE)
+        except grpc.RpcError as error:
+            seen[error.code().name] += 1
+            assert error.code().name in CLEAR, f"{error.code()}: {error.details()}"
+        else:
+            assert call != "Register"
+            seen["OK"] += 1
+
+    send()
     assert channel.unary_unary(f"{PATH}ServerLive")(b"", timeout=PATIENCE)
     assert "internal error" not in triton_server.log
     assert seen["OK"] and seen["INVALID_ARGUMENT"]

@@ -1,10 +1,15 @@
-"""System shared memory through tritonclient's own helpers; never outside what was registered."""
+"""System shared memory through tritonclient's own helpers; never outside what was registered.
 
+CUDA shared memory is in tests/unit/server/test_shared_memory.py and tests/gpu/test_cuda_shared_memory.py.
+"""
+
+import base64
 import os
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
+import torch
 import tritonclient.grpc as triton
 import tritonclient.utils.shared_memory as shm
 
@@ -34,9 +39,7 @@ def shared(size: int, offset: int = 0, region: str = "region") -> triton.InferIn
 
 
 def test_input_and_output_in_shared_memory(triton_client: triton.InferenceServerClient, region: object) -> None:
-    output = triton.InferRequestedOutput("OUTPUT0")
-    output.set_shared_memory("region", 8, 32)
-    result = triton_client.infer("identity", [shared(8, 4)], outputs=[output])
+    result = triton_client.infer("identity", [shared(8, 4)], outputs=[result_in(8, 32)])
     assert list(result.get_response().raw_output_contents) == [b""]
     found = shm.get_contents_as_numpy(region, np.uint8, [SIZE])
     assert found[32:40].tolist() == list(range(4, 12))
@@ -62,6 +65,22 @@ def test_cuda_calls_succeed_where_nothing_is_registered(triton_client: triton.In
     assert not triton_client.get_cuda_shared_memory_status().regions
 
 
+def test_kinds_are_told_apart(triton_client: triton.InferenceServerClient, region: object) -> None:
+    triton_client.unregister_cuda_shared_memory("region")
+    assert list(triton_client.get_system_shared_memory_status().regions) == ["region"]
+    found = status_of(lambda: triton_client.get_cuda_shared_memory_status("region"))
+    assert found == (
+        "NOT_FOUND",
+        "The region named 'region' is registered as system shared memory, not CUDA shared memory",
+    )
+
+
+def result_in(size: int, offset: int = 0, region: str = "region") -> triton.InferRequestedOutput:
+    made = triton.InferRequestedOutput("OUTPUT0")
+    made.set_shared_memory(region, size, offset)
+    return made
+
+
 Call = Callable[[triton.InferenceServerClient], object]
 OUTSIDE: dict[str, tuple[Call, str, str]] = {
     "input past the end": (lambda c: c.infer("identity", [shared(8, SIZE - 4)]), "INVALID_ARGUMENT", "byte size"),
@@ -72,7 +91,16 @@ OUTSIDE: dict[str, tuple[Call, str, str]] = {
     "too large": (lambda c: c.register_system_shared_memory("r2", KEY, SIZE * 100), "INVALID_ARGUMENT", "byte size"),
     "absent": (lambda c: c.register_system_shared_memory("r2", "/zserve_absent", 8), "INTERNAL", "Unable to open"),
     "a path": (lambda c: c.register_system_shared_memory("r2", "/../../etc/passwd", 8), "INVALID_ARGUMENT", "key"),
-    "cuda": (lambda c: c.register_cuda_shared_memory("r3", b"x" * 64, 0, 8), "UNIMPLEMENTED", "CUDA"),
+    "output past the end": (
+        lambda c: c.infer("identity", [some_bytes(8)], outputs=[result_in(8, SIZE - 4)]),
+        "INVALID_ARGUMENT",
+        "byte size",
+    ),
+    "output unknown": (
+        lambda c: c.infer("identity", [some_bytes(8)], outputs=[result_in(8, region="x")]),
+        "NOT_FOUND",
+        "Unable to find",
+    ),
 }
 
 
@@ -86,10 +114,16 @@ def test_nothing_outside_what_was_registered(
     assert text in found[1]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_cuda_shared_memory_says_what_it_needs(triton_client: triton.InferenceServerClient) -> None:
+    found = status_of(lambda: triton_client.register_cuda_shared_memory("r", base64.b64encode(b"x" * 64), 0, 8))
+    assert found[0] == "UNIMPLEMENTED"
+    assert found[1].startswith("CUDA shared memory needs")
+    assert "cuda_shared_memory" not in triton_client.get_server_metadata().extensions
+
+
 def test_an_output_that_does_not_fit(triton_client: triton.InferenceServerClient, region: object) -> None:
-    output = triton.InferRequestedOutput("OUTPUT0")
-    output.set_shared_memory("region", 4)
-    found = status_of(lambda: triton_client.infer("identity", [some_bytes(8)], outputs=[output]))
+    found = status_of(lambda: triton_client.infer("identity", [some_bytes(8)], outputs=[result_in(4)]))
     assert found[0] == "INTERNAL"
     assert "should be at least 8 bytes" in found[1]
 
