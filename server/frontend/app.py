@@ -15,6 +15,7 @@ from server.backends.base import Host, Model
 from server.config import ControlMode, FallbackPolicy, ServeConfig
 from server.errors import ConfigError, ModelNotFoundError, ZServeError
 from server.frontend.dispatcher import Dispatcher
+from server.frontend.gpus import open_gpus
 from server.frontend.heap import keep_freed_memory
 from server.frontend.metrics import Metrics
 from server.frontend.queue import ModelQueue
@@ -80,8 +81,7 @@ class Frontend:
         names = self._names_at_start()
         server = await self._listen()
         self._metrics.watch(self._dispatcher.queues)
-        self._metrics.registry.register(TritonCollector(self._repository.loaded, self._config.metrics))
-        stop_metrics = self._serve_metrics()
+        stop_metrics = await self._serve_metrics()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self.stop)
         failed = asyncio.create_task(self._load(names))
@@ -96,9 +96,11 @@ class Frontend:
             stop_metrics()
         return 1 if failed.done() and not failed.cancelled() and failed.result() else 0
 
-    def _serve_metrics(self) -> Callable[[], None]:
+    async def _serve_metrics(self) -> Callable[[], None]:
         if not self._config.allow_metrics:
             return lambda: None
+        gpus = await asyncio.to_thread(open_gpus)  # where no process keeps the driver loaded, this takes seconds
+        self._metrics.registry.register(TritonCollector(self._repository.loaded, self._config.metrics, gpus))
         return self._metrics.serve(self._config.metrics_address, self._config.metrics_port)
 
     def _names_at_start(self) -> list[str]:

@@ -7,7 +7,7 @@ from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from server.backends.base import Model
-from server.frontend.gpus import Gpu, open_gpus
+from server.frontend.gpus import Gpu
 from server.frontend.statistics import FIRST_RESPONSE_MS, STAGES, Duration, Statistics
 from server.settings import Latencies, MetricsConfig
 
@@ -32,9 +32,8 @@ DURATIONS: dict[str, Callable[[Statistics], Duration]] = {
 class TritonCollector(Collector):
     """Triton's `nv_` metrics of all models that are loaded and of the machine, and one of ours that is of any model."""
 
-    def __init__(self, models: Callable[[], Iterable[Model]], config: MetricsConfig) -> None:
-        self._models, self._config = models, config
-        self._gpus = open_gpus()
+    def __init__(self, models: Callable[[], Iterable[Model]], config: MetricsConfig, gpus: list[Gpu]) -> None:
+        self._models, self._config, self._gpus = models, config, gpus
         psutil.cpu_percent()  # the first call only sets where the next one counts from
 
     def collect(self) -> Iterator[Metric]:
