@@ -246,10 +246,10 @@ def gated_residual_norm_modulate_quantize(
 
 @triton_op("zserve::quantize", mutates_args={})
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """See `reference.quantize`. `x` [rows, width] is contiguous."""
-    rows, dim = x.shape
-    values, scales = _empty_quantized(x, rows, dim)
-    wrap_triton(_quantize)[(rows,)](x, values, scales, dim, triton.next_power_of_2(dim), num_warps=WARPS)
+    """See `reference.quantize`. `x` [B, S, dim] is contiguous."""
+    batch, tokens, dim = x.shape
+    values, scales = _empty_quantized(x, batch * tokens, dim)
+    wrap_triton(_quantize)[(batch * tokens,)](x, values, scales, dim, triton.next_power_of_2(dim), num_warps=WARPS)
     return values, scales
 
 

@@ -63,7 +63,7 @@ class QuantizedProducts:
 
     def attention_output(self, mixed: Tensor) -> Tensor:
         """As `PlainProducts.attention_output`."""
-        output: Tensor = self._attention.fp8_out(*kernels.quantize(mixed.flatten(0, 1)))
+        output: Tensor = self._attention.fp8_out(*kernels.quantize(mixed))
         return output
 
     def feed_forward(self, h: Quantized) -> Tensor:
