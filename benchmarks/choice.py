@@ -11,7 +11,8 @@ from export.repository import versions
 from export.spec import MIN_SIZE, SIZE_MULTIPLE, Precision
 
 DIFFUSERS = "diffusers"
-BACKENDS = (DIFFUSERS, *(backend.value for backend in Backend))
+FP8 = f"{Backend.AOTINDUCTOR}-{Precision.FP8}"  # a row beside the others, over the same weights
+BACKENDS = (DIFFUSERS, *(backend.value for backend in Backend), FP8)
 REPOSITORY = Path("build") / "benchmark-models"
 LARGEST = 2048
 
@@ -30,8 +31,12 @@ class Choice:
 
     @property
     def precision(self) -> Precision:
-        """What all rows compute in."""
+        """What all rows compute in, but for `FP8`."""
         return precision_on(self.device)
+
+    def precision_of(self, row: str) -> Precision:
+        """What the row named so computes in."""
+        return Precision.FP8 if row == FP8 else self.precision
 
     @property
     def compiled(self) -> tuple[str, ...]:
@@ -51,6 +56,11 @@ class Choice:
     def settings(self) -> dict[str, str]:
         """For the record."""
         return {"checkpoint": str(self.checkpoint), "precision": self.precision, "device": self.device}
+
+
+def backend_of(row: str) -> Backend:
+    """Whose engines the row named so measures."""
+    return Backend.AOTINDUCTOR if row == FP8 else Backend(row)
 
 
 def precision_on(device: str) -> Precision:
@@ -78,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     g.add_argument(
         "--backend", choices=BACKENDS, action="append",
-        help="a row; may be repeated (default: diffusers, eager and what is compiled for this device)",
+        help=f"a row; may be repeated (default: diffusers, eager and what is compiled for this device, not {FP8})",
     )  # fmt: skip
     g.add_argument("--repository", type=Path, default=REPOSITORY, help="where engines are built (default: %(default)s)")
     g.add_argument("--device", default=default_device(), help="cpu, cuda, cuda:1 ... (default: %(default)s)")
@@ -132,14 +142,17 @@ def _compiled(options: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _newest(model: Path) -> tuple[str, Path]:
-    """The backend and the folder of a model's newest version."""
+    """The row and the folder of a model's newest version."""
     numbers = versions(model)
     if not numbers:
         raise BenchmarkError(f"--model {model}: no version of a model is there; `zserve export` makes one")
     folder = model / str(numbers[-1])
-    backends = sorted({e.backend.value for e in Manifest.read(folder).engines})
+    manifest = Manifest.read(folder)
+    backends = sorted({e.backend.value for e in manifest.engines})
     if len(backends) > 1:
         raise BenchmarkError(f"--model {model}: its engines are of several backends ({', '.join(backends)}); one is")
+    if manifest.precision is Precision.FP8:
+        return FP8, folder
     return (backends or [Backend.EAGER.value])[0], folder
 
 

@@ -4,27 +4,26 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.choice import Choice
+from benchmarks.choice import Choice, backend_of
 from benchmarks.record import BenchmarkError
-from export.manifest import Backend
 from export.repository import versions
 
 
-def version_folder(choice: Choice, backend: Backend) -> Path:
-    """The version to measure: the one given with --model, else one that `zserve export` makes or finds valid.
+def version_folder(choice: Choice, row: str) -> Path:
+    """The version to measure in `row`: the one given with --model, else one that `zserve export` makes or finds valid.
 
     Raises:
         BenchmarkError: the export failed.
     """
-    if backend in choice.models:
-        return choice.models[backend]
-    name = f"{choice.checkpoint.name}-{backend}-{choice.sizes[0]}"
+    if row in choice.models:
+        return choice.models[row]
+    name = f"{choice.checkpoint.name}-{row}-{choice.sizes[0]}"
     settings = {
         "checkpoint": choice.checkpoint,
         "repository": choice.repository,
         "name": name,
-        "backend": backend,
-        "precision": choice.precision,
+        "backend": backend_of(row),
+        "precision": choice.precision_of(row),
         "device": choice.device,
         "default-size": choice.sizes[0],
         "max-batch": choice.max_batch,
@@ -34,5 +33,5 @@ def version_folder(choice: Choice, backend: Backend) -> Path:
     print(f"exporting {name} ...", file=sys.stderr, flush=True)
     done = subprocess.run([sys.executable, "-m", "zserve", "export", *options], stdout=sys.stderr, check=False)
     if done.returncode != 0:
-        raise BenchmarkError(f"{backend} cannot be measured: its export failed, for the reason above")
+        raise BenchmarkError(f"{row} cannot be measured: its export failed, for the reason above")
     return choice.repository / name / str(versions(choice.repository / name)[-1])

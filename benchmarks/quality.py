@@ -62,7 +62,7 @@ class Variant:
 
 REFERENCE = Variant(Backend.EAGER, Precision.FP32)
 COMPILED = {  # backends, and the precisions they are built in
-    "cpu": {Backend.ONNXRUNTIME: (Precision.FP32,), Backend.AOTINDUCTOR: tuple(Precision)},
+    "cpu": {Backend.ONNXRUNTIME: (Precision.FP32,), Backend.AOTINDUCTOR: (Precision.FP32, Precision.BF16)},
     "cuda": {
         Backend.AOTINDUCTOR: tuple(Precision),
         Backend.TENSORRT: (Precision.BF16,),

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import choice, rows
-from benchmarks.choice import DIFFUSERS, Choice, pixels
+from benchmarks.choice import DIFFUSERS, Choice, backend_of, pixels
 from benchmarks.diffusers_row import DiffusersRow
 from benchmarks.engines import version_folder
 from benchmarks.load import Mix, Size, poisson, summary
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     pipeline = load_pipeline(chosen)
     measured: list[Row] = []
     for backend in _served(chosen, options):
-        versions = version_folder(chosen, Backend(backend))
+        versions = version_folder(chosen, backend)
         with (
             repository(versions, chosen.sizes, max_batch=chosen.max_batch) as models,
             server_process(models, chosen.device) as server,
@@ -119,7 +119,7 @@ class Service:
     async def under_load(self, alone: float) -> list[Row]:
         """Closed loops, then open ones at shares of the best rate; `alone` is the seconds of one request."""
         *_, prompts = self._prompts
-        traffic = Traffic(self.url, self.backend, prompts, STEPS)
+        traffic = Traffic(self.url, backend_of(self.backend), prompts, STEPS)
         sizes, seconds = [pixels(size) for size in self.chosen.sizes], self.options.seconds
         closed = []
         for clients in self.options.clients or (1, 2, 4, 8):
@@ -150,7 +150,7 @@ class Service:
             server_ms, drawing = self._call(client, prompt, number, "raw")
             expected, eager_ms = self._diffusers(diffusers, prompt, number)
         got = np.asarray(drawing.images[0].pillow())
-        timings = drawing.completed.timings
+        timings, precision = drawing.completed.timings, self.chosen.precision_of(self.backend)
         return {
             "server": server_ms,
             DIFFUSERS: eager_ms,
@@ -158,7 +158,7 @@ class Service:
             "encode": timings.encode_ms,
             "denoise": timings.denoise_ms,
             "decode": timings.decode_ms,
-            "difference": rows.compare_images([got], expected, self.chosen.precision)["largest_difference"],
+            "difference": rows.compare_images([got], expected, precision)["largest_difference"],
         }
 
     def _diffusers(self, diffusers: DiffusersRow, prompt: str, seed: int) -> tuple[list[Any], float]:
@@ -176,7 +176,7 @@ class Service:
             prompt, seed=seed, width=width, height=height, num_inference_steps=STEPS, image_format=image_format
         )
         milliseconds = 1e3 * (time.perf_counter() - began)
-        check_answer(drawing.completed, self.backend, STEPS)
+        check_answer(drawing.completed, backend_of(self.backend), STEPS)
         return milliseconds, drawing
 
 

@@ -19,7 +19,6 @@ from benchmarks.record import Row, percentiles, print_table, row
 from benchmarks.serving import repository, server_process
 from benchmarks.traffic import check_answer
 from client import ZImageClient
-from export.manifest import Backend
 
 STEPS = 8
 STAGES = ("health", "ready", "first image")
@@ -43,7 +42,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _measure(chosen: Choice, backend: str, count: int) -> Row:
-    version = version_folder(chosen, Backend(backend))
+    version = version_folder(chosen, backend)
     with repository(version, chosen.sizes[:1], max_batch=chosen.max_batch) as models:
         starts = [_start(models, chosen.device, backend) for _ in range(1 + count)][1:]
     return row(
@@ -57,5 +56,5 @@ def _start(models: Path, device: str, backend: str) -> dict[str, float]:
         began = time.perf_counter()
         drawing = client.draw("a red circle", seed=1, num_inference_steps=STEPS)
         first = 1e3 * (time.perf_counter() - began)
-        check_answer(drawing.completed, backend, STEPS)
+        check_answer(drawing.completed, choice.backend_of(backend), STEPS)
     return {"health": server.health_ms, "ready": server.ready_ms, "first image": server.ready_ms + first}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from torch import Tensor, nn
 
-from benchmarks.choice import Choice
+from benchmarks.choice import Choice, backend_of
 from benchmarks.engines import version_folder
 from benchmarks.record import BenchmarkError
 from export.checkpoint import open_checkpoint
@@ -119,7 +119,7 @@ def open_served(choice: Choice, backend: str) -> Subject:
 def _open(choice: Choice, modules: EagerModules, backends: Sequence[str]) -> Subject:
     torch.set_num_threads(cpu_threads(1))
     model = describe(choice)
-    engines = {str(b): _load_backend(choice, model, modules, Backend(b)) for b in backends}
+    engines = {str(row): _load_row(choice, model, modules, str(row)) for row in backends}
     return Subject(choice, model, engines)
 
 
@@ -158,15 +158,15 @@ def load_pipeline(choice: Choice) -> "ZImagePipeline":
     return pipeline
 
 
-def _load_backend(choice: Choice, model: Manifest, modules: EagerModules, backend: Backend) -> Engines:
-    if backend is Backend.EAGER:
+def _load_row(choice: Choice, model: Manifest, modules: EagerModules, row: str) -> Engines:
+    if backend_of(row) is Backend.EAGER:
         return _load(Path(), model, modules)
-    folder = version_folder(choice, backend)
+    folder, precision = version_folder(choice, row), choice.precision_of(row)
     manifest = Manifest.read(folder)
-    if (manifest.checkpoint.fingerprint, manifest.precision) != (model.checkpoint.fingerprint, model.precision):
+    if (manifest.checkpoint.fingerprint, manifest.precision) != (model.checkpoint.fingerprint, precision):
         raise BenchmarkError(
             f"{folder} is {manifest.precision} from {manifest.checkpoint.path}, and is to be compared with "
-            f"{model.precision} from {model.checkpoint.path}: give the --checkpoint that it was exported from"
+            f"{precision} from {model.checkpoint.path}: give the --checkpoint that it was exported from"
         )
     return _load(folder, manifest, modules)
 

@@ -6,9 +6,10 @@ from export.build import Builder
 from export.checkpoint import Checkpoint
 from export.errors import SourceError, UnsupportedError
 from export.estimate import check_disk, check_resources, download_place, estimate_listed
+from export.manifest import Backend, Target
 from export.repository import INCOMPLETE, Existing, ServingDefaults, free_version, pixels, versions
 from export.request import ExportRequest
-from export.spec import MIN_SIZE, SIZE_MULTIPLE, SMALLEST_MAX_SIZE
+from export.spec import MIN_SIZE, SIZE_MULTIPLE, SMALLEST_MAX_SIZE, Precision
 
 
 def check_request(request: ExportRequest, builder: Builder | None) -> None:
@@ -19,9 +20,26 @@ def check_request(request: ExportRequest, builder: Builder | None) -> None:
         VersionExistsError: the version that it is to write is there, and to be kept.
     """
     _check_sizes(request.serving)
+    _check_fp8(request)
     if builder is not None:
         builder.check(request.precision)
     free_version(request.model, request.version, request.existing)
+
+
+def _check_fp8(request: ExportRequest) -> None:
+    if request.precision is not Precision.FP8:
+        return
+    targets = request.options.targets
+    if request.backend is not Backend.AOTINDUCTOR or not all(map(_computes_fp8, targets)):
+        raise UnsupportedError(
+            "--precision fp8 is for --backend aotinductor on CUDA GPUs of compute capability 8.9 or newer (RTX 40 and "
+            f"50, H100, H200, B200), and --backend {request.backend} for {', '.join(map(str, targets))} is asked for; "
+            "leave out --precision, or export with that backend on such a GPU"
+        )
+
+
+def _computes_fp8(target: Target) -> bool:
+    return target.compute_capability is not None and tuple(map(int, target.compute_capability.split("."))) >= (8, 9)
 
 
 def _check_sizes(serving: ServingDefaults) -> None:

@@ -63,7 +63,7 @@ def estimate_listed(request: ExportRequest, listing: Listing) -> Range:
 
 def _estimate(request: ExportRequest, numbers: Mapping[Component, int]) -> Estimate:
     """From how many numbers the weights of each component are."""
-    weights = {c: BYTES[request.precision] * count for c, count in numbers.items()}
+    weights = {c: BYTES[request.precision.weights] * count for c, count in numbers.items()}
     engines = {c: _engine_bytes(request.backend, size) for c, size in weights.items()}
     largest = max(weights.values())
     if request.backend in (Backend.TENSORRT, Backend.TENSORRT_RTX):

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from export.modules.denoiser import Denoiser
-from export.modules.fused import merge_projections
+from export.modules.merged import merge_projections
+from export.modules.quantized import quantize_projections
 
 if TYPE_CHECKING:
     from torch.export.pt2_archive._package import AOTICompiledModel
@@ -27,12 +28,19 @@ def open_package(path: Path, module: nn.Module) -> "AOTICompiledModel":
     # One thread drives the device, and CUDA graphs need it so.
     package = torch._inductor.aoti_load_package(str(path), run_single_threaded=True, device_index=index)
     wanted = package.get_constant_fqns()
-    held = _weights(module)
-    if isinstance(module, Denoiser) and not held.keys() >= set(wanted):
-        merge_projections(module)  # the package was compiled from the fused form
-        held = _weights(module)
+    held = _held(module, set(wanted))
     package.load_constants({name: held[name] for name in wanted}, check_full_update=True, user_managed=True)
     return package
+
+
+def _held(module: nn.Module, wanted: set[str]) -> dict[str, Tensor]:
+    """The weights of `module`, in the form that was compiled: with merged projections, and with those in FP8."""
+    held = _weights(module)
+    for prepare in (merge_projections, quantize_projections):
+        if isinstance(module, Denoiser) and not held.keys() >= wanted:
+            prepare(module)
+            held = _weights(module)
+    return held
 
 
 def _weights(module: nn.Module) -> dict[str, Tensor]:

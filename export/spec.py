@@ -25,6 +25,12 @@ class Precision(StrEnum):
 
     FP32 = "fp32"
     BF16 = "bf16"
+    FP8 = "fp8"  # bf16, but for the denoiser's large matrix products in compiled engines (`export.modules.quantized`)
+
+    @property
+    def weights(self) -> "Precision":
+        """What weights are read in, and what eager computes in."""
+        return Precision.BF16 if self is Precision.FP8 else self
 
 
 class Component(StrEnum):
@@ -76,7 +82,12 @@ class ShapePoint:
 
 
 # The least PSNR in dB between whole images from engines and from eager; differences grow over the steps.
-IMAGE_PSNR = {Precision.FP32: 40.0, Precision.BF16: 20.0}
+# fp8's has not been measured yet: it is low enough that only another picture is below it.
+IMAGE_PSNR = {Precision.FP32: 40.0, Precision.BF16: 20.0, Precision.FP8: 12.0}
+
+# Of the denoiser, against eager in bf16. Rests on the references' arithmetic on a CPU: 3 % with the demo's weights, 8 %
+# with 30 layers of random ones, a fifth as wide as the published. Not measured on a GPU yet.
+FP8_TOLERANCE = 1.5e-1
 
 # torch.export takes no example at which a dynamic dimension has a special value: batch 1, one block of caption
 # tokens, or a square would each be baked into the graph.
@@ -147,7 +158,7 @@ def component_specs(dimensions: ModelDimensions) -> dict[Component, ComponentSpe
     caption = TensorSpec("caption", DType.FLOAT32, (Dim.BATCH, Dim.CAPTION, dimensions.caption_dim))
     # bf16: engines round less often than eager. Deep stacks of random weights, where nothing damps what rounding does,
     # were seen 3.7 % from eager with the published shapes; trained ones 1 %.
-    tolerance = {Precision.FP32: 1e-5, Precision.BF16: 5e-2}
+    tolerance = {Precision.FP32: 1e-5, Precision.BF16: 5e-2, Precision.FP8: 5e-2}
     return {
         Component.PROMPT_ENCODER: ComponentSpec(
             Component.PROMPT_ENCODER,
@@ -164,7 +175,7 @@ def component_specs(dimensions: ModelDimensions) -> dict[Component, ComponentSpe
             (latents, TensorSpec("timestep", DType.FLOAT32, (Dim.BATCH,)), caption),
             TensorSpec("velocity", DType.FLOAT32, latent_dims),
             onnx_opset=23,
-            tolerance=tolerance,
+            tolerance={**tolerance, Precision.FP8: FP8_TOLERANCE},
         ),
         # One image a call, as the server decodes: one fills the device, and a batch's activations pass 2^31 elements.
         # Opset 20: the attention node of opset 23 has no fused TensorRT kernel for the VAE's single wide head.
@@ -174,7 +185,7 @@ def component_specs(dimensions: ModelDimensions) -> dict[Component, ComponentSpe
             TensorSpec("image", DType.UINT8, (1, Dim.IMAGE_HEIGHT, Dim.IMAGE_WIDTH, 3)),
             onnx_opset=20,
             # A rounding that falls the other way is one grey level of 255 on a few pixels.
-            tolerance={Precision.FP32: 1e-3, Precision.BF16: 3e-2},
+            tolerance={Precision.FP32: 1e-3, Precision.BF16: 3e-2, Precision.FP8: 3e-2},
         ),
     }
 

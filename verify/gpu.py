@@ -21,6 +21,7 @@ from export.cli import NOT_POSSIBLE
 from export.devices import checked_device
 from export.errors import UnsupportedError
 from export.manifest import BINDING_LIBRARIES, Backend, installed_version
+from export.spec import Precision
 from verify.images import psnr_text
 
 ON_CUDA = (Backend.TENSORRT, Backend.TENSORRT_RTX, Backend.AOTINDUCTOR)
@@ -52,6 +53,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--default-size", default="256x256", help="default: %(default)s; 1024x1024 for the real model")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     parser.add_argument("--backend", type=Backend, choices=COMPILED, action="append", help="default: all that fit")
+    parser.add_argument("--precision", type=Precision, choices=list(Precision), help="default: as zserve export has it")
     parser.add_argument("--images", type=int, default=4, help="images drawn with each (default: %(default)s)")
     parser.add_argument("--repository", type=Path, help="keep the engines here and reuse them (default: deleted)")
     parser.add_argument("--out", type=Path, default=Path("out/verify"), help="report without suffix (%(default)s)")
@@ -87,7 +89,9 @@ def verify(backend: Backend, arguments: argparse.Namespace, repository: Path) ->
     options = ("--checkpoint", arguments.checkpoint, "--default-size", arguments.default_size, *device)
     elsewhere = backend is Backend.TENSORRT_RTX and not arguments.device.startswith("cuda")
     target = ("--target", AHEAD_OF_TIME) if elsewhere else ()
-    export = _zserve("export", *options, *target, "--repository", repository, "--name", name, "--backend", backend)
+    precision = ("--precision", arguments.precision) if arguments.precision else ()
+    place = ("--repository", repository, "--name", name)
+    export = _zserve("export", *options, *target, *precision, *place, "--backend", backend)
     seconds = round(time.perf_counter() - started, 1)
     if export.returncode != 0:
         return _not_built(backend, export, seconds)

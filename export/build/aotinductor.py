@@ -20,12 +20,14 @@ from export.spec import ComponentSpec, Precision
 # The weights stay outside: they are lent when the package is opened.
 CONFIGS: dict[str, Any] = {"aot_inductor.package_constants_in_so": False}
 # On CUDA also: channels-last convolutions, which Inductor avoids where sizes are dynamic; no copies that pad matrices,
-# whose rows are aligned here anyway; and several forms of each of its own kernels tried.
+# whose rows are aligned here anyway; several forms of each of its own kernels tried; and matrix products by cuBLAS
+# alone, as Inductor would look for other forms of those in FP8 without being asked.
 CUDA_CONFIGS: dict[str, Any] = {
     **CONFIGS,
     "force_layout_optimization": True,
     "shape_padding": False,
     "max_autotune_pointwise": True,
+    "max_autotune_gemm_backends": "ATEN",
 }
 
 
@@ -67,7 +69,7 @@ def _prepared(inputs: BuildInputs) -> tuple[ExportedProgram, dict[str, Any]]:
     module = inputs.module()
     on_cuda = next(module.parameters()).is_cuda
     if on_cuda and isinstance(module, Denoiser):
-        module = fused(module)
+        module = fused(module, inputs.source.precision)
     if not on_cuda:
         return inputs.program(module), CONFIGS
     program = inputs.program(module, tuning_example(inputs.profiles))

@@ -3,18 +3,25 @@
 `modulation` [B, 4 * dim] is what `adaLN_modulation` of a block makes of the timestep: scale and gate of the attention,
 then scale and gate of the feed-forward. `part` counts them from 0. Source: `ZImageTransformerBlock.forward` and
 `ZSingleStreamAttnProcessor` of diffusers 0.42.
+
+Rows that go into a product in FP8 are `Quantized`: e4m3 values [rows, width], and what each row is to be multiplied by,
+fp32 [rows, 1], as `torch._scaled_mm` takes them.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 PARTS = 4
+LARGEST = 448.0  # that e4m3 holds
+SMALLEST_SCALE = 1e-12  # so that a row of zeros is divided by something
+
+Quantized = tuple[Tensor, Tensor]
 
 
 def norm_modulate(x: Tensor, weight: Tensor, modulation: Tensor, part: int, eps: float) -> Tensor:
     """`x` [B, S, dim] normalised to a root mean square of 1, times `weight` [dim] and 1 + scale."""
-    scale = _part(modulation, part)
-    return (_normalised(x, weight, eps) * (1 + scale)).to(x.dtype)
+    return (_normalised(x, weight, eps) * (1 + _part(modulation, part))).to(x.dtype)
 
 
 def gated_residual(x: Tensor, branch: Tensor, weight: Tensor, modulation: Tensor, part: int, eps: float) -> Tensor:
@@ -33,6 +40,24 @@ def norm_rotate(
     head_dim = weight_q.shape[0]
     q, k, _ = (part.reshape(*part.shape[:2], -1, head_dim) for part in qkv.chunk(3, -1))
     return tuple(_rotated(_normalised(x, w, eps), cos, sin).to(qkv.dtype) for x, w in ((q, weight_q), (k, weight_k)))  # type: ignore[return-value]
+
+
+def quantize(x: Tensor) -> Quantized:
+    """The rows of `x` [..., width], each scaled so that its largest value is the largest that e4m3 holds."""
+    rows = x.float().flatten(0, -2)
+    scales = (rows.abs().amax(-1, keepdim=True) / LARGEST).clamp(min=SMALLEST_SCALE)
+    return (rows / scales).to(torch.float8_e4m3fn), scales
+
+
+def norm_modulate_quantize(x: Tensor, weight: Tensor, modulation: Tensor, part: int, eps: float) -> Quantized:
+    """`norm_modulate`, its result quantised before it is rounded."""
+    return quantize(_normalised(x, weight, eps) * (1 + _part(modulation, part)))
+
+
+def silu_product_quantize(gate_value: Tensor) -> Quantized:
+    """SiLU of the first half of each row of `gate_value` [rows, 2 * width] times the second, quantised."""
+    gate, value = gate_value.float().chunk(2, -1)
+    return quantize(F.silu(gate) * value)
 
 
 def _part(modulation: Tensor, part: int) -> Tensor:

@@ -33,11 +33,11 @@ def load_components(
     device: str,
     wanted: Collection[Component] = tuple(Component),
 ) -> dict[Component, nn.Module]:
-    """Reads the weights that the `wanted` components need, in `precision`, onto `device`, ready for inference."""
+    """Reads the weights that the `wanted` components need for `precision`, onto `device`, ready for inference."""
     needed = sorted({part for component in wanted for part in PARTS[component]})
     read = _read if Component.DENOISER in wanted else _read_without_layers
     with _quiet_loading():
-        parts = {part: read(checkpoint / part, TORCH_DTYPES[precision]) for part in needed}
+        parts = {part: read(checkpoint / part, TORCH_DTYPES[precision.weights]) for part in needed}
     modules = {c: build_component(c, parts) for c in wanted}
     return {c: m.eval().requires_grad_(False).to(device) for c, m in modules.items()}
 

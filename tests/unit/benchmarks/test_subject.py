@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import published
-from benchmarks.choice import DIFFUSERS, Choice
+from benchmarks.choice import DIFFUSERS, FP8, Choice, backend_of
 from benchmarks.diffusers_row import DiffusersRow
 from benchmarks.engine_row import EngineRow
 from benchmarks.engines import version_folder
@@ -77,6 +77,13 @@ def test_engines_of_random_weights_are_exported_once(choice: Choice, capfd: pyte
     folder = version_folder(choice, Backend.EAGER)
     assert Manifest.read(folder).checkpoint.path == str(choice.checkpoint)
     assert version_folder(choice, Backend.EAGER) == folder
+
+
+def test_a_row_in_fp8_stands_beside_the_others(choice: Choice) -> None:
+    assert {row: (backend_of(row), choice.precision_of(row)) for row in (FP8, Backend.AOTINDUCTOR)} == {
+        "aotinductor-fp8": (Backend.AOTINDUCTOR, Precision.FP8),
+        "aotinductor": (Backend.AOTINDUCTOR, Precision.FP32),
+    }
 
 
 def served(choice: Choice, engine: FakeEngine, reason: str = "") -> ServedComponent:

@@ -36,6 +36,7 @@ def main() -> None:
         modulation, next_modulation = made(BATCH, 4 * DIM), made(BATCH, 4 * DIM)
         qkv, weight_q, weight_k = made(BATCH, TOKENS, 3 * DIM), made(HEAD_DIM), made(HEAD_DIM)
         cos, sin = (made(TOKENS, HEAD_DIM // 2, dtype=torch.float32) for _ in range(2))
+        gate_value = made(BATCH * TOKENS, 2 * DIM)
         moved = reference.gated_residual(x, branch, weight, modulation, 3, EPS)
         pairs = {
             "norm_modulate": (
@@ -54,28 +55,50 @@ def main() -> None:
                 reference.norm_rotate(qkv, weight_q, weight_k, cos, sin, EPS),
             ),
         }
+        both = kernels.gated_residual_norm_modulate_quantize(
+            x, branch, weight, modulation, 3, following, next_modulation, 0, EPS
+        )
+        pairs |= {
+            "fp8 quantize": (kernels.quantize(x), reference.quantize(x)),
+            "fp8 norm_modulate": (
+                kernels.norm_modulate_quantize(x, weight, modulation, 2, EPS),
+                reference.norm_modulate_quantize(x, weight, modulation, 2, EPS),
+            ),
+            "fp8 gated_residual_norm_modulate": (
+                both,
+                [moved, *reference.norm_modulate_quantize(both[0], following, next_modulation, 0, EPS)],
+            ),
+            "fp8 silu_product": (
+                kernels.silu_product_quantize(gate_value),
+                reference.silu_product_quantize(gate_value),
+            ),
+        }
         for name, (got, expected) in pairs.items():
             assert [(g.shape, g.dtype) for g in got] == [(e.shape, e.dtype) for e in expected], name
             errors[f"{name} {dtype}"] = max(map(_error, got, expected))
-    errors["fused denoiser"] = _denoiser_error()
+    errors["fused denoiser in float32"] = _denoiser_error(Precision.FP32)
+    errors["fused denoiser in fp8"] = _denoiser_error(Precision.FP8)
     print(json.dumps(errors))
 
 
-def _denoiser_error() -> float:
+def _denoiser_error(precision: Precision) -> float:
     """Of the demo's denoiser, which still computes the same in its own form afterwards."""
-    plain = load_components(CHECKPOINT, precision=Precision.FP32, device="cpu", wanted=[Component.DENOISER])
+    plain = load_components(CHECKPOINT, precision=precision, device="cpu", wanted=[Component.DENOISER])
     denoiser = plain[Component.DENOISER]
     assert isinstance(denoiser, Denoiser)
     dimensions = open_checkpoint(CHECKPOINT).dimensions
     inputs = example_inputs(component_specs(dimensions)[Component.DENOISER], ShapePoint(1, 32, 64, 96), dimensions)
     with torch.inference_mode():
         expected = denoiser(**inputs)
-        got = fused(denoiser)(**inputs)
+        got = fused(denoiser, precision)(**inputs)
         assert torch.equal(denoiser(**inputs), expected)
     return _error(got, expected)
 
 
 def _error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative; of values in FP8 the share that is not equal."""
+    if got.dtype is torch.float8_e4m3fn:
+        return float((got.float() != expected.float()).float().mean())
     return float((got.double() - expected.double()).norm() / expected.double().norm())
 
 

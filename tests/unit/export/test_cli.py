@@ -17,6 +17,13 @@ REFUSED = [
     ("--backend tensorrt_rtx --target sm89 --strip-weights", "leave out --strip-weights"),
     ("--backend onnxruntime --target sm89", "are for TensorRT, and --backend is onnxruntime"),
     ("--backend onnxruntime --precision bf16", "computes in fp32 only.*give --precision fp32, or --backend aotind"),
+    ("--precision fp8", "--precision fp8 is for --backend aotinductor on CUDA GPUs of compute capability 8.9 or newer"),
+    ("--precision fp8 --backend aotinductor", "--backend aotinductor for cpu is asked for; leave out --precision"),
+    ("--precision fp8 --backend eager", "--backend eager for cpu is asked for"),
+    (
+        "--precision fp8 --backend tensorrt_rtx --target sm89",
+        "--backend tensorrt_rtx for cuda .compute capability 8.9.",
+    ),
     ("--device cuda", r"--device cuda is not on this machine; cpu is accepted .this PyTorch sees no CUDA device."),
     ("--device cuda:1", "--device cuda:1 is not on this machine; cpu is accepted"),
     ("--device banana", "--device banana is not on this machine; cpu is accepted"),

@@ -1,0 +1,73 @@
+"""A block's four large matrix products, and the kernels that make what goes into them, in their two forms.
+
+Both have the same methods. What `norm_modulate` makes, `qkv` and `feed_forward` take: a tensor in the one form, values
+and scales in the other.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from export.kernels import triton_kernels as kernels
+from export.kernels.reference import Quantized
+from export.modules.blocks import Foreign
+
+
+class PlainProducts:
+    """In the type of the weights."""
+
+    norm_modulate = staticmethod(kernels.norm_modulate)
+    gated_residual_norm_modulate = staticmethod(kernels.gated_residual_norm_modulate)
+
+    def __init__(self, block: Foreign) -> None:
+        self._attention, self._feed_forward = block.attention, block.feed_forward
+
+    def qkv(self, h: Tensor) -> Tensor:
+        """Queries, keys and values behind one another."""
+        return F.linear(h, self._attention.qkv)
+
+    def attention_output(self, mixed: Tensor) -> Tensor:
+        """The projection behind the attention."""
+        output: Tensor = self._attention.to_out[0](mixed)
+        return output
+
+    def feed_forward(self, h: Tensor) -> Tensor:
+        """All samples' tokens as one list [B * S, dim]."""
+        # Where the batch is dynamic, Inductor would copy what goes into w2 to make it so.
+        gate, value = F.linear(h.flatten(0, 1), self._feed_forward.w13).chunk(2, -1)
+        output: Tensor = self._feed_forward.w2(F.silu(gate) * value)
+        return output
+
+
+class QuantizedProducts:
+    """In FP8, tokens always as one list. Each row is quantised by the kernel that makes it."""
+
+    def __init__(self, block: Foreign) -> None:
+        self._attention, self._feed_forward = block.attention, block.feed_forward
+
+    @staticmethod
+    def norm_modulate(x: Tensor, weight: Tensor, modulation: Tensor, part: int, eps: float) -> Quantized:
+        """See `reference.norm_modulate_quantize`."""
+        values, scales = kernels.norm_modulate_quantize(x, weight, modulation, part, eps)
+        return values, scales
+
+    @staticmethod
+    def gated_residual_norm_modulate(*arguments: Foreign) -> tuple[Tensor, Quantized]:
+        """See `kernels.gated_residual_norm_modulate_quantize`, whose arguments these are."""
+        moved, values, scales = kernels.gated_residual_norm_modulate_quantize(*arguments)
+        return moved, (values, scales)
+
+    def qkv(self, h: Quantized) -> Tensor:
+        """As `PlainProducts.qkv`."""
+        output: Tensor = self._attention.fp8_qkv(*h)
+        return output
+
+    def attention_output(self, mixed: Tensor) -> Tensor:
+        """As `PlainProducts.attention_output`."""
+        output: Tensor = self._attention.fp8_out(*kernels.quantize(mixed))
+        return output
+
+    def feed_forward(self, h: Quantized) -> Tensor:
+        """As `PlainProducts.feed_forward`."""
+        gate_value = self._feed_forward.fp8_w13(*h)
+        output: Tensor = self._feed_forward.fp8_w2(*kernels.silu_product_quantize(gate_value))
+        return output
