@@ -22,7 +22,7 @@ from demo.run import free_port
 from export.manifest import FILE_NAME, Backend, Manifest
 from export.repository import versions
 from export.spec import Component
-from server.config import ServeConfig
+from server.config import ControlMode, ServeConfig
 from server.frontend.app import Frontend
 from server.frontend.workers import COMMAND
 from server.settings import GrpcConfig
@@ -169,11 +169,22 @@ def _within_a_second(future: "grpc.Future[None]") -> bool:
 
 @asynccontextmanager
 async def frontend(
-    models: Path, command: Sequence[str] = COMMAND, *, device: str = "cpu"
+    models: Path,
+    command: Sequence[str] = COMMAND,
+    *,
+    device: str = "cpu",
+    control: ControlMode = ControlMode.NONE,
 ) -> AsyncIterator[tuple[str, Frontend]]:
     """A frontend in this process whose workers are ready on `device`, and its address; `command` starts a worker."""
     with tempfile.TemporaryDirectory() as sockets:
-        config = ServeConfig(models, grpc=GrpcConfig("127.0.0.1", port=0), metrics_port=0, device=device)
+        config = ServeConfig(
+            models,
+            grpc=GrpcConfig("127.0.0.1", port=0),
+            metrics_port=0,
+            device=device,
+            model_control_mode=control,
+            load_model=("*",) if control is ControlMode.EXPLICIT else (),
+        )
         running = Frontend(config, Path(sockets), command)
         ended = asyncio.create_task(running.run())
         await running.until_ready()
