@@ -114,6 +114,8 @@ def read(options: argparse.Namespace) -> Choice:
 def _check_device(device: str, cuda: bool, random_weights: bool) -> None:
     import torch
 
+    from export.devices import use_device
+
     if cuda and not torch.cuda.is_available():
         raise BenchmarkError(f"--device {device}: this machine has no CUDA device; cpu is accepted")
     if random_weights and not cuda:
@@ -121,6 +123,7 @@ def _check_device(device: str, cuda: bool, random_weights: bool) -> None:
             "--random-weights needs a GPU with 24 GB or more: the published config takes 20.5 GB in bf16. Without it "
             "the demo checkpoint is measured, on any machine"
         )
+    use_device(device)  # clocks and memory are those of the current one
 
 
 def _compiled(options: argparse.Namespace) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from benchmarks.likeness import Likeness, likeness
 from benchmarks.quality_sheet import contact_sheet
 from demo.scenes import Scene, sample_scenes
 from demo.score import score
-from export.devices import default_device
+from export.devices import default_device, use_device
 from export.manifest import Backend, Manifest
 from export.repository import versions
 from export.spec import Precision
@@ -111,6 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measures, prints the table and writes the contact sheet; returns the record."""
+    use_device(options.device)
     print(HEAD, flush=True)
     scenes = sample_scenes(options.images, SEED)
     reference: dict[Size, list[Pixels]] = {}

@@ -31,7 +31,7 @@ NAME = "model"
 START_SECONDS = 600
 CONFIG = """
 max_batch_size: {max_batch}
-instance_group {{ count: {workers} kind: KIND_AUTO }}
+instance_group {{ count: {workers} {where} }}
 parameters {{ key: "default_size" value {{ string_value: "{size}" }} }}
 parameters {{ key: "warmup_sizes" value {{ string_value: "{sizes}" }} }}
 """
@@ -87,13 +87,19 @@ def backend_of(version: Path) -> str:
 
 
 @contextmanager
-def repository(version: Path, sizes: Sequence[str], *, workers: int = 1, max_batch: int = 4) -> Iterator[Path]:
-    """A model repository that holds one version alone, and warms `sizes`; the first is its default."""
+def repository(
+    version: Path, sizes: Sequence[str], *, workers: int = 1, gpus: int = 1, max_batch: int = 4
+) -> Iterator[Path]:
+    """A model repository that holds one version alone, and warms `sizes`; the first is its default.
+
+    `workers` serve it where the server's --device says, or on each of several GPUs.
+    """
+    where = "kind: KIND_AUTO" if gpus == 1 else f"kind: KIND_GPU gpus: {list(range(gpus))}"
     with tempfile.TemporaryDirectory(prefix="zserve-bench-") as folder:
         model = Path(folder) / "models" / NAME
         model.mkdir(parents=True)
         (model / "1").symlink_to(version.resolve())
-        text = CONFIG.format(max_batch=max_batch, workers=workers, size=sizes[0], sizes=",".join(sizes))
+        text = CONFIG.format(max_batch=max_batch, workers=workers, where=where, size=sizes[0], sizes=",".join(sizes))
         (model / "config.pbtxt").write_text(text)
         yield model.parent
 
