@@ -8,7 +8,7 @@ from benchmarks import published
 from benchmarks.record import BenchmarkError
 from export.manifest import Backend, Manifest, installed_version
 from export.repository import versions
-from export.spec import MIN_SIZE, SIZE_MULTIPLE, Precision
+from export.spec import IMAGE_PSNR, MIN_SIZE, SIZE_MULTIPLE, Precision
 
 DIFFUSERS = "diffusers"
 BACKENDS = (DIFFUSERS, *(backend.value for backend in Backend))
@@ -32,6 +32,11 @@ class Choice:
     def precision(self) -> Precision:
         """What all rows compute in."""
         return precision_on(self.device)
+
+    @property
+    def least_psnr(self) -> float:
+        """In dB, of images and diffusers'. Random weights draw nothing, and multiply what rounding does a step."""
+        return 0.0 if self.checkpoint.name.startswith(published.CHECKPOINT) else IMAGE_PSNR[self.precision]
 
     @property
     def compiled(self) -> tuple[str, ...]:

@@ -180,7 +180,7 @@ class Service:
             "encode": timings.encode_ms,
             "denoise": timings.denoise_ms,
             "decode": timings.decode_ms,
-            "difference": rows.compare_images([got], expected, self.chosen.precision)["largest_difference"],
+            "difference": rows.compare_images([got], expected, self.chosen.least_psnr)["largest_difference"],
         }
 
     def _diffusers(self, diffusers: DiffusersRow, prompt: str, seed: int) -> tuple[list[Any], float]:
