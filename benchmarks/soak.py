@@ -36,7 +36,7 @@ from server.frontend.workers import Worker
 
 SIZES = {
     "cpu": ((64, 64), (96, 64), (128, 128), (64, 160), (192, 128), (256, 256)),
-    "cuda": ((64, 64), (128, 96), (256, 256), (192, 320), (512, 384), (512, 512)),
+    "cuda": ((64, 64), (128, 128), (256, 256), (192, 320), (512, 384), (512, 512)),
 }
 REQUESTS, EVERY, ROW = 500, 50, 50
 GROWTH, SLACK = 0.02, 64.0  # that memory may grow by: a share of it, and MiB
