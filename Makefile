@@ -72,6 +72,7 @@ bench: setup ## measure engines and service on this machine: benchmarks/results,
 	$(BENCH) service --size $(firstword $(SIZES)) $(OPTIONS) --output $(RESULTS)/service_$(HERE).json --plot docs/benchmark-service-$(HERE).svg
 	$(BENCH) startup --size $(firstword $(SIZES)) $(OPTIONS) --output $(RESULTS)/startup_$(HERE).json
 	$(BENCH) memory --size $(firstword $(SIZES)) $(OPTIONS) --output $(RESULTS)/memory_$(HERE).json
+	$(BENCH) packages $(addprefix --size ,$(SIZES)) $(OPTIONS) --output $(RESULTS)/packages_$(HERE).json
 
 bench-serving: export ## measure scheduling, endurance and planner with the demo on the CPU
 	$(BENCH) scheduling --seconds 8 --output $(RESULTS)/scheduling_cpu.json

@@ -8,7 +8,7 @@ from benchmarks import published
 from benchmarks.record import BenchmarkError
 from export.manifest import Backend, Manifest, installed_version
 from export.repository import versions
-from export.spec import MIN_SIZE, SIZE_MULTIPLE, Precision
+from export.spec import IMAGE_PSNR, MIN_SIZE, SIZE_MULTIPLE, Precision
 
 DIFFUSERS = "diffusers"
 FP8 = f"{Backend.AOTINDUCTOR}-{Precision.FP8}"  # a row beside the others, over the same weights
@@ -37,6 +37,10 @@ class Choice:
     def precision_of(self, row: str) -> Precision:
         """What the row named so computes in."""
         return Precision.FP8 if row == FP8 else self.precision
+
+    def least_psnr(self, row: str) -> float:
+        """In dB, of a row's images and diffusers'. Random weights draw nothing, and multiply a step's rounding."""
+        return 0.0 if self.checkpoint.name.startswith(published.CHECKPOINT) else IMAGE_PSNR[self.precision_of(row)]
 
     @property
     def compiled(self) -> tuple[str, ...]:
@@ -124,6 +128,8 @@ def read(options: argparse.Namespace) -> Choice:
 def _check_device(device: str, cuda: bool, random_weights: bool) -> None:
     import torch
 
+    from export.devices import use_device
+
     if cuda and not torch.cuda.is_available():
         raise BenchmarkError(f"--device {device}: this machine has no CUDA device; cpu is accepted")
     if random_weights and not cuda:
@@ -131,6 +137,7 @@ def _check_device(device: str, cuda: bool, random_weights: bool) -> None:
             "--random-weights needs a GPU with 24 GB or more: the published config takes 20.5 GB in bf16. Without it "
             "the demo checkpoint is measured, on any machine"
         )
+    use_device(device)  # clocks and memory are those of the current one
 
 
 def _compiled(options: argparse.Namespace) -> tuple[str, ...]:

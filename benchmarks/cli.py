@@ -26,6 +26,7 @@ BENCHMARKS = {
     "demo_quality": "whether the demo model draws what it is asked for, by size and language",
     "startup": "from starting the process to the first image",
     "memory": "host and device memory, stage by stage",
+    "packages": "AOTInductor packages against fp32, the time to open them, and what memory that takes",
     "scheduling": "the planner against first in, first out, under load",
     "simulation": "the same policy on up to 8 simulated GPUs",
     "planner": "what one decision of the planner costs",

@@ -60,7 +60,7 @@ class Images:
     """Draws the same images through every row."""
 
     def __init__(self, subject: Subject, diffusers: DiffusersRow, options: argparse.Namespace) -> None:
-        self._precision_of, self._options = subject.choice.precision_of, options
+        self._least_psnr, self._options = subject.choice.least_psnr, options
         self._diffusers = diffusers  # the reference, a row or not
         self._rows: dict[str, DiffusersRow | EngineRow] = {
             backend: diffusers if backend == DIFFUSERS else EngineRow(subject, backend)
@@ -77,7 +77,7 @@ class Images:
             made = {name: self._draw(self._rows[name], *what) for name in names[first:] + names[:first]}
             expected = made.get(DIFFUSERS) or self._draw(self._diffusers, *what)
             for name, one in made.items():
-                closeness[name].append(rows.compare_images(one.images, expected.images, self._precision_of(name)))
+                closeness[name].append(rows.compare_images(one.images, expected.images, self._least_psnr(name)))
                 drawn[name].append(one)
         kept = {name: every[self._options.warm_up :] for name, every in drawn.items()}
         return [self._row({"size": size, "batch": batch, "engine": n}, kept, closeness[n]) for n in names]

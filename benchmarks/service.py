@@ -7,10 +7,13 @@ Closed loop: so many clients, each of which asks again when it has its answer. O
 the best closed-loop rate, independent of how the server fares; clients send the deadline as their call's, and give up
 then. Every image of the first part is held against diffusers', every answer has to name the engine and 8 forwards.
 No prompt comes twice (1,500 under load, then from the first again), so the server's prompt cache helps nobody.
+With --gpus K the server has a worker on each of the first K.
 
 Units: milliseconds at the client, from the call to the last event; `overhead` is the call less what the three
-components took; requests a second; `goodput` counts what was answered within the deadline; x is how many times as fast
-as diffusers, pair by pair. No CUDA device has run this yet.
+components took; requests a second; `device_share` is the throughput over what the GPUs would do at the median that the
+components took of the JPEG requests, which come one right after the other (over 1 where shared steps pay); `goodput`
+counts what was answered within the deadline; x is how many times as fast as diffusers, pair by pair. No CUDA device has
+run this yet.
 """
 
 import argparse
@@ -21,13 +24,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks import choice, rows
 from benchmarks.choice import DIFFUSERS, Choice, backend_of, pixels
 from benchmarks.diffusers_row import DiffusersRow
 from benchmarks.engines import version_folder
 from benchmarks.load import Mix, Size, poisson, summary
-from benchmarks.record import Row, percentiles, print_table, ratios, row
+from benchmarks.record import BenchmarkError, Row, percentiles, print_table, ratios, row
 from benchmarks.serving import repository, server_process
 from benchmarks.subject import load_pipeline
 from benchmarks.traffic import Manners, Traffic, check_answer
@@ -48,26 +52,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clients", type=choice.positive, action="append", help="may be repeated (default: 1 2 4 8)")
     parser.add_argument("--load", type=float, action="append", help="may be repeated (default: 0.5 0.8 0.95 1.2)")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each load (default: %(default)s)")
+    parser.add_argument("--gpus", type=choice.positive, default=1, help="that serve (default: the one of --device)")
     parser.add_argument("--deadline", type=float, help="seconds (default: 5 times the median of one at a time)")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measures and prints the tables. A row is a load and an engine."""
     chosen = choice.read(options)
+    _check_gpus(options.gpus, chosen.device)
     pipeline = load_pipeline(chosen)
     measured: list[Row] = []
     for backend in _served(chosen, options):
         versions = version_folder(chosen, backend)
         with (
-            repository(versions, chosen.sizes, max_batch=chosen.max_batch) as models,
+            repository(versions, chosen.sizes, gpus=options.gpus, max_batch=chosen.max_batch) as models,
             server_process(models, chosen.device) as server,
         ):
             service = Service(chosen, options, backend, server.url)
             measured += service.one_at_a_time(DiffusersRow(pipeline, pipeline.device))
-            measured += asyncio.run(service.under_load(measured[-1]["ms"]["p50"] / 1e3))
+            measured += asyncio.run(service.under_load(measured[-1]))
     _show(measured)
-    sizes = {"size": chosen.sizes[0], "sizes_under_load": chosen.sizes, "seconds": options.seconds}
+    sizes = {
+        "size": chosen.sizes[0],
+        "sizes_under_load": chosen.sizes,
+        "seconds": options.seconds,
+        "gpus": options.gpus,
+    }
     return {"settings": {**chosen.settings(), **sizes, "steps": STEPS, "warm_up": WARM_UP}, "rows": measured}
+
+
+def _check_gpus(gpus: int, device: str) -> None:
+    """Raises `BenchmarkError` where there are not so many."""
+    there = torch.cuda.device_count() if device.startswith("cuda") else 1
+    if gpus > there:
+        raise BenchmarkError(f"--gpus {gpus}: {there} can serve here")
 
 
 def _served(chosen: Choice, options: argparse.Namespace) -> Sequence[str]:
@@ -110,14 +128,15 @@ class Service:
                 stages_ms={stage: percentiles(kept[stage]) for stage in ("encode", "denoise", "decode")},
                 jpeg_ms=percentiles([ms for ms, _ in jpegs[WARM_UP:]]),
                 jpeg_overhead_ms=percentiles([_overhead(ms, drawing) for ms, drawing in jpegs[WARM_UP:]]),
+                jpeg_device_ms=percentiles([ms - _overhead(ms, drawing) for ms, drawing in jpegs[WARM_UP:]]),
                 speedup={DIFFUSERS: ratios(kept[DIFFUSERS], kept["server"])},
                 largest_difference=int(max(pair["difference"] for pair in pairs)),
                 forwards=STEPS,
             ),
         ]
 
-    async def under_load(self, alone: float) -> list[Row]:
-        """Closed loops, then open ones at shares of the best rate; `alone` is the seconds of one request."""
+    async def under_load(self, alone: Row) -> list[Row]:
+        """Closed loops, then open ones at shares of the best rate; `alone` is the row of one request at a time."""
         *_, prompts = self._prompts
         traffic = Traffic(self.url, backend_of(self.backend), prompts, STEPS)
         sizes, seconds = [pixels(size) for size in self.chosen.sizes], self.options.seconds
@@ -125,9 +144,12 @@ class Service:
         for clients in self.options.clients or (1, 2, 4, 8):
             outcomes = await traffic.closed_loop(clients, seconds, sizes)
             figures = _figures(summary(outcomes, seconds))
+            if len(sizes) == 1:
+                busy = figures["throughput"] * alone["jpeg_device_ms"]["p50"] / 1e3
+                figures["device_share"] = busy / self.options.gpus
             closed.append(row({"load": "closed", "clients": clients, "engine": self.backend}, **figures))
         best = max(r["throughput"] for r in closed)
-        deadline = self.options.deadline or PATIENCE * alone
+        deadline = self.options.deadline or PATIENCE * alone["ms"]["p50"] / 1e3
         return [*closed, *[await self._open(traffic, load, best, sizes, deadline) for load in self._loads()]]
 
     def _loads(self) -> Sequence[float]:
@@ -150,7 +172,7 @@ class Service:
             server_ms, drawing = self._call(client, prompt, number, "raw")
             expected, eager_ms = self._diffusers(diffusers, prompt, number)
         got = np.asarray(drawing.images[0].pillow())
-        timings, precision = drawing.completed.timings, self.chosen.precision_of(self.backend)
+        timings, least = drawing.completed.timings, self.chosen.least_psnr(self.backend)
         return {
             "server": server_ms,
             DIFFUSERS: eager_ms,
@@ -158,7 +180,7 @@ class Service:
             "encode": timings.encode_ms,
             "denoise": timings.denoise_ms,
             "decode": timings.decode_ms,
-            "difference": rows.compare_images([got], expected, precision)["largest_difference"],
+            "difference": rows.compare_images([got], expected, least)["largest_difference"],
         }
 
     def _diffusers(self, diffusers: DiffusersRow, prompt: str, seed: int) -> tuple[list[Any], float]:
@@ -200,6 +222,7 @@ def _show(measured: list[Row]) -> None:
         "p99 ms",
         "images/s",
         "goodput/s",
+        "device share",
         "overhead",
         "x diffusers",
     )
@@ -214,7 +237,7 @@ def _line(r: Row) -> list[object]:
         case.get("clients", case.get("share")),
         case["engine"],
         *(ms.get(p) for p in ("p50", "p90", "p99")),
-        *(r.get(key) for key in ("throughput", "goodput")),
+        *(r.get(key) for key in ("throughput", "goodput", "device_share")),
         overhead and overhead["p50"],
         faster and faster[DIFFUSERS]["p50"],
     ]

@@ -22,7 +22,7 @@ from demo.run import free_port
 from export.manifest import FILE_NAME, Backend, Manifest
 from export.repository import versions
 from export.spec import Component
-from server.config import ServeConfig
+from server.config import ControlMode, ServeConfig
 from server.frontend.app import Frontend
 from server.frontend.workers import COMMAND
 from server.settings import GrpcConfig
@@ -31,7 +31,7 @@ NAME = "model"
 START_SECONDS = 600
 CONFIG = """
 max_batch_size: {max_batch}
-instance_group {{ count: {workers} kind: KIND_AUTO }}
+instance_group {{ count: {workers} {where} }}
 parameters {{ key: "default_size" value {{ string_value: "{size}" }} }}
 parameters {{ key: "warmup_sizes" value {{ string_value: "{sizes}" }} }}
 """
@@ -87,13 +87,19 @@ def backend_of(version: Path) -> str:
 
 
 @contextmanager
-def repository(version: Path, sizes: Sequence[str], *, workers: int = 1, max_batch: int = 4) -> Iterator[Path]:
-    """A model repository that holds one version alone, and warms `sizes`; the first is its default."""
+def repository(
+    version: Path, sizes: Sequence[str], *, workers: int = 1, gpus: int = 1, max_batch: int = 4
+) -> Iterator[Path]:
+    """A model repository that holds one version alone, and warms `sizes`; the first is its default.
+
+    `workers` serve it where the server's --device says, or on each of several GPUs.
+    """
+    where = "kind: KIND_AUTO" if gpus == 1 else f"kind: KIND_GPU gpus: {list(range(gpus))}"
     with tempfile.TemporaryDirectory(prefix="zserve-bench-") as folder:
         model = Path(folder) / "models" / NAME
         model.mkdir(parents=True)
         (model / "1").symlink_to(version.resolve())
-        text = CONFIG.format(max_batch=max_batch, workers=workers, size=sizes[0], sizes=",".join(sizes))
+        text = CONFIG.format(max_batch=max_batch, workers=workers, where=where, size=sizes[0], sizes=",".join(sizes))
         (model / "config.pbtxt").write_text(text)
         yield model.parent
 
@@ -169,11 +175,22 @@ def _within_a_second(future: "grpc.Future[None]") -> bool:
 
 @asynccontextmanager
 async def frontend(
-    models: Path, command: Sequence[str] = COMMAND, *, device: str = "cpu"
+    models: Path,
+    command: Sequence[str] = COMMAND,
+    *,
+    device: str = "cpu",
+    control: ControlMode = ControlMode.NONE,
 ) -> AsyncIterator[tuple[str, Frontend]]:
     """A frontend in this process whose workers are ready on `device`, and its address; `command` starts a worker."""
     with tempfile.TemporaryDirectory() as sockets:
-        config = ServeConfig(models, grpc=GrpcConfig("127.0.0.1", port=0), metrics_port=0, device=device)
+        config = ServeConfig(
+            models,
+            grpc=GrpcConfig("127.0.0.1", port=0),
+            metrics_port=0,
+            device=device,
+            model_control_mode=control,
+            load_model=("*",) if control is ControlMode.EXPLICIT else (),
+        )
         running = Frontend(config, Path(sockets), command)
         ended = asyncio.create_task(running.run())
         await running.until_ready()

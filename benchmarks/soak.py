@@ -1,35 +1,70 @@
 """Does a worker stay as it is? Memory over 500 requests of mixed sizes, and the 50th image in a row against the 2nd.
 
 Method: one server over one exported model with one worker. 500 requests, four at a time, of six sizes, 1 to 4
-steps, some with guidance or two images, some of them left in the middle; the worker's resident memory after every 50.
-In the end the worker has to be gone with the server. Then, on a new worker each time, 50 equal images at --size, 8
-steps, one after the other: of each row the 50th image's latency over the 2nd's, as a measure of what is noise the
-3rd's over the 2nd's, and the 99th percentile over the median from the 2nd on.
+steps, some with guidance or two images, some of them left in the middle; the worker's memory after every 50. Then the
+model is unloaded, with which the worker has to go. On CUDA this is device memory too: of the whole device before the
+server starts, with the model loaded, after every 50 requests and when it is unloaded, so that nobody else may use it;
+of the worker, where the driver tells it; and the peak that the worker tells of itself. Then, on a new worker each
+time, 50 equal images at --size, 8 steps, one after the other: of each row the 50th image's latency over the 2nd's, as
+a measure of what is noise the 3rd's over the 2nd's, and the 99th percentile over the median from the 2nd on.
 
 Units: MiB, milliseconds, ratios. `growth` is from the 100th to the last request: before that, every size has its first
-use. The 50th is as fast as the 2nd where both ratios have the same median and spread.
+use. It may be 2 % and 64 MiB, of the host and of the device, and 64 MiB of the device may stay taken when the model is
+unloaded; the command fails beyond. The 50th is as fast as the 2nd where both ratios have the same median and spread.
 """
 
 import argparse
 import asyncio
 import random
+import time
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import psutil
+import tritonclient.grpc.aio as triton
 
 from benchmarks.choice import pixels
+from benchmarks.device_memory import MIB, process_mib, used_mib
 from benchmarks.record import BenchmarkError, percentiles, print_table, row
-from benchmarks.serving import add_model, backend_of, frontend, repository
+from benchmarks.serving import NAME, add_model, backend_of, frontend, repository
 from benchmarks.traffic import check_engines
 from client import AsyncZImageClient
 from client.messages import ImageRequest
+from server.config import ControlMode
+from server.frontend.workers import Worker
 
-SIZES = ((64, 64), (96, 64), (128, 128), (64, 160), (192, 128), (256, 256))
+SIZES = {
+    "cpu": ((64, 64), (96, 64), (128, 128), (64, 160), (192, 128), (256, 256)),
+    "cuda": ((64, 64), (128, 128), (256, 256), (192, 320), (512, 384), (512, 512)),
+}
 REQUESTS, EVERY, ROW = 500, 50, 50
+GROWTH, SLACK = 0.02, 64.0  # that memory may grow by: a share of it, and MiB
+GONE_SECONDS = 60.0  # within which an unloaded model's worker has to be gone
+SETTLING = 2.0  # seconds that the driver is given to take back what a process had
 
 
-def requests(seed: int) -> list[ImageRequest]:
+@dataclass(frozen=True)
+class Held:
+    """A worker's memory at one moment, MiB; of a device only where there is one and it is told."""
+
+    resident: float
+    device: float | None  # of the whole device
+    of_worker: float | None  # of that, by the driver
+    peak: float | None  # the most the worker has reserved there, as it says, up to a second ago
+
+
+@dataclass(frozen=True)
+class Life:
+    """The device's memory before a model is there and after it, MiB, and the worker's while it serves."""
+
+    before: float | None
+    loaded: Held
+    serving: list[Held]  # after every `EVERY` requests
+    unloaded: float | None
+
+
+def requests(seed: int, sizes: tuple[tuple[int, int], ...]) -> list[ImageRequest]:
     """All sizes, lengths, counts and guidance, in random order."""
     rng = random.Random(seed)
     return [
@@ -42,7 +77,7 @@ def requests(seed: int) -> list[ImageRequest]:
             num_images=rng.choice((1, 1, 1, 2)),
             seed=number,
         )
-        for number, (width, height) in enumerate(rng.choices(SIZES, k=REQUESTS))
+        for number, (width, height) in enumerate(rng.choices(sizes, k=REQUESTS))
     ]
 
 
@@ -55,14 +90,47 @@ async def send(client: AsyncZImageClient, request: ImageRequest, number: int, ba
             check_engines(event.completed, backend)
 
 
-async def mixed(client: AsyncZImageClient, worker: psutil.Process, backend: str) -> list[float]:
-    """Resident MiB after every `EVERY` requests."""
-    work, resident = requests(3), []
+def held(worker: Worker, device: str) -> Held:
+    """What `worker` has now."""
+    assert worker.pid is not None, "it is ready"
+    resident = round(psutil.Process(worker.pid).memory_info().rss / MIB, 1)
+    if not device.startswith("cuda"):
+        return Held(resident, None, None, None)
+    assert worker.info is not None, "it is ready"
+    return Held(resident, used_mib(device), process_mib(worker.pid), round(worker.info.memory.device_peak / MIB, 1))
+
+
+async def mixed(client: AsyncZImageClient, worker: Worker, options: argparse.Namespace, backend: str) -> list[Held]:
+    """The worker's memory after every `EVERY` requests."""
+    work, found = requests(3, SIZES[options.device.partition(":")[0]]), []
     for first in range(0, REQUESTS, 4):
         await asyncio.gather(*(send(client, r, first + n, backend) for n, r in enumerate(work[first : first + 4])))
         if (first + 4) % EVERY < 4:
-            resident.append(round(worker.memory_info().rss / 2**20, 1))
-    return resident
+            found.append(await asyncio.to_thread(held, worker, options.device))
+    return found
+
+
+async def unload(url: str, worker: Worker) -> None:
+    """Unloads the model as its operator does, and waits until its worker is gone.
+
+    Raises:
+        BenchmarkError: it was another worker's process by now, or does not go.
+    """
+    if worker.restarts:
+        raise BenchmarkError(f"the worker was replaced {worker.restarts} times: {worker.reason}")
+    process = psutil.Process(worker.pid)
+    async with triton.InferenceServerClient(url) as control:
+        await control.unload_model(NAME)
+    if not await asyncio.to_thread(ends, process):
+        raise BenchmarkError(f"the worker outlived its model by {GONE_SECONDS:g} s")
+
+
+def ends(process: psutil.Process) -> bool:
+    """Whether it does in time; only looked at, for its exit status is the frontend's."""
+    until = time.monotonic() + GONE_SECONDS
+    while (running := process.is_running()) and time.monotonic() < until:
+        time.sleep(0.1)
+    return not running
 
 
 async def row_of_equals(client: AsyncZImageClient, size: str, backend: str) -> list[float]:
@@ -76,15 +144,21 @@ async def row_of_equals(client: AsyncZImageClient, size: str, backend: str) -> l
     return taken
 
 
-async def soak(options: argparse.Namespace, backend: str) -> list[float]:
-    """The worker's memory over all requests, MiB."""
+async def soak(options: argparse.Namespace, backend: str) -> Life:
+    """One worker's life, from before its model is loaded until it is unloaded."""
+    device = options.device
+    before = used_mib(device)
     with repository(options.model, [options.size]) as models:
-        async with frontend(models, device=options.device) as (url, server), AsyncZImageClient(url) as client:
-            worker = psutil.Process(server.queues[0].workers[0].pid)
-            resident = await mixed(client, worker, backend)
-    if worker.is_running():
-        raise BenchmarkError("the worker outlived the server")
-    return resident
+        async with (
+            frontend(models, device=device, control=ControlMode.EXPLICIT) as (url, server),
+            AsyncZImageClient(url) as client,
+        ):
+            (worker,) = server.queues[0].workers
+            loaded = held(worker, device)
+            serving = await mixed(client, worker, options, backend)
+            await unload(url, worker)
+            await asyncio.sleep(SETTLING if before is not None else 0)
+            return Life(before, loaded, serving, used_mib(device))
 
 
 async def rows_of_equals(options: argparse.Namespace, backend: str) -> list[list[float]]:
@@ -105,16 +179,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, default=12, help="of 50 images (default: %(default)s)")
 
 
+def too_much(life: Life) -> list[str]:
+    """What is past the limits that the benchmark states."""
+    first, last = life.serving[1], life.serving[-1]
+    grown = {"the worker": (first.resident, last.resident), "the device": (first.device, last.device)}
+    found = [
+        f"{what} went from {before} to {after} MiB"
+        for what, (before, after) in grown.items()
+        if before is not None and after is not None and after > (1 + GROWTH) * before + SLACK
+    ]
+    if life.before is not None and life.unloaded is not None and life.unloaded > life.before + SLACK:
+        found.append(f"the device had {life.before} MiB taken before the model was loaded, and {life.unloaded} after")
+    return found
+
+
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Runs and prints the figures."""
     backend = backend_of(options.model)
-    resident = asyncio.run(soak(options, backend))
+    life = asyncio.run(soak(options, backend))
+    failed = too_much(life)
     latencies = asyncio.run(rows_of_equals(options, backend))
-    growth = round(resident[-1] - resident[1], 1)
-    print(f"memory after every {EVERY} requests, MiB: {resident}; it grew by {growth} since the second")
+    figures = {"growth_mib": round(life.serving[-1].resident - life.serving[1].resident, 1)}
+    print(f"memory after every {EVERY} requests, MiB: {[h.resident for h in life.serving]}")
+    if life.before is not None:
+        figures |= _device_figures(life)
+    print(f"since the second: {figures}", *(f"TOO MUCH: {what}" for what in failed), sep="\n")
     later = {
         f"{name}_over_second": percentiles([times[index] / times[1] for times in latencies])
-        for name, index in (("third", 2), ("fiftieth", 49))
+        for name, index in (("third", 2), ("fiftieth", ROW - 1))
     }
     later["p99_over_median"] = percentiles([np.percentile(times[1:], 99) / np.median(times[1:]) for times in latencies])
     print_table(("ratio", "p10", "p50", "p90"), [(name, p["p10"], p["p50"], p["p90"]) for name, p in later.items()])
@@ -127,7 +219,17 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             "engine": backend,
             "device": options.device,
             "size": options.size,
+            "growth_limit": {"share": GROWTH, "mib": SLACK},
         },
-        "resident_mib": resident,
-        "rows": [row({"what": "soak"}, growth_mib=growth, second_ms=second, **later)],
+        "memory_mib": asdict(life),
+        "rows": [row({"what": "soak"}, **figures, second_ms=second, **later)],
+        "failed": failed,
     }
+
+
+def _device_figures(life: Life) -> dict[str, float]:
+    """Of the whole device; printed too."""
+    told = [h.device or 0.0 for h in life.serving]
+    before, after = life.before or 0.0, life.unloaded or 0.0
+    print(f"of the device, MiB: {before} before, {life.loaded.device} loaded, {told}, {after} unloaded")
+    return {"device_growth_mib": round(told[-1] - told[1], 1), "device_not_given_back_mib": round(after - before, 1)}

@@ -164,7 +164,9 @@ def _visible_gpus() -> list[int]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return list(range(len(visible.split(",")) if visible else 0))
-    return list(range(len(list(Path("/proc/driver/nvidia/gpus").glob("*")))))
+    known = list(Path("/proc/driver/nvidia/gpus").glob("*"))
+    # Some sandboxes have the device files alone.
+    return list(range(len(known or list(Path("/dev").glob("nvidia[0-9]*")))))
 
 
 def _warmup_sizes(samples: Iterable[Any], path: Path) -> tuple[Size, ...]:

@@ -11,7 +11,10 @@ from export.devices import checked_device, current_target
 from export.errors import ExportError, StaleEngineError
 from export.manifest import Backend, EngineRecord, Target, check_engine, rebuild_command
 from export.spec import ComponentSpec, TensorSpec, component_specs
+from verify.layers import layers
 from verify.version import Version, add_arguments, open_version
+
+SHOWN = 6  # kinds of layers; --json has all
 
 
 def main(argv: Sequence[str]) -> int:
@@ -70,6 +73,7 @@ def _engine(version: Version, spec: ComponentSpec, here: Target) -> dict[str, An
         **asdict(record),
         "bytes": record.bytes,
         "tolerance": spec.tolerance[version.manifest.precision],
+        "layers": layers(version.folder, record),
         "usable_here": not problem,
         "problem": problem,
     }
@@ -117,9 +121,17 @@ def _engine_lines(engine: dict[str, Any]) -> list[str]:
         f"  built with {', '.join(f'{name} {version}' for name, version in engine['built_with'].items())}",
         f"  parity     {_parity_text(engine)}",
     ]
+    if engine["layers"]:
+        lines.append(f"  layers     {', '.join(f'{count} {what}' for what, count in _first(engine['layers']))}")
     if engine["plan"] is not None:
         lines += _plan_lines(engine["plan"])
     return lines
+
+
+def _first(counted: dict[str, int]) -> list[tuple[str, int]]:
+    """What there is most of; the rest as one."""
+    most, rest = list(counted.items())[:SHOWN], list(counted.values())[SHOWN:]
+    return [*most, ("others", sum(rest))] if rest else most
 
 
 def _plan_lines(plan: dict[str, Any]) -> list[str]:

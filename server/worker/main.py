@@ -66,7 +66,7 @@ def build_service(config: WorkerConfig) -> WorkerService:
     # with much else to do that made the median step 20 ms instead of 46 to 265 (benchmarks/preview.py). Engines that
     # are torch's use what they are given.
     torch.set_num_threads(1)
-    device = default_device() if config.device == "auto" else _see_only(config.device)
+    device = _device(config.device)
     model = read_model_config(config.model)
     folder = config.model / config.version
     manifest = Manifest.read(folder)
@@ -99,12 +99,30 @@ def build_service(config: WorkerConfig) -> WorkerService:
     return WorkerService(model, describe, loop=loop, tokenizer=tokenizer, shift=manifest.checkpoint.shift)
 
 
+def _device(asked: str) -> str:
+    """The device to compute on, "cpu" or "cuda".
+
+    Raises:
+        EngineLoadError: it is not here.
+    """
+    if asked == "auto":
+        return default_device()
+    device = _see_only(asked)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise EngineLoadError(
+            f"there is no {asked} here, or CUDA_VISIBLE_DEVICES hides it; check instance_group in config.pbtxt, and "
+            "--device"
+        )
+    return device
+
+
 def _see_only(device: str) -> str:
     """Hides the other GPUs from this process, so that nothing lands on one of them; before CUDA is used at all."""
     kind, _, index = device.partition(":")
     if index:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        os.environ["CUDA_VISIBLE_DEVICES"] = index if visible is None else visible.split(",")[int(index)]
+        mine = [index] if visible is None else visible.split(",")[int(index) :][:1]
+        os.environ["CUDA_VISIBLE_DEVICES"] = "".join(mine)  # none, where there are not so many
     return kind
 
 

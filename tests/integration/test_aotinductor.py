@@ -1,11 +1,13 @@
 """AOTInductor: really compiled, lent the eager module's weights, drawing the same picture."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks import cli as bench
 from export.devices import current_target
 from export.manifest import Backend, Manifest
 from export.spec import Component, ShapePoint, component_specs, example_inputs
@@ -64,6 +66,22 @@ def test_the_engine_and_eager_share_one_copy_of_the_weights(loader: EngineLoader
         after, _ = engine.run(inputs)
         bias.sub_(1.0)  # type: ignore[operator]
     assert torch.allclose(after, before - 1.0, atol=1e-5)
+
+
+def test_its_packages_are_held_against_fp32_and_timed(
+    aoti_repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--model", str(aoti_repository / NAME), "--device", "cpu", "--size", "64x64", "--size", "96x64")
+    assert bench.main(["packages", "--checkpoint", str(CHECKPOINT), *options]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    opened = {r["case"]["component"]: r for r in told["rows"] if r["case"]["size"] == "any"}
+    compared = [r for r in told["rows"] if r["case"]["size"] != "any"]
+    assert set(opened) == set(Component)
+    assert all(r["open_s"] > 0 for r in opened.values())
+    assert len(compared) == 1 + 2 + 2  # the prompt encoder knows no size
+    assert all(r["engine_to_fp32"]["relative_error"] <= 1e-3 for r in compared)
+    assert all(r["eager_to_fp32"]["relative_error"] == 0 for r in compared), "eager is fp32 on a CPU"
+    assert told["failed"] == []
 
 
 def test_the_server_draws_the_same_with_it(aoti_repository: Path, server: ServerProcess) -> None:

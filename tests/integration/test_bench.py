@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import demo_quality
+from benchmarks import demo_quality, soak
 from benchmarks.cli import main
 from benchmarks.load import Arrival
 from benchmarks.record import BenchmarkError
@@ -98,3 +98,15 @@ def test_demo_quality_scores_what_the_server_draws_and_keeps_the_pictures(
     assert again["rows"][0]["all_correct"]["right"] == 3
     assert [text.partition(":")[0] for text in again["rows"][0]["wrong"]] == ["2"]
     assert again["rows"][1] == other
+
+
+def test_soak_watches_the_worker_until_its_model_is_unloaded(
+    repository: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, count in {"REQUESTS": 12, "EVERY": 4, "ROW": 3}.items():
+        monkeypatch.setattr(soak, name, count)
+    assert main(["soak", "--model", str(repository / MODEL), "--rows", "1", "--size", "64x64"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [held["resident"] > 0 for held in told["memory_mib"]["serving"]] == [True] * 3
+    assert told["failed"] == []
+    assert told["rows"][0]["p99_over_median"]["n"] == 1

@@ -65,6 +65,7 @@ def test_inspect_knows_what_is_usable(repository: Path, capsys: pytest.CaptureFi
     table = capsys.readouterr().out
     assert table.count("usable on cpu") == 3
     assert "relative error" in table
+    assert "MatMul" in table, "the graph's nodes"
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,13 +3,14 @@
 import argparse
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 
 from benchmarks.demo_quality import Share, chosen
 from benchmarks.likeness import likeness, ssim
+from benchmarks.quality import Row, losses
 from benchmarks.quality_sheet import TITLE, contact_sheet, magnified
 from benchmarks.record import BenchmarkError
 from server.worker.images import Pixels
@@ -84,3 +85,17 @@ def test_the_sheet_has_a_column_an_engine_and_shows_differences_magnified() -> N
     assert (sheet[TITLE, 0] == 100).all() and (sheet[TITLE, -1] == 102).all()
     assert (sheet[-1, 0] == 0).all() and (sheet[-1, -1] == 64).all()
     assert magnified(flat(0), flat(255)).max() == 255
+
+
+def test_compiling_may_cost_half_a_decibel_in_bf16() -> None:
+    alike = likeness([flat(100)], [flat(110)])
+    assert alike.median_psnr is not None
+
+    def row(engine: str, less: float, against: str = "eager fp32") -> Row:
+        return Row("256x256", engine, against, likeness=replace(alike, median_psnr=alike.median_psnr - less))
+
+    eager, others = row("eager bf16", 0.0), [row("aotinductor fp32", 9.0), row("aotinductor bf16", 9.0, "9 steps")]
+    assert losses([eager, *others, row("aotinductor bf16", 0.4)]) == []
+    (told,) = losses([eager, *others, row("aotinductor bf16", 0.6)])
+    assert told == "aotinductor bf16 at 256x256 is 27.5 dB from eager fp32, eager bf16 28.1"
+    assert losses(others) == []

@@ -1,0 +1,29 @@
+"""Device memory from outside of the process that uses it, MiB: of the whole device, and of one process on it."""
+
+import subprocess
+
+import torch
+
+MIB = 1 << 20
+
+
+def used_mib(device: str) -> float | None:
+    """What is taken on `device`, by whomever; None on a CPU.
+
+    The first call takes some itself, for CUDA's context in this process, and then holds it.
+    """
+    if not device.startswith("cuda"):
+        return None
+    free, total = torch.cuda.mem_get_info(torch.device(device))
+    return round((total - free) / MIB, 1)
+
+
+def process_mib(pid: int) -> float | None:
+    """What the driver says that a process has on its device; None where it does not tell, as in many containers."""
+    asked = ("nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits")
+    try:
+        told = subprocess.run(asked, capture_output=True, text=True, check=False).stdout
+    except OSError:  # no driver
+        return None
+    used = dict(line.split(", ", 1) for line in told.splitlines() if ", " in line).get(str(pid), "")
+    return float(used) if used.strip().isdecimal() else None
