@@ -31,7 +31,7 @@ from demo.training.pools import Pools
 from demo.training.reader import Captions, train_reader
 from demo.training.samples import report_samples
 
-PROBES = {(256, 256): 96, (512, 512): 32, (1024, 1024): 16, (768, 1344): 16}
+PROBES = {(256, 256): 96, (512, 512): 32, (1024, 1024): 16, (768, 1344): 16, (1280, 720): 32}
 STAGES = ("autoencoder", "reader", "denoiser", "decoder")
 
 
