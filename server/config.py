@@ -40,6 +40,9 @@ class ServeConfig:
     allow_metrics: bool = True
     metrics_address: str = "0.0.0.0"
     metrics_port: int = 8002
+    allow_gpu_metrics: bool = True
+    allow_cpu_metrics: bool = True
+    metrics_interval_ms: int = 2000  # between two readings of those
     exit_timeout_secs: float = 30.0
     fallback: FallbackPolicy = FallbackPolicy.EAGER
     device: str = "auto"

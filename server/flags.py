@@ -24,6 +24,13 @@ def port(text: str) -> int:
     return int(text)
 
 
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: a whole number above 0 is accepted")
+    return int(text)
+
+
 def reader(read: Callable[[str], Any]) -> Callable[[str], Any]:
     """`read` as the type of an argument: what it says of a bad text reaches the user."""
 

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from server.config import ServeConfig
-from server.flags import boolean, port, reader, switch
+from server.flags import boolean, port, positive, reader, switch
 from server.settings import (
     OFF,
     Latencies,
@@ -46,6 +46,15 @@ def add_flags(g: "argparse._ArgumentGroup") -> None:
     g.add_argument("--metrics-address", default=DEFAULTS["metrics_address"], help="address to listen on")
     g.add_argument(
         "--metrics-port", type=port, default=DEFAULTS["metrics_port"], help="port to listen on; 0: any free one"
+    )
+    switch(g, "allow-gpu-metrics", DEFAULTS["allow_gpu_metrics"], "with metrics: those of the GPUs too")
+    switch(g, "allow-cpu-metrics", DEFAULTS["allow_cpu_metrics"], "with metrics: those of the CPU and its memory too")
+    g.add_argument(
+        "--metrics-interval-ms",
+        type=positive,
+        default=DEFAULTS["metrics_interval_ms"],
+        metavar="MS",
+        help="how often the metrics of GPUs and CPU are read",
     )
     g.add_argument(
         "--metrics-config",

@@ -147,7 +147,12 @@ def _pairs(data: bytes) -> Iterator[bytes]:
 
 
 def split_strings(data: bytes) -> Iterator[bytes]:
-    """The inverse of `join_strings`.
+    """The inverse of `join_strings`; see `string_places`."""
+    return (data[begin:end] for begin, end in string_places(data))
+
+
+def string_places(data: bytes) -> Iterator[tuple[int, int]]:
+    """Where in the data of a BYTES tensor each element begins and ends.
 
     Raises:
         ValueError: a length is cut off, or promises more than there is.
@@ -159,5 +164,5 @@ def split_strings(data: bytes) -> Iterator[bytes]:
         (length,) = struct.unpack_from("<I", data, at)
         if at + 4 + length > len(data):
             raise ValueError(f"incomplete string data: {length} bytes announced, {len(data) - at - 4} left")
-        yield data[at + 4 : at + 4 + length]
+        yield at + 4, at + 4 + length
         at += 4 + length

@@ -15,6 +15,7 @@ from server.backends.base import Host, Model
 from server.config import ControlMode, FallbackPolicy, ServeConfig
 from server.errors import ConfigError, ModelNotFoundError, ZServeError
 from server.frontend.dispatcher import Dispatcher
+from server.frontend.gauges import CpuGauges, Gauges, GpuGauges, Source
 from server.frontend.gpus import open_gpus
 from server.frontend.heap import keep_freed_memory
 from server.frontend.metrics import Metrics
@@ -99,9 +100,16 @@ class Frontend:
     async def _serve_metrics(self) -> Callable[[], None]:
         if not self._config.allow_metrics:
             return lambda: None
-        gpus = await asyncio.to_thread(open_gpus)  # where no process keeps the driver loaded, this takes seconds
-        self._metrics.registry.register(TritonCollector(self._repository.loaded, self._config.metrics, gpus))
-        return self._metrics.serve(self._config.metrics_address, self._config.metrics_port)
+        self._metrics.registry.register(TritonCollector(self._repository.loaded, self._config.metrics))
+        gauges = await asyncio.to_thread(_start_gauges, self._config)
+        self._metrics.registry.register(gauges)
+        stop_serving = self._metrics.serve(self._config.metrics_address, self._config.metrics_port)
+
+        def stop() -> None:
+            stop_serving()
+            gauges.stop()
+
+        return stop
 
     def _names_at_start(self) -> list[str]:
         """The models to load before any client asks."""
@@ -215,3 +223,13 @@ async def serve(config: ServeConfig) -> int:
     keep_freed_memory()
     with tempfile.TemporaryDirectory(prefix="zserve-") as sockets:
         return await Frontend(config, Path(sockets)).run()
+
+
+def _start_gauges(config: ServeConfig) -> Gauges:
+    """Those that are allowed. Where no process keeps the GPUs' driver loaded, opening it takes seconds."""
+    sources: list[Source] = [CpuGauges()] if config.allow_cpu_metrics else []
+    if config.allow_gpu_metrics:
+        sources.append(GpuGauges(open_gpus()))
+    gauges = Gauges(sources, config.metrics_interval_ms / 1e3)
+    gauges.start()
+    return gauges

@@ -2,17 +2,13 @@
 
 from collections.abc import Callable, Iterable, Iterator
 
-import psutil
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from server.backends.base import Model
-from server.frontend.gpus import Gpu
+from server.frontend.gauges import Labels, make_family
 from server.frontend.statistics import FIRST_RESPONSE_MS, STAGES, Duration, Statistics
 from server.settings import Latencies, MetricsConfig
-
-Labels = dict[str, str]
-
 
 COUNTS: dict[str, tuple[str, Callable[[Statistics], float]]] = {
     "nv_inference_request_success": ("Number of successful inference requests", lambda s: s.success.count),
@@ -30,32 +26,31 @@ DURATIONS: dict[str, Callable[[Statistics], Duration]] = {
 
 
 class TritonCollector(Collector):
-    """Triton's `nv_` metrics of all models that are loaded and of the machine, and one of ours that is of any model."""
+    """Triton's `nv_` metrics of all models that are loaded, and one of ours that is of any model."""
 
-    def __init__(self, models: Callable[[], Iterable[Model]], config: MetricsConfig, gpus: list[Gpu]) -> None:
-        self._models, self._config, self._gpus = models, config, gpus
-        psutil.cpu_percent()  # the first call only sets where the next one counts from
+    def __init__(self, models: Callable[[], Iterable[Model]], config: MetricsConfig) -> None:
+        self._models, self._config = models, config
 
     def collect(self) -> Iterator[Metric]:
         """All families."""
         models = [({"model": m.spec.name, "version": m.spec.version}, m) for m in self._models()]
         figures = [(labels, model.statistics) for labels, model in models]
         for name, (text, read) in COUNTS.items():
-            yield _family(name, text, "counter", [(labels, read(s)) for labels, s in figures])
+            yield make_family(name, text, "counter", [(labels, read(s)) for labels, s in figures])
         yield _failures(figures)
-        yield _family(
+        yield make_family(
             "nv_inference_pending_request_count",
             "Number of requests awaiting execution",
             "gauge",
             [(labels, s.pending) for labels, s in figures],
         )
-        yield _family(
+        yield make_family(
             "zserve_requests_under_way",
             "Requests that wait, are executed or are being answered",
             "gauge",
             [(labels, s.under_way) for labels, s in figures],
         )
-        yield _family(
+        yield make_family(
             "nv_model_load_duration_secs",
             "Model load time",
             "gauge",
@@ -65,15 +60,13 @@ class TritonCollector(Collector):
         yield from self._cache(figures)
         if Latencies.HISTOGRAM in self._config.latencies:
             yield _first_responses([(labels, m.statistics) for labels, m in models if m.spec.decoupled])
-        yield from _machine()
-        yield from _gpu_families(self._gpus)
 
     def _latencies(self, figures: list[tuple[Labels, Statistics]]) -> Iterator[Metric]:
         for stage, read in DURATIONS.items():
             durations = [(labels, read(s)) for labels, s in figures]
             if Latencies.COUNTER in self._config.latencies:
                 values = [(labels, d.ns // 1000) for labels, d in durations]
-                yield _family(f"nv_inference_{stage}_duration_us", f"Cumulative {stage} time", "counter", values)
+                yield make_family(f"nv_inference_{stage}_duration_us", f"Cumulative {stage} time", "counter", values)
             if Latencies.SUMMARY in self._config.latencies:
                 yield _summary(f"nv_inference_{stage}_summary_us", durations, self._config.quantiles)
 
@@ -82,25 +75,20 @@ class TritonCollector(Collector):
         for kind, (plural, read) in CACHE.items():
             durations = [(labels, read(s)) for labels, s in figures]
             counts = [(labels, d.count) for labels, d in durations]
-            yield _family(f"nv_cache_num_{plural}_per_model", f"Number of cache {plural} per model", "counter", counts)
+            yield make_family(
+                f"nv_cache_num_{plural}_per_model", f"Number of cache {plural} per model", "counter", counts
+            )
             if Latencies.COUNTER in self._config.latencies:
                 values = [(labels, d.ns // 1000) for labels, d in durations]
                 text = f"Total cache {kind} duration per model, in microseconds"
-                yield _family(f"nv_cache_{kind}_duration_per_model", text, "counter", values)
+                yield make_family(f"nv_cache_{kind}_duration_per_model", text, "counter", values)
             if Latencies.SUMMARY in self._config.latencies:
                 yield _summary(f"nv_cache_{kind}_summary_per_model", durations, self._config.quantiles)
 
 
-def _family(name: str, text: str, kind: str, values: Iterable[tuple[Labels, float]]) -> Metric:
-    family = Metric(name, text, kind)
-    for labels, value in values:
-        family.add_sample(name, labels, value)
-    return family
-
-
 def _failures(figures: list[tuple[Labels, Statistics]]) -> Metric:
     values = [({**labels, "reason": r}, count) for labels, s in figures for r, count in s.failures.items()]
-    return _family("nv_inference_request_failure", "Number of failed inference requests", "counter", values)
+    return make_family("nv_inference_request_failure", "Number of failed inference requests", "counter", values)
 
 
 def _summary(name: str, durations: list[tuple[Labels, Duration]], quantiles: tuple[float, ...]) -> Metric:
@@ -127,31 +115,3 @@ def _first_responses(figures: list[tuple[Labels, Statistics]]) -> Metric:
         family.add_sample(f"{name}_count", labels, below)
         family.add_sample(f"{name}_sum", labels, histogram.total_ms)
     return family
-
-
-def _machine() -> Iterator[Metric]:
-    memory = psutil.virtual_memory()
-    for name, text, value in (
-        ("nv_cpu_utilization", "CPU utilization rate [0.0 - 1.0]", psutil.cpu_percent() / 100),
-        ("nv_cpu_memory_total_bytes", "CPU total memory, in bytes", memory.total),
-        ("nv_cpu_memory_used_bytes", "CPU used memory, in bytes", memory.total - memory.available),
-    ):
-        yield _family(name, text, "gauge", [({}, value)])
-
-
-def _gpu_families(gpus: list[Gpu]) -> Iterator[Metric]:
-    readings = [({"gpu_uuid": gpu.uuid}, gpu.read()) for gpu in gpus]
-    for name, (text, kind) in GPU_FAMILIES.items():
-        values = [(labels, found[name]) for labels, found in readings if name in found]
-        if values:
-            yield _family(name, text, kind, values)
-
-
-GPU_FAMILIES = {
-    "nv_gpu_utilization": ("GPU utilization rate [0.0 - 1.0)", "gauge"),
-    "nv_gpu_memory_total_bytes": ("GPU total memory, in bytes", "gauge"),
-    "nv_gpu_memory_used_bytes": ("GPU used memory, in bytes", "gauge"),
-    "nv_gpu_power_usage": ("GPU power usage in watts", "gauge"),
-    "nv_gpu_power_limit": ("GPU power management limit in watts", "gauge"),
-    "nv_energy_consumption": ("GPU energy consumption in joules since the server started", "counter"),
-}

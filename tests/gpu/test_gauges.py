@@ -1,6 +1,7 @@
 """On an NVIDIA GPU: the gauges of the GPU, as Triton names and measures them. Run by `make test-gpu`."""
 
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +32,7 @@ GIBIBYTE = 1 << 30
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     repository: Path = tmp_path_factory.mktemp("models")
     write_model(repository, "identity", IDENTITIES["identity"])
-    with ServerProcess(repository) as running:
+    with ServerProcess(repository, "--metrics-interval-ms=50") as running:
         yield running
 
 
@@ -54,10 +55,14 @@ def test_memory_is_in_bytes(server: ServerProcess) -> None:
     assert before["nv_gpu_memory_total_bytes"] == pytest.approx(total, rel=0.05), "what the driver keeps counts"
     assert 0 < before["nv_gpu_memory_used_bytes"] < before["nv_gpu_memory_total_bytes"]
     held = torch.empty(GIBIBYTE, dtype=torch.uint8, device="cuda")
-    grown = values(server)["nv_gpu_memory_used_bytes"] - before["nv_gpu_memory_used_bytes"]
+
+    def grown() -> float:
+        return values(server)["nv_gpu_memory_used_bytes"] - before["nv_gpu_memory_used_bytes"]
+
+    wait_for(lambda: grown() > 0.9 * GIBIBYTE, 60)
+    assert grown() < 3 * GIBIBYTE, "the memory, and torch's context where it is the first use"
     del held
     torch.cuda.empty_cache()
-    assert 0.9 * GIBIBYTE < grown < 3 * GIBIBYTE, "the memory, and torch's context where it is the first use"
 
 
 def test_power_is_in_watts(server: ServerProcess) -> None:
@@ -76,7 +81,8 @@ def test_energy_is_in_joules_since_the_start_and_rises(server: ServerProcess) ->
 
 def test_utilization_is_a_share(server: ServerProcess) -> None:
     def busy() -> float:
-        torch.cuda._sleep(200_000_000)  # cycles: about 0.1 s
+        torch.cuda._sleep(800_000_000)  # cycles: about 0.4 s, longer than readings are apart
+        time.sleep(0.2)
         return values(server)["nv_gpu_utilization"]
 
     assert 0 < wait_for(busy, 60) <= 1

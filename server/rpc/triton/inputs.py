@@ -1,16 +1,23 @@
-"""The inputs of a Triton request, checked against the model's signature."""
+"""The inputs of a Triton request, checked against the model's signature.
 
+A tensor of text may hold millions of elements. Whatever takes Python's time for each is done in pieces, between which
+the event loop has its turn; unlike a thread's, such work ends with the call that it is for.
+"""
+
+import asyncio
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 from tritonclient.grpc import service_pb2 as pb
 
 from server.errors import InvalidRequestError
-from server.rpc.triton.regions import REGION, Regions, read_place
-from server.tensors import DataType, ModelSpec, Tensor, TensorSpec, element_count, join_strings, split_strings
+from server.rpc.images import MAX_MESSAGE_BYTES
+from server.rpc.triton.regions import REGION, Place, Regions, read_place
+from server.tensors import DataType, ModelSpec, Tensor, TensorSpec, element_count, join_strings, string_places
 
+PIECE = 8192  # elements between two turns of the event loop: a few milliseconds
 BATCH_NOTE = (
     " NOTE: Setting a non-zero max_batch_size in the model config requires a batch dimension to be prepended to each "
     "input shape. If you want to specify the full shape including the batch dim in your input dims config, try setting "
@@ -78,7 +85,10 @@ class _Inputs:
         shape = tuple(item.shape)
         self._check_shape(shape, spec)
         tensor = Tensor(spec.name, spec.datatype, shape, await self._data(item, spec))
-        self._check_size(tensor)
+        if tensor.datatype is DataType.BYTES:
+            await self._check_strings(tensor)
+        else:
+            self._check_size(spec, shape, len(tensor.data))
         return tensor
 
     def _check_shape(self, shape: tuple[int, ...], spec: TensorSpec) -> None:
@@ -98,9 +108,11 @@ class _Inputs:
 
     async def _data(self, item: Any, spec: TensorSpec) -> bytes:
         if REGION in item.parameters:
-            return await self._regions.read(read_place(item.parameters, f"input '{spec.name}'"))
+            place = read_place(item.parameters, f"input '{spec.name}'")
+            self._check_place(place, item, spec)
+            return await self._regions.read(place)
         if not self._message.raw_input_contents:
-            return self._typed(item, spec)
+            return await self._typed(item, spec)
         if item.HasField("contents") and item.contents.ListFields():
             raise InvalidRequestError(
                 f"contents field must not be specified when using raw_input_contents for '{spec.name}' {self._where}"
@@ -110,7 +122,18 @@ class _Inputs:
             raise self._no_data(spec)
         return data
 
-    def _typed(self, item: Any, spec: TensorSpec) -> bytes:
+    def _check_place(self, place: Place, item: Any, spec: TensorSpec) -> None:
+        """Before it is read: a region may be larger than any memory, for its pages are there only once written."""
+        self._regions.check(place)
+        if spec.datatype is not DataType.BYTES:
+            self._check_size(spec, item.shape, place.size)
+        if place.size > MAX_MESSAGE_BYTES:
+            raise self._error(
+                f"input '{spec.name}' has {place.size} bytes in shared memory; as in a message, at most "
+                f"{MAX_MESSAGE_BYTES} are accepted"
+            )
+
+    async def _typed(self, item: Any, spec: TensorSpec) -> bytes:
         """The elements that came one by one, packed."""
         present = [f.name for f, _ in item.contents.ListFields()]
         if not present:
@@ -127,27 +150,29 @@ class _Inputs:
         values = getattr(item.contents, field)
         if spec.datatype is DataType.BYTES:
             self._check_string_count(spec.name, len(values), element_count(item.shape))
-            return join_strings(values)
+            return await _packed(values, join_strings)
         try:
-            return struct.pack(f"<{len(values)}{spec.datatype.code}", *values)
+            return await _packed(values, lambda piece: struct.pack(f"<{len(piece)}{spec.datatype.code}", *piece))
         except (struct.error, OverflowError) as error:
             raise self._error(f"input '{spec.name}': a value does not fit into {spec.datatype} ({error})") from None
 
-    def _check_size(self, tensor: Tensor) -> None:
-        count, got = element_count(tensor.shape), len(tensor.data)
-        if tensor.datatype is DataType.BYTES:
-            self._check_strings(tensor, count)
-        elif got != count * tensor.datatype.size:
+    def _check_size(self, spec: TensorSpec, shape: Sequence[int], got: int) -> None:
+        expected = element_count(shape) * spec.datatype.size
+        if got != expected:
             raise self._error(
-                f"input byte size mismatch for input '{tensor.name}' {self._where}. "
-                f"Expected {count * tensor.datatype.size}, got {got}"
+                f"input byte size mismatch for input '{spec.name}' {self._where}. Expected {expected}, got {got}"
             )
 
-    def _check_strings(self, tensor: Tensor, count: int) -> None:
-        """Looks no further than one element past `count`: empty ones take four bytes, so there may be millions."""
-        most = min(count, len(tensor.data)) + 1
+    async def _check_strings(self, tensor: Tensor) -> None:
+        """Looks no further than one element past those announced."""
+        count = element_count(tensor.shape)
+        places = islice(string_places(tensor.data), min(count, len(tensor.data)) + 1)
+        got = 0
         try:
-            got = sum(1 for _ in islice(split_strings(tensor.data), most))
+            while piece := sum(1 for _ in islice(places, PIECE)):
+                got += piece
+                if piece == PIECE:
+                    await asyncio.sleep(0)
         except ValueError as error:
             raise InvalidRequestError(f"{error} for inference input '{tensor.name}' {self._where}") from None
         self._check_string_count(tensor.name, got, count)
@@ -194,6 +219,17 @@ class _Inputs:
 
     def _error(self, text: str) -> InvalidRequestError:
         return InvalidRequestError(self._prefix + text)
+
+
+async def _packed(values: Sequence[Any], pack: Callable[[Sequence[Any]], bytes]) -> bytes:
+    """All `values` as bytes."""
+    if len(values) <= PIECE:
+        return pack(values)
+    pieces = []
+    for at in range(0, len(values), PIECE):
+        pieces.append(pack(values[at : at + PIECE]))
+        await asyncio.sleep(0)
+    return b"".join(pieces)
 
 
 def _list(shape: tuple[int, ...]) -> str:

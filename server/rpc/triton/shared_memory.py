@@ -1,7 +1,7 @@
 """Shared memory that clients register, of both kinds in one name space."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from typing import TypeVar
 
@@ -10,6 +10,7 @@ from server.rpc.triton.cuda_memory import CudaMemory
 from server.rpc.triton.regions import Place, Region
 from server.rpc.triton.system_memory import SystemRegion
 
+PIECE = 4 << 20  # bytes that are copied at once; the event loop has a turn after each
 DISABLED = "Client shared memory is disabled. Start the server with '--allow-client-shm=true' to enable."
 
 R = TypeVar("R", bound=Region)
@@ -64,14 +65,18 @@ class SharedMemory:
 
     async def read(self, place: Place) -> bytes:
         """See `Regions`."""
-        data = await self._region(place).read(place.offset, place.size)
-        if len(data) < place.size:
-            raise InvalidRequestError(f"shared memory region '{place.region}' has shrunk since it was registered")
-        return data
+        pieces = []
+        async for begin, end in _pieces(place.size):
+            data = await self._region(place).read(place.offset + begin, end - begin)
+            if len(data) < end - begin:
+                raise InvalidRequestError(f"shared memory region '{place.region}' has shrunk since it was registered")
+            pieces.append(data)
+        return b"".join(pieces)
 
     async def write(self, place: Place, data: bytes) -> None:
         """See `Regions`."""
-        await self._region(place).write(place.offset, data)
+        async for begin, end in _pieces(len(data)):
+            await self._region(place).write(place.offset + begin, data[begin:end])
 
     async def close(self) -> None:
         """Forgets everything."""
@@ -112,3 +117,11 @@ class SharedMemory:
         if place.offset + place.size > region.byte_size:
             raise InvalidRequestError(f"Invalid offset + byte size for shared memory region: '{place.region}'")
         return region
+
+
+async def _pieces(size: int) -> AsyncIterator[tuple[int, int]]:
+    """Where each piece begins and ends. A region may be unregistered between two, so it is looked up for each."""
+    for begin in range(0, size, PIECE):
+        if begin:
+            await asyncio.sleep(0)
+        yield begin, min(begin + PIECE, size)

@@ -49,7 +49,12 @@ class SystemRegion:
         """See `Region`."""
         if os.fstat(self.descriptor).st_size < self.offset + offset + len(data):
             raise ZServeError(f"the shared memory object '{self.key}' has shrunk since it was registered")
-        os.pwrite(self.descriptor, data, self.offset + offset)
+        try:
+            written = os.pwrite(self.descriptor, data, self.offset + offset)
+        except OSError as error:
+            raise ZServeError(f"the shared memory object '{self.key}' cannot be written ({error.strerror})") from None
+        if written < len(data):  # pages that nobody has written are made now, and there may be no room for them
+            raise ZServeError(f"the shared memory object '{self.key}' cannot be written (no room for all of it)")
 
     async def close(self) -> None:
         """See `Region`."""

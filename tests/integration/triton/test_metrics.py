@@ -2,12 +2,13 @@
 
 import queue
 import re
+import time
 from collections.abc import Callable
 
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
-from server.frontend.triton_metrics import GPU_FAMILIES
+from server.frontend.gauges import GPU_FAMILIES
 from tests.conftest import MODEL, ROOT
 from tests.integration.process import PATIENCE, ServerProcess, wait_for
 from tests.integration.triton.conftest import bytes_tensor, pending, some_bytes, under_way
@@ -89,6 +90,27 @@ def test_metrics_in_tritons_names(triton_server: ServerProcess, triton_client: t
         assert f'\n{name}{{model="identity",version="1"}} ' in text, name
     assert re.search(r"^nv_cpu_memory_total_bytes \d{9,}$", text, re.MULTILINE)
     assert not re.search(r"\d[eE][+-]?\d", re.sub(r"^#.*|\{.*\}", "", text, flags=re.MULTILINE))
+
+
+def test_gauges_of_the_machine_can_be_left_out(identity_server: Start) -> None:
+    text = identity_server("--allow-cpu-metrics=false", "--allow-gpu-metrics=false").metrics()
+    assert "nv_inference_count" in text
+    assert not re.search("nv_(cpu|gpu|energy)", text)
+
+
+def test_gauges_of_the_machine_are_read_at_the_interval(identity_server: Start) -> None:
+    """A core that is kept busy shows; of hours at a time, nothing more after the first reading."""
+    rare, often = identity_server("--metrics-interval-ms=3600000"), identity_server("--metrics-interval-ms", "50")
+
+    def utilization(server: ServerProcess) -> float:
+        found = re.search(r"^nv_cpu_utilization (\S+)$", server.metrics(), re.MULTILINE)
+        assert found
+        return float(found[1])
+
+    first = utilization(rare)
+    assert 0 < wait_for(lambda: utilization(often)) <= 1
+    assert len({utilization(often) for _ in range(20) if not time.sleep(0.06)}) > 1
+    assert utilization(rare) == first
 
 
 def test_an_image_is_pending_until_a_worker_begins_with_it(
