@@ -24,7 +24,7 @@ def _load(pointer, row, i, dim):
 
 @triton.jit
 def _normalised(x, weight, i, dim, eps):
-    return x * tl.rsqrt(tl.sum(x * x, 0) / dim + eps) * _load(weight, 0, i, dim)
+    return x * tl.rsqrt((tl.sum(x * x, 0) / dim + eps).to(tl.float32)) * _load(weight, 0, i, dim)
 
 
 @triton.jit
@@ -149,7 +149,7 @@ def _norm_rotate(
     if keys == 1:
         weight = weight_k
         out = k
-    norm = tl.rsqrt(tl.sum(x * x, 1) / head_dim + eps)
+    norm = tl.rsqrt((tl.sum(x * x, 1) / head_dim + eps).to(tl.float32))
     x = x * norm[:, None] * tl.load(weight + d).to(tl.float32)
     a, b = tl.split(tl.reshape(x, (head_block, pairs, 2)))
     angle = (row % tokens) * pairs + tl.arange(0, pairs)[None, :]

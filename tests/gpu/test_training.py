@@ -30,6 +30,7 @@ def test_replayed_gradients_are_those_of_the_plain_step(learns: bool) -> None:
             gradients += [caption.grad.float().clone()] if caption.grad is not None else []
             outcomes.append([output.detach().clone(), *gradients])
             caption.grad = None
+            del output  # else it keeps nodes of the stream it ran on, which recording must not meet
             for parameter in denoiser.parameters():
                 parameter.grad = None
         plain, replayed = outcomes
