@@ -44,7 +44,8 @@ def _train(autoencoder: Any, pictures: "Pictures", progress: Progress) -> None:
             progress.report(loss=loss.item())
     autoencoder.eval().requires_grad_(False)
     sizes = ((256, 256), (1024, 1024)) if fused else ((256, 256),)
-    psnr = {f"psnr_{w}": _psnr(autoencoder, pictures.scenes, (w, h), pictures.device) for w, h in sizes}
+    with torch.compiler.set_stance("force_eager"):  # compiling for two batches of pictures took over a minute
+        psnr = {f"psnr_{w}": _psnr(autoencoder, pictures.scenes, (w, h), pictures.device) for w, h in sizes}
     progress.report(**psnr)
 
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from demo.training.config import DenoiserConfig, Phase, Size
+from demo.training.forward import denoise
 from demo.training.models import read
 from demo.training.noise import sample_sigmas
 from demo.training.optimizer import Optimizer
 from demo.training.pools import Batch, Pools
 from demo.training.progress import Progress
-from demo.training.replay import Replay
 
 REPORT_EVERY = 500
 
@@ -25,7 +25,6 @@ class DenoiserTraining:
     def __init__(self, denoiser: Any, reader: Any, config: DenoiserConfig) -> None:
         self.denoiser, self.reader, self.config = denoiser, reader, config
         self.optimizer = Optimizer(denoiser, reader, muon=config.muon)
-        self.denoise = Replay(denoiser)
         self.parameters = [*denoiser.parameters(), *reader.parameters()]
         self.average = [parameter.detach().clone() for parameter in self.parameters]
         self.progress = Progress.of("denoiser", config)
@@ -54,7 +53,7 @@ class DenoiserTraining:
         noise = torch.randn_like(batch.latents)
         level = sigma[:, None, None, None]
         noisy = (1 - level) * batch.latents + level * noise
-        output = self.denoise(noisy, sigma, self._caption(batch), batch.lengths)
+        output = denoise(self.denoiser, noisy, sigma, self._caption(batch), batch.lengths)
         loss = (output - (batch.latents - noise)).square().mean()
         torch.autograd.backward(loss)
         self.optimizer.step(self.rate(), self.reader_share())
