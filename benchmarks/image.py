@@ -8,7 +8,7 @@ every engine is named and its forwards are counted. With --batch k, k images sha
 
 Units: milliseconds from the prompt to the pixels of all images, by the host's clock; stages on the device (CUDA events
 for diffusers; the executor waits after every step anyway); `other` is what no stage took. x is how many times as fast,
-repetition by repetition. PSNR in dB. No CUDA device has run this yet.
+repetition by repetition. PSNR in dB.
 """
 
 import argparse

@@ -5,7 +5,7 @@ that ever was: libraries imported, model and engines loaded, then encoding, deno
 pipeline; an engine is loaded as a worker does it, with the eager modules that it borrows weights from, if it does.
 
 Units: MiB (2**20 bytes); host: resident size of the process; device: what torch has reserved there, and engines beside
-it. A peak is the highest up to the end of that stage. No CUDA device has run this yet.
+it. A peak is the highest up to the end of that stage.
 """
 
 import argparse

@@ -12,8 +12,7 @@ With --gpus K the server has a worker on each of the first K.
 Units: milliseconds at the client, from the call to the last event; `overhead` is the call less what the three
 components took; requests a second; `device_share` is the throughput over what the GPUs would do at the median that the
 components took of the JPEG requests, which come one right after the other (over 1 where shared steps pay); `goodput`
-counts what was answered within the deadline; x is how many times as fast as diffusers, pair by pair. No CUDA device has
-run this yet.
+counts what was answered within the deadline; x is how many times as fast as diffusers, pair by pair.
 """
 
 import argparse

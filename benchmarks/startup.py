@@ -4,7 +4,7 @@ Method: `zserve serve` over one exported model and one warmed size, started agai
 first health answer, for SERVING (all engines loaded and warmed), and for its first image, which has to name the engine.
 The files are in the operating system's cache after the first start, which does not count; building engines is not part.
 
-Units: milliseconds since the process was started. No CUDA device has run this yet.
+Units: milliseconds since the process was started.
 """
 
 import argparse
