@@ -1,7 +1,7 @@
 """Made-up and mutated requests: always a clear answer, never a crash, a hang or a server that grows.
 
 ZSERVE_FUZZ_EXAMPLES sets how many calls are made, half of them inferences, the others of all kinds that change things;
-the recorded run in benchmarks/results/ had 100,000 inferences.
+the recorded run in benchmarks/results/ made 100,000.
 """
 
 import json
