@@ -36,7 +36,7 @@ from client.messages import ImageRequest
 from protos.zserve.v1 import image_generation_pb2_grpc as pb_grpc
 from server.config import ModelConfig, ServeConfig
 from server.frontend.app import Frontend
-from server.frontend.heap import keep_freed_memory
+from server.heap import keep_freed_memory
 from server.launch import WorkerConfig
 from server.requests import (
     Completed,
@@ -176,7 +176,7 @@ def running(scratch: Path) -> Iterator[psutil.Process]:
 
 async def serve_frontend(scratch: Path) -> None:
     """The server's own frontend; its workers are this module's."""
-    keep_freed_memory()
+    keep_freed_memory(arenas=1)
     config = ServeConfig(scratch / "models", grpc=GrpcConfig("127.0.0.1", PORT), allow_metrics=False)
     await Frontend(config, scratch, (*COMMAND, "worker")).run()
 

@@ -10,9 +10,11 @@ No prompt comes twice (1,500 under load, then from the first again), so the serv
 With --gpus K the server has a worker on each of the first K.
 
 Units: milliseconds at the client, from the call to the last event; `overhead` is the call less what the three
-components took; requests a second; `device_share` is the throughput over what the GPUs would do at the median that the
-components took of the JPEG requests, which come one right after the other (over 1 where shared steps pay); `goodput`
-counts what was answered within the deadline; x is how many times as fast as diffusers, pair by pair.
+components took, and `overhead_parts` where it went: outside the worker (client, frontend, both connections), waiting
+for the device, encoding the image, and the rest of the worker. Requests a second; `device_share` is the throughput over
+what the GPUs would do at the median that the components took of the JPEG requests, which come one right after the other
+(over 1 where shared steps pay); `goodput` counts what was answered within the deadline; x is how many times as fast as
+diffusers, pair by pair.
 """
 
 import argparse
@@ -41,6 +43,7 @@ from export.spec import Component
 STEPS = 8
 WARM_UP = 2
 UNDER_LOAD = 1500  # different prompts
+PARTS = ("outside", "queue", "image_encode", "worker")
 PATIENCE = 5.0  # deadline of the open loop, in times of one request alone
 
 
@@ -126,7 +129,12 @@ class Service:
                 overhead_ms=percentiles(kept["overhead"]),
                 stages_ms={stage: percentiles(kept[stage]) for stage in ("encode", "denoise", "decode")},
                 jpeg_ms=percentiles([ms for ms, _ in jpegs[WARM_UP:]]),
+                overhead_parts_ms={part: percentiles(kept[part]) for part in PARTS},
                 jpeg_overhead_ms=percentiles([_overhead(ms, drawing) for ms, drawing in jpegs[WARM_UP:]]),
+                jpeg_overhead_parts_ms={
+                    part: percentiles([_overhead_parts(ms, drawing)[part] for ms, drawing in jpegs[WARM_UP:]])
+                    for part in PARTS
+                },
                 jpeg_device_ms=percentiles([ms - _overhead(ms, drawing) for ms, drawing in jpegs[WARM_UP:]]),
                 speedup={DIFFUSERS: ratios(kept[DIFFUSERS], kept["server"])},
                 largest_difference=int(max(pair["difference"] for pair in pairs)),
@@ -176,6 +184,7 @@ class Service:
             "server": server_ms,
             DIFFUSERS: eager_ms,
             "overhead": _overhead(server_ms, drawing),
+            **_overhead_parts(server_ms, drawing),
             "encode": timings.encode_ms,
             "denoise": timings.denoise_ms,
             "decode": timings.decode_ms,
@@ -205,6 +214,14 @@ def _overhead(milliseconds: float, drawing: Drawing) -> float:
     """Of a call, what no component took."""
     t = drawing.completed.timings
     return milliseconds - t.encode_ms - t.denoise_ms - t.decode_ms
+
+
+def _overhead_parts(milliseconds: float, drawing: Drawing) -> dict[str, float]:
+    """Where the overhead of a call went, by `PARTS`."""
+    t = drawing.completed.timings
+    outside, known = milliseconds - t.total_ms, t.queue_ms + t.image_encode_ms
+    parts = (outside, t.queue_ms, t.image_encode_ms, _overhead(milliseconds, drawing) - outside - known)
+    return dict(zip(PARTS, parts, strict=True))
 
 
 def _figures(outcome: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from export.modules.quantized import quantize_projections
 if TYPE_CHECKING:
     from torch.export.pt2_archive._package import AOTICompiledModel
 
+MODEL = "model"  # torch's name of what a package holds, unless it is told another
+
 
 def open_package(path: Path, module: nn.Module) -> "AOTICompiledModel":
     """The package at `path`, computing with the weights of `module`, on the device where these are.
@@ -23,10 +25,14 @@ def open_package(path: Path, module: nn.Module) -> "AOTICompiledModel":
         RuntimeError: it is damaged, or of another torch or device.
         KeyError: it wants a weight that `module` does not have.
     """
+    from torch.export.pt2_archive._package import AOTICompiledModel  # a second; most of this project does without it
+
     device = next(module.parameters()).device
     index = -1 if device.index is None else device.index  # else it would compute on the first GPU
-    # One thread drives the device, and CUDA graphs need it so.
-    package = torch._inductor.aoti_load_package(str(path), run_single_threaded=True, device_index=index)
+    # Not by torch._inductor.aoti_load_package, which imports Inductor to warn of another device first (the manifest
+    # tells of it): 2 s of each start, and many times that where Python keeps no bytecode. True: one thread drives the
+    # device, and CUDA graphs need it so.
+    package = AOTICompiledModel(torch._C._aoti.AOTIModelPackageLoader(str(path), MODEL, True, 1, index))
     wanted = package.get_constant_fqns()
     held = _held(module, set(wanted))
     package.load_constants({name: held[name] for name in wanted}, check_full_update=True, user_managed=True)

@@ -17,7 +17,6 @@ from server.errors import ConfigError, ModelNotFoundError, ZServeError
 from server.frontend.dispatcher import Dispatcher
 from server.frontend.gauges import CpuGauges, Gauges, GpuGauges, Source
 from server.frontend.gpus import open_gpus
-from server.frontend.heap import keep_freed_memory
 from server.frontend.metrics import Metrics
 from server.frontend.queue import ModelQueue
 from server.frontend.repository import Repository
@@ -26,6 +25,7 @@ from server.frontend.trace_file import append_trace
 from server.frontend.tracing import Tracer
 from server.frontend.triton_metrics import TritonCollector
 from server.frontend.workers import COMMAND
+from server.heap import keep_freed_memory
 from server.rpc.access import AccessInterceptor
 from server.rpc.health import Health, enable_reflection
 from server.rpc.interceptors import ErrorInterceptor
@@ -220,7 +220,7 @@ async def _idle(model: Model, seconds: float) -> bool:
 
 async def serve(config: ServeConfig) -> int:
     """Runs the frontend; returns the exit status."""
-    keep_freed_memory()
+    keep_freed_memory(arenas=1)
     with tempfile.TemporaryDirectory(prefix="zserve-") as sockets:
         return await Frontend(config, Path(sockets)).run()
 

@@ -97,10 +97,11 @@ class Executor:
 
     def encode(self, sequence: ImageSequence) -> Pending[None]:
         """Fills in the captions, from the cache where it has them, and the starting noise."""
-        self.reset(sequence)
         started = time.perf_counter()
         sequence.prompt_cached = sequence.prompts[0] in self._cache
         cached = all(ids in self._cache for ids in sequence.prompts)
+        pending = [self._caption(ids) for ids in sequence.prompts]
+        self.reset(sequence)  # the host draws the noise while the device encodes
 
         def finish(captions: list[Output]) -> None:
             sequence.captions = tuple(caption for caption, _ in captions)
@@ -108,7 +109,7 @@ class Executor:
             if not cached:
                 _charge([sequence], Component.PROMPT_ENCODER, started)
 
-        return together([self._caption(ids) for ids in sequence.prompts], finish)
+        return together(pending, finish)
 
     def reset(self, sequence: ImageSequence) -> None:
         """Puts the sequence back to its noise."""

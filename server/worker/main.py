@@ -9,9 +9,11 @@ import asyncio
 import logging
 import os
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import torch
 
 from export.checkpoint import open_checkpoint
@@ -26,6 +28,7 @@ from server.engines.eager import EagerModules
 from server.engines.load import EngineLoader
 from server.engines.served import ServedComponent
 from server.errors import EngineLoadError, ZServeError
+from server.heap import keep_freed_memory
 from server.launch import WorkerConfig, announce
 from server.requests import InstanceInfo, MemoryUse
 from server.worker.batching import BatchPolicy
@@ -49,6 +52,7 @@ PREPARING = {"cpu": 1, "cuda": 2}
 
 def main() -> int:
     """Runs one worker; returns its exit status. A worker that cannot start says why on its standard output."""
+    keep_freed_memory()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s worker %(name)s: %(message)s")
     config = WorkerConfig.parse(sys.argv[1:])
     try:
@@ -66,13 +70,17 @@ def build_service(config: WorkerConfig) -> WorkerService:
     # with much else to do that made the median step 20 ms instead of 46 to 265 (benchmarks/preview.py). Engines that
     # are torch's use what they are given.
     torch.set_num_threads(1)
+    parts = Parts()
+    parts.done("imports")
     device = _device(config.device)
     model = read_model_config(config.model)
     folder = config.model / config.version
     manifest = Manifest.read(folder)
     _check_checkpoint(manifest)
+    parts.done("checkpoint")
     used = MemoryUse(host_before_load=memory.host_bytes(), device_before_load=memory.device_bytes())
     components = _load(config, folder, manifest, device)
+    parts.done("weights and engines")
     executor = Executor(components, manifest, device, model.prompt_cache_size)
     costs = CostTable()
     batches = BatchPolicy(model.max_batch_size, model.queue.preferred_batch_sizes, model.queue.max_delay)
@@ -80,6 +88,8 @@ def build_service(config: WorkerConfig) -> WorkerService:
     loop.start()
     warm_up = WarmUp(executor, manifest.checkpoint.dimensions, announce, CAPTIONS[device], PREPARING[device])
     loop.call(lambda: warm_up.run(model, costs)).result()
+    parts.done("warm-up")
+    log.info("ready %s", parts)
     used = replace(used, host_loaded=memory.host_bytes(), device_loaded=memory.device_bytes())
 
     device_name = _device_name(device, config.device)
@@ -97,6 +107,23 @@ def build_service(config: WorkerConfig) -> WorkerService:
 
     tokenizer = PromptTokenizer(Path(manifest.checkpoint.path))
     return WorkerService(model, describe, loop=loop, tokenizer=tokenizer, shift=manifest.checkpoint.shift)
+
+
+class Parts:
+    """What a start consists of, in seconds since the process began: for the log."""
+
+    def __init__(self) -> None:
+        self._began = self._last = psutil.Process().create_time()
+        self._seconds: dict[str, float] = {}
+
+    def done(self, part: str) -> None:
+        """`part` is what has happened since the last one."""
+        now = time.time()
+        self._seconds[part], self._last = now - self._last, now
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in self._seconds.items())
+        return f"after {self._last - self._began:.1f} s: {parts}"
 
 
 def _device(asked: str) -> str:

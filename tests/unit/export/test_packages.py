@@ -1,5 +1,7 @@
 """AOTInductor packages on the GPU that they are asked for."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +35,15 @@ class Package:
     def get_constant_fqns(self) -> list[str]:
         return ["bias"]
 
-    def load_constants(self, wanted: dict[str, torch.Tensor], *, check_full_update: bool, user_managed: bool) -> None:
+    def load_constants(
+        self,
+        wanted: dict[str, torch.Tensor],
+        use_inactive: bool,
+        check_full_update: bool,
+        user_managed: bool,
+        *_: bool,  # what newer versions of torch ask for besides
+    ) -> None:
+        assert not use_inactive
         assert check_full_update
         assert user_managed, "else the weights would be there twice"
         self.lent = wanted
@@ -43,14 +53,27 @@ class Package:
 def test_a_package_is_loaded_onto_the_device_of_the_weights_it_is_lent(
     device: str, index: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: dict[str, Any] = {}
+    asked: list[object] = []
 
-    def load(path: str, **options: Any) -> Package:
-        asked.update(options, path=path)
-        return Package()
+    def load(*arguments: object) -> Package:
+        asked.extend(arguments)
+        return package
 
-    monkeypatch.setattr(torch._inductor, "aoti_load_package", load)
+    package = Package()
+    monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", load)
     module = Elsewhere(torch.device(device))
-    package: Any = open_package(Path("denoiser.pt2"), module)
-    assert asked == {"path": "denoiser.pt2", "run_single_threaded": True, "device_index": index}
+    open_package(Path("denoiser.pt2"), module)
+    single_threaded, runners = True, 1
+    assert asked == ["denoiser.pt2", "model", single_threaded, runners, index]
     assert package.lent["bias"] is module.bias
+
+
+def test_opening_a_package_does_not_import_the_compiler(tmp_path: Path) -> None:
+    """It takes seconds of every start of a worker."""
+    code = (
+        "import sys; from pathlib import Path; from torch import nn; from export.packages import open_package\n"
+        f"try: open_package(Path({str(tmp_path / 'missing.pt2')!r}), nn.Linear(1, 1))\n"
+        "except RuntimeError: print('torch._inductor.codecache' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
