@@ -1,16 +1,17 @@
 """Does a worker stay as it is? Memory over 500 requests of mixed sizes, and the 50th image in a row against the 2nd.
 
-Method: one server over one exported model with one worker. 500 requests, four at a time, of six sizes, 1 to 4
-steps, some with guidance or two images, some of them left in the middle; the worker's memory after every 50. Then the
-model is unloaded, with which the worker has to go. On CUDA this is device memory too: of the whole device before the
-server starts, with the model loaded, after every 50 requests and when it is unloaded, so that nobody else may use it;
-of the worker, where the driver tells it; and the peak that the worker tells of itself. Then, on a new worker each
-time, 50 equal images at --size, 8 steps, one after the other: of each row the 50th image's latency over the 2nd's, as
-a measure of what is noise the 3rd's over the 2nd's, and the 99th percentile over the median from the 2nd on.
+Method: one server over one exported model with one worker. 500 requests, four at a time, of six sizes that were
+warmed, 1 to 4 steps, some with guidance or two images, some of them left in the middle; the worker's memory after every
+50. Then the model is unloaded, with which the worker has to go. On CUDA this is device memory too: of the whole device
+before the server starts, with the model loaded, after every 50 requests and when it is unloaded, so that nobody else
+may use it; of the worker, where the driver tells it; and the peak that the worker tells of itself. Then, on a new
+worker each time, 50 equal images at --size, 8 steps, one after the other: of each row the 50th image's latency over the
+2nd's, as a measure of what is noise the 3rd's over the 2nd's, and the 99th percentile over the median from the 2nd on.
 
-Units: MiB, milliseconds, ratios. `growth` is from the 100th to the last request: before that, every size has its first
-use. It may be 2 % and 64 MiB, of the host and of the device, and 64 MiB of the device may stay taken when the model is
-unloaded; the command fails beyond. The 50th is as fast as the 2nd where both ratios have the same median and spread.
+Units: MiB, milliseconds, ratios. `growth` is from the 100th to the last request: before that, most shapes have their
+first use. It may be 2 % and 64 MiB, of the host and of the device, and 64 MiB of the device may stay taken when the
+model is unloaded; the command fails beyond. The 50th is as fast as the 2nd where both ratios have the same median and
+spread.
 """
 
 import argparse
@@ -148,7 +149,8 @@ async def soak(options: argparse.Namespace, backend: str) -> Life:
     """One worker's life, from before its model is loaded until it is unloaded."""
     device = options.device
     before = used_mib(device)
-    with repository(options.model, [options.size]) as models:
+    sizes = ["x".join(map(str, size)) for size in SIZES[device.partition(":")[0]]]
+    with repository(options.model, [options.size, *sizes]) as models:
         async with (
             frontend(models, device=device, control=ControlMode.EXPLICIT) as (url, server),
             AsyncZImageClient(url) as client,
