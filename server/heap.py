@@ -12,15 +12,13 @@ KEPT = 256 << 20  # bytes of free memory that the process keeps at most
 LARGEST = 32 << 20  # bytes; the most that glibc lets a block have that comes from the heap
 
 
-def keep_freed_memory(arenas: int = 0) -> None:
+def keep_freed_memory(arenas: int) -> None:
     """To be called before there are threads; does nothing where the C library is not glibc.
 
-    `arenas`: how many heaps the threads share; by default each has its own, which is faster for one that encodes images
-    beside a device that computes in the same memory.
+    `arenas`: how many heaps the threads share. By default each has its own, up to 8 a core.
     """
     library = ctypes.CDLL(None)
     with contextlib.suppress(AttributeError):
-        if arenas:
-            library.mallopt(M_ARENA_MAX, arenas)
+        library.mallopt(M_ARENA_MAX, arenas)
         library.mallopt(M_MMAP_THRESHOLD, LARGEST)
         library.mallopt(M_TRIM_THRESHOLD, KEPT)

@@ -18,7 +18,7 @@ from server.requests import EngineUse, GenerationRequest
 from server.turns import Claim
 from server.worker.batching import StepShape
 from server.worker.images import Pixels
-from server.worker.lanes import Pending, lanes, together
+from server.worker.lanes import Pending, lanes, nothing, together
 from server.worker.planner import PlannedSequence
 from server.worker.prompts import PromptCache, TokenIds, padded_length
 from server.worker.sampler import euler_step, initial_noise, sigma_schedule, timestep
@@ -39,6 +39,7 @@ class ImageSequence(PlannedSequence):
     sigmas: tuple[float, ...]
     latents: Tensor | None = None  # fp32 [1, C, h, w]
     captions: tuple[Tensor, ...] = ()  # fp32 [1, T, dim], one a prompt
+    schedule: Tensor | None = None  # fp32 [2, steps]: every step's time, and its change of sigma
     velocity: Tensor | None = None  # of the last step, for previews
     prompt_cached: bool = False
     restarted: bool = False  # its result was not finite once
@@ -116,15 +117,17 @@ class Executor:
         request = sequence.request
         noise = initial_noise(sequence.seed, height=request.height, width=request.width, channels=self._channels)
         sequence.latents = noise.to(self._device)
+        sequence.schedule = _schedule(sequence.sigmas).to(self._device)
         sequence.velocity = None
 
-    def denoise(self, sequences: Sequence[ImageSequence]) -> None:
+    def denoise(self, sequences: Sequence[ImageSequence], meanwhile: Callable[[], None] = nothing) -> None:
         """Moves each of `sequences`, all of one shape, one step of its own schedule on.
 
-        Waits for the device: the next plan is to be made when this step is done, not when it has been enqueued.
+        Waits for the device: the next plan is to be made when this step is done, not when it has been enqueued. The
+        host does `meanwhile` first.
         """
         started = time.perf_counter()
-        self._lanes[Component.DENOISER].start(lambda: self._step(sequences)).result()
+        self._lanes[Component.DENOISER].start(lambda: self._step(sequences), meanwhile).result()
         _charge(sequences, Component.DENOISER, started)
 
     def decode(self, sequence: ImageSequence) -> Pending[Pixels]:
@@ -187,10 +190,7 @@ class Executor:
 
     def _step(self, sequences: Sequence[ImageSequence]) -> Callable[[], None]:
         latents = torch.cat([_latents(s) for s in sequences])
-        now = [s.sigmas[s.step] for s in sequences]
-        then = [s.sigmas[s.step + 1] for s in sequences]
-        times = torch.tensor([timestep(sigma) for sigma in now], device=self._device)
-        change = torch.tensor(then, device=self._device) - torch.tensor(now, device=self._device)
+        times, change = torch.cat([_now(s) for s in sequences], dim=1)
         velocity = self._velocity(sequences, latents, times)
         moved = euler_step(latents, velocity, change)
 
@@ -283,6 +283,18 @@ def _charge(sequences: Sequence[ImageSequence], component: Component, started: f
 def _latents(sequence: ImageSequence) -> Tensor:
     assert sequence.latents is not None, "the sequence has not been encoded"
     return sequence.latents
+
+
+def _schedule(sigmas: Sequence[float]) -> Tensor:
+    """See `ImageSequence.schedule`: on the device at the beginning, for a copy to it would keep each step waiting."""
+    levels = torch.tensor(sigmas)
+    return torch.stack([torch.tensor([timestep(sigma) for sigma in sigmas[:-1]]), levels[1:] - levels[:-1]])
+
+
+def _now(sequence: ImageSequence) -> Tensor:
+    """Its next step of the schedule, [2, 1]."""
+    assert sequence.schedule is not None, "the sequence has not been encoded"
+    return sequence.schedule[:, sequence.step : sequence.step + 1]
 
 
 def _to_host(tensor: Tensor) -> Tensor:

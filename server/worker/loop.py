@@ -4,7 +4,9 @@ A step is waited for. What is not a step, encoding and decoding, is only begun w
 it is collected between two of them, when it is done.
 
 Requests and cancellations come in through a queue, events go out through callbacks; between two plans the loop takes
-in whatever has arrived, so a cancel or a more urgent request takes effect at the next step.
+in whatever has arrived, so a cancel or a more urgent request takes effect at the next step. What there is to tell of a
+step is told when the next one has been given to the device: the event loop that hears of it takes the interpreter's
+lock, and the device would wait.
 """
 
 import logging
@@ -84,6 +86,7 @@ class WorkerLoop(threading.Thread):
         self._flights: list[_Flight] = []
         self._listeners: dict[int, Listener] = {}
         self._told: dict[int, int] = {}  # by key, the queue position that was reported last
+        self._untold: list[tuple[Listener, LoopEvent]] = []
         self._moved = False  # whether positions in the queue may have changed
         self._overdue_at = float("inf")  # when the plan that runs now should long have ended
         self._running = True
@@ -123,6 +126,7 @@ class WorkerLoop(threading.Thread):
                     self._run(plan)
                 case Wait(until):
                     self._receive(self._at_most(until - self._clock()))
+        self._tell()
 
     def _take_in(self) -> None:
         """Everything that has arrived; waits when there is nothing else to do."""
@@ -137,6 +141,7 @@ class WorkerLoop(threading.Thread):
 
     def _receive(self, seconds: float | None) -> None:
         """Handles the next message, if it comes within `seconds`; None waits for ever."""
+        self._tell()
         try:
             message = self._inbox.get(timeout=seconds if seconds is None else max(0.0, seconds))
         except queue.Empty:
@@ -204,7 +209,7 @@ class WorkerLoop(threading.Thread):
 
     def _denoise(self, plan: Plan, began: float) -> None:
         sequences = _images(plan)
-        self._executor.denoise(sequences)
+        self._executor.denoise(sequences, self._tell)
         seconds = self._clock() - began
         # At once: the latents have moved, and whatever fails from here on, no step is run again.
         self._planner.advance(plan)
@@ -229,6 +234,7 @@ class WorkerLoop(threading.Thread):
         else:
             self._planner.set_aside(sequence)
             self._flights.append(flight)
+        self._tell()
 
     def _collect(self) -> None:
         """What runs beside the steps and is done; nobody may want it any more."""
@@ -313,6 +319,12 @@ class WorkerLoop(threading.Thread):
     def _notify(self, key: int, event: LoopEvent) -> None:
         listener = self._listeners.get(key)
         if listener is not None:
+            self._untold.append((listener, event))
+
+    def _tell(self) -> None:
+        """Tells the listeners what has happened, in order."""
+        untold, self._untold = self._untold, []
+        for listener, event in untold:
             listener(event)
 
     def _fail(self, key: int, error: Exception) -> None:

@@ -42,6 +42,10 @@ from server.worker.warmup import WarmUp
 
 log = logging.getLogger(__name__)
 
+HEAPS = (
+    4  # that its threads share. With one a thread the worker grows where there are many cores; with two, images wait
+)
+
 # Lengths of captions in tokens that are warmed. On CUDA the first run of every new shape prepares its kernels, which
 # may take as long as several steps; few prompts are longer than the last.
 CAPTIONS = {"cpu": (32,), "cuda": (32, 64, 96, 128)}
@@ -52,7 +56,7 @@ PREPARING = {"cpu": 1, "cuda": 2}
 
 def main() -> int:
     """Runs one worker; returns its exit status. A worker that cannot start says why on its standard output."""
-    keep_freed_memory()
+    keep_freed_memory(arenas=HEAPS)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s worker %(name)s: %(message)s")
     config = WorkerConfig.parse(sys.argv[1:])
     try:

@@ -5,6 +5,7 @@ import queue
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -58,7 +59,8 @@ class ScriptedExecutor(Executor):
     def encode(self, sequence: ImageSequence) -> Pending[None]:
         return Pending(lambda: None, *self.marks.get(("encode", sequence.request.prompt), ()))
 
-    def denoise(self, sequences: list[ImageSequence]) -> None:  # type: ignore[override]
+    def denoise(self, sequences: list[ImageSequence], meanwhile: Callable[[], None]) -> None:  # type: ignore[override]
+        meanwhile()
         self.at_gate.set()
         self.gate.wait(PATIENCE)
         self.batches.append(len(sequences))
