@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from export.kernels import triton_kernels as kernels
+from export.kernels.matmul import linear
 from export.kernels.reference import Quantized
 from export.modules.blocks import Foreign
 
 
 class PlainProducts:
-    """In the type of the weights."""
+    """In the type of the weights; results are of all samples' tokens as one list [B * S, ...]."""
 
     norm_modulate = staticmethod(kernels.norm_modulate)
     gated_residual_norm_modulate = staticmethod(kernels.gated_residual_norm_modulate)
@@ -23,19 +24,16 @@ class PlainProducts:
 
     def qkv(self, h: Tensor) -> Tensor:
         """Queries, keys and values behind one another."""
-        return F.linear(h, self._attention.qkv)
+        return linear(h.flatten(0, 1), self._attention.qkv)
 
     def attention_output(self, mixed: Tensor) -> Tensor:
         """The projection behind the attention."""
-        output: Tensor = self._attention.to_out[0](mixed)
-        return output
+        return linear(mixed.flatten(0, 1), self._attention.to_out[0].weight)
 
     def feed_forward(self, h: Tensor) -> Tensor:
-        """All samples' tokens as one list [B * S, dim]."""
-        # Where the batch is dynamic, Inductor would copy what goes into w2 to make it so.
-        gate, value = F.linear(h.flatten(0, 1), self._feed_forward.w13).chunk(2, -1)
-        output: Tensor = self._feed_forward.w2(F.silu(gate) * value)
-        return output
+        """Between the two products SiLU of the one half times the other."""
+        gate, value = linear(h.flatten(0, 1), self._feed_forward.w13).chunk(2, -1)
+        return linear(F.silu(gate) * value, self._feed_forward.w2.weight)
 
 
 class QuantizedProducts:

@@ -33,8 +33,8 @@ from server.worker.images import encode_image, encode_preview
 from server.worker.loop import WorkerLoop
 from server.worker.prompts import PromptTokenizer, TokenIds
 
-# That tokenise and encode images. Each that takes its turn has a heap of its own to touch for the first time: with one a
-# core of 64, a worker on an H200 grew by 87 MiB over 400 requests.
+# That tokenise and encode images. Each that takes its turn may have a heap of its own to touch for the first time: with
+# one a core of 64, a worker on an H200 grew by 87 MiB over 400 requests.
 HOST_THREADS = 4
 
 P = ParamSpec("P")
