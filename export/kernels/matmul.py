@@ -1,8 +1,8 @@
 """Matrix products by the fastest of the kernels that cuBLASLt suggests for a shape, as an operator.
 
 PyTorch takes the first suggestion. For the denoiser's products on an H200 another is 1 to 4 % faster, at a lower clock
-and so for less of the power that limits the chip (docs/performance-log.md). Which one is found out by timing them when a
-shape is first met. Source of names and numbers: cublasLt.h of CUDA 13.
+and so for less of the power that limits the chip (docs/performance-log.md). It is found by timing them when a shape is
+first met. Source of names and numbers: cublasLt.h of CUDA 13.
 """
 
 import ctypes
