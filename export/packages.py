@@ -28,8 +28,6 @@ def open_package(path: Path, module: nn.Module) -> "AOTICompiledModel":
     from torch.export.pt2_archive._package import AOTICompiledModel  # a second; most of this project does without it
 
     device = next(module.parameters()).device
-    if device.type == "cuda":
-        import export.kernels.matmul  # noqa: F401 - an operator that packages call
     index = -1 if device.index is None else device.index  # else it would compute on the first GPU
     # Not by torch._inductor.aoti_load_package, which imports Inductor to warn of another device first (the manifest
     # tells of it): 2 s of each start, and many times that where Python keeps no bytecode. True: one thread drives the

@@ -8,13 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from export.kernels import triton_kernels as kernels
-from export.kernels.matmul import linear
 from export.kernels.reference import Quantized
 from export.modules.blocks import Foreign
 
 
 class PlainProducts:
-    """In the type of the weights; results are of all samples' tokens as one list [B * S, ...]."""
+    """In the type of the weights."""
 
     norm_modulate = staticmethod(kernels.norm_modulate)
     gated_residual_norm_modulate = staticmethod(kernels.gated_residual_norm_modulate)
@@ -24,16 +23,19 @@ class PlainProducts:
 
     def qkv(self, h: Tensor) -> Tensor:
         """Queries, keys and values behind one another."""
-        return linear(h.flatten(0, 1), self._attention.qkv)
+        return F.linear(h, self._attention.qkv)
 
     def attention_output(self, mixed: Tensor) -> Tensor:
         """The projection behind the attention."""
-        return linear(mixed.flatten(0, 1), self._attention.to_out[0].weight)
+        output: Tensor = self._attention.to_out[0](mixed)
+        return output
 
     def feed_forward(self, h: Tensor) -> Tensor:
-        """Between the two products SiLU of the one half times the other."""
-        gate, value = linear(h.flatten(0, 1), self._feed_forward.w13).chunk(2, -1)
-        return linear(F.silu(gate) * value, self._feed_forward.w2.weight)
+        """All samples' tokens as one list [B * S, dim]."""
+        # Where the batch is dynamic, Inductor would copy what goes into w2 to make it so.
+        gate, value = F.linear(h.flatten(0, 1), self._feed_forward.w13).chunk(2, -1)
+        output: Tensor = self._feed_forward.w2(F.silu(gate) * value)
+        return output
 
 
 class QuantizedProducts:

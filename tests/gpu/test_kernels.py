@@ -45,32 +45,3 @@ def test_the_kernels_compute_what_their_references_say(
     tables = [made(tokens, head_dim // 2, dtype=torch.float32) for _ in range(2)]
     got = kernels.norm_rotate(qkv, *weights, *tables, EPS)
     assert all(map(close, got, reference.norm_rotate(qkv, *weights, *tables, EPS)))
-
-
-# The published denoiser's products; few rows, as of a caption; the demo's.
-@pytest.mark.parametrize(
-    ("rows", "width", "depth"), [(4160, 11520, 3840), (33, 3840, 10240), (1088, 20480, 3840), (77, 64, 192)]
-)
-def test_a_product_is_right_plainly_and_recorded(rows: int, width: int, depth: int) -> None:
-    from export.kernels.matmul import linear
-
-    torch.manual_seed(1)
-    x, weight = made(rows, depth, dtype=torch.bfloat16), made(width, depth, dtype=torch.bfloat16)
-    expected = (x.float() @ weight.float().T).bfloat16()
-    assert close(linear(x, weight), expected)
-    assert close(linear(x, weight), expected), "by now its kernel has been chosen"
-    graph, given, stream = torch.cuda.CUDAGraph(), torch.zeros_like(x), torch.cuda.Stream()
-    with torch.cuda.graph(graph, stream=stream):
-        output = linear(given, weight)
-    given.copy_(x)
-    graph.replay()
-    assert close(output, expected)
-
-
-def test_a_product_that_is_not_bf16_or_not_aligned_is_torchs() -> None:
-    from export.kernels.matmul import linear
-
-    x, weight = made(5, 64, dtype=torch.float32), made(3, 64, dtype=torch.float32)
-    assert torch.equal(linear(x, weight), torch.nn.functional.linear(x, weight))
-    x, weight = made(6, 64, dtype=torch.bfloat16)[1:], made(3, 64, dtype=torch.bfloat16)
-    assert torch.equal(linear(x, weight), torch.nn.functional.linear(x, weight))
