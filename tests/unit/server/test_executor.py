@@ -15,9 +15,9 @@ from export.spec import Component, ModelDimensions, Precision, component_specs
 from server.engines.eager import EagerEngine
 from server.engines.served import ServedComponent
 from server.errors import NonFiniteError
-from server.requests import GenerationRequest, LongPrompt
+from server.requests import GenerationRequest, ImageFormat, LongPrompt
 from server.worker.executor import Executor, ImageSequence, make_sequences
-from server.worker.images import Pixels
+from server.worker.images import Pixels, encode_image
 from server.worker.prompts import PromptTokenizer
 from tests.conftest import CHECKPOINT
 from tests.fakes import FakeEngine, a_request
@@ -144,6 +144,19 @@ def test_images_of_one_request_have_consecutive_seeds(executor: Executor, tokeni
     one = sequences(tokenizer, dataclasses.replace(a_request(), seed=8))
     assert [s.seed for s in two] == [7, 8]
     assert np.array_equal(draw(executor, two[1]), draw(executor, one[0]))
+
+
+@pytest.mark.parametrize("image_format", ImageFormat)
+def test_an_image_that_an_engine_gives_as_planes_can_be_encoded(
+    image_format: ImageFormat, executor: Executor, tokenizer: PromptTokenizer
+) -> None:
+    planes = torch.arange(3 * 64 * 64).reshape(1, 3, 64, 64).to(torch.uint8)
+    decoder = FakeEngine(lambda inputs: planes.permute(0, 2, 3, 1))
+    executor._components[Component.IMAGE_DECODER] = ServedComponent(
+        SPECS[Component.IMAGE_DECODER], decoder, lambda: decoder
+    )
+    (sequence,) = sequences(tokenizer, dataclasses.replace(a_request(), num_inference_steps=1))
+    assert encode_image(draw(executor, sequence), image_format, 90)
 
 
 def test_the_same_prompt_is_encoded_once(pipeline: ZImagePipeline, tokenizer: PromptTokenizer) -> None:
