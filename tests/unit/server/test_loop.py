@@ -141,6 +141,27 @@ def test_a_request_is_reported_from_start_to_image(harness: Harness) -> None:
     assert not harness.loop.is_alive()
 
 
+def test_what_a_step_tells_is_told_while_the_next_one_runs(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    running, go_on, step = threading.Event(), threading.Event(), harness.executor.denoise
+
+    def denoise(sequences: list[ImageSequence], meanwhile: Callable[[], None]) -> None:
+        def told_and_held() -> None:
+            meanwhile()
+            if sequences[0].step == 1:
+                running.set()
+                go_on.wait(PATIENCE)
+
+        step(sequences, told_and_held)
+
+    monkeypatch.setattr(harness.executor, "denoise", denoise)
+    events = harness.submit()
+    harness.loop.start()
+    assert running.wait(PATIENCE), "the second step"
+    assert [e.step for e in drain(events) if isinstance(e, Progress)] == [1]
+    go_on.set()
+    assert isinstance(until_the_end(events)[-1], FinishedImage)
+
+
 def test_a_preview_that_fails_is_left_out_and_no_step_is_taken_twice(
     harness: Harness, caplog: pytest.LogCaptureFixture
 ) -> None:
