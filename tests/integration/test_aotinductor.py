@@ -1,6 +1,8 @@
 """AOTInductor: really compiled, lent the eager module's weights, drawing the same picture."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,20 @@ from tests.integration.process import ServerProcess
 
 NAME = "demo-aotinductor"
 PROMPT = "a red circle on a white background"
+# In a new process: whether the compiler is imported once a package is open.
+OPENING = """
+import sys
+from pathlib import Path
+from export.manifest import Manifest
+from export.packages import open_package
+from export.spec import Component
+from server.engines.eager import EagerModules
+folder = Path(sys.argv[1])
+manifest, component = Manifest.read(folder), Component.IMAGE_DECODER
+module = EagerModules(Path(manifest.checkpoint.path), manifest.precision, "cpu")[component]
+open_package(folder / manifest.engine(component).file, module)
+print("torch._inductor.codecache" in sys.modules)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +82,14 @@ def test_the_engine_and_eager_share_one_copy_of_the_weights(loader: EngineLoader
         after, _ = engine.run(inputs)
         bias.sub_(1.0)  # type: ignore[operator]
     assert torch.allclose(after, before - 1.0, atol=1e-5)
+
+
+def test_opening_a_package_does_not_import_the_compiler(loader: EngineLoader) -> None:
+    """It would take seconds of every start of a worker."""
+    done = subprocess.run(
+        [sys.executable, "-c", OPENING, str(loader.folder)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"
 
 
 def test_its_packages_are_held_against_fp32_and_timed(

@@ -1,7 +1,5 @@
 """AOTInductor packages on the GPU that they are asked for."""
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,14 +64,3 @@ def test_a_package_is_loaded_onto_the_device_of_the_weights_it_is_lent(
     single_threaded, runners = True, 1
     assert asked == ["denoiser.pt2", "model", single_threaded, runners, index]
     assert package.lent["bias"] is module.bias
-
-
-def test_opening_a_package_does_not_import_the_compiler(tmp_path: Path) -> None:
-    """It takes seconds of every start of a worker."""
-    code = (
-        "import sys; from pathlib import Path; from torch import nn; from export.packages import open_package\n"
-        f"try: open_package(Path({str(tmp_path / 'missing.pt2')!r}), nn.Linear(1, 1))\n"
-        "except RuntimeError: print('torch._inductor.codecache' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
