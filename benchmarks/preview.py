@@ -63,14 +63,14 @@ def measure(executor: Executor, size: int, pairs: int) -> dict[str, Any]:
     """Steps and previews in turn, at one size."""
     (sequence,) = make_sequences(one_image("", (size, size), STEPS), (PROMPT,), key=0, shift=3.0, now=0.0)
     executor.encode(sequence).result()
-    executor.denoise([sequence])
-    executor.preview(sequence, 1)
+    executor.denoise([sequence]).result()
+    executor.preview(sequence, 1).result()
     steps, previews, jpegs = [], [], []
     for done in range(min(pairs, STEPS)):
         sequence.step = done
-        steps.append(timed(lambda: executor.denoise([sequence])))
-        pixels = executor.preview(sequence, done + 1)
-        previews.append(timed(lambda n=done + 1: executor.preview(sequence, n)))  # type: ignore[misc]
+        steps.append(timed(lambda: executor.denoise([sequence]).result()))
+        pixels = executor.preview(sequence, done + 1).result()
+        previews.append(timed(lambda n=done + 1: executor.preview(sequence, n).result()))  # type: ignore[misc]
         jpegs.append(timed(lambda p=pixels: encode_preview(p)))  # type: ignore[misc]
     assert not sequence.engines[Component.DENOISER].fallback_reason, "the compiled engine is what is measured"
     share = [preview / step for preview, step in zip(previews, steps, strict=True)]

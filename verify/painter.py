@@ -11,6 +11,7 @@ from export.spec import Component
 from server.requests import EngineUse, GenerationRequest, ImageFormat, LongPrompt
 from server.worker.executor import Components, Executor, ImageSequence, make_sequences
 from server.worker.images import Pixels
+from server.worker.lanes import Pending
 from server.worker.prompts import PromptTokenizer
 
 Size = tuple[int, int]  # width and height in pixels
@@ -82,10 +83,15 @@ class Painter:
         return sequence
 
     def _denoise(self, batch: Sequence[ImageSequence]) -> None:
-        for _ in range(batch[0].steps):
-            self._executor.denoise(batch)
-            for sequence in batch:
-                sequence.step += 1
+        steps = [self._step(batch) for _ in range(batch[0].steps)]
+        for pending in steps:
+            pending.result()
+
+    def _step(self, batch: Sequence[ImageSequence]) -> Pending[float]:
+        pending = self._executor.denoise(batch)
+        for sequence in batch:
+            sequence.step += 1
+        return pending
 
 
 def one_image(prompt: str, size: Size, steps: int, seed: int = 0) -> GenerationRequest:

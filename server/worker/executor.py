@@ -1,6 +1,7 @@
 """Runs the three components on the device: encode -> denoise -> decode. One thread calls it.
 
-Encoding and decoding run beside the steps where the device can (see `lanes`): they are started, and asked for later.
+Everything is started, and asked for later: where the device can (see `lanes`), encoding and decoding run beside the
+steps, and a step is given to it before the one before is done.
 """
 
 import time
@@ -18,7 +19,7 @@ from server.requests import EngineUse, GenerationRequest
 from server.turns import Claim
 from server.worker.batching import StepShape
 from server.worker.images import Pixels
-from server.worker.lanes import Pending, lanes, nothing, together
+from server.worker.lanes import Pending, lanes, together
 from server.worker.planner import PlannedSequence
 from server.worker.prompts import PromptCache, TokenIds, padded_length
 from server.worker.sampler import euler_step, initial_noise, sigma_schedule, timestep
@@ -40,7 +41,7 @@ class ImageSequence(PlannedSequence):
     latents: Tensor | None = None  # fp32 [1, C, h, w]
     captions: tuple[Tensor, ...] = ()  # fp32 [1, T, dim], one a prompt
     schedule: Tensor | None = None  # fp32 [2, steps]: every step's time, and its change of sigma
-    velocity: Tensor | None = None  # of the last step, for previews
+    velocity: Tensor | None = None  # of the last step that was begun, for previews
     prompt_cached: bool = False
     restarted: bool = False  # its result was not finite once
     starved: bool = False  # there was no memory for it alone once
@@ -91,6 +92,7 @@ class Executor:
         self._cache = PromptCache[Pending[Output]](prompt_cache_size)
         self._preview_weight = torch.tensor(manifest.preview.weight, device=self._device)
         self._preview_bias = torch.tensor(manifest.preview.bias, device=self._device)
+        self._stepped = 0.0  # when the last step was seen done
 
     def engines(self) -> tuple[EngineUse, ...]:
         """The engine in use of every component."""
@@ -108,7 +110,7 @@ class Executor:
             sequence.captions = tuple(caption for caption, _ in captions)
             sequence.engines[Component.PROMPT_ENCODER] = captions[-1][1]
             if not cached:
-                _charge([sequence], Component.PROMPT_ENCODER, started)
+                _charge([sequence], Component.PROMPT_ENCODER, time.perf_counter() - started)
 
         return together(pending, finish)
 
@@ -120,15 +122,19 @@ class Executor:
         sequence.schedule = _schedule(sequence.sigmas).to(self._device)
         sequence.velocity = None
 
-    def denoise(self, sequences: Sequence[ImageSequence], meanwhile: Callable[[], None] = nothing) -> None:
+    def denoise(self, sequences: Sequence[ImageSequence]) -> Pending[float]:
         """Moves each of `sequences`, all of one shape, one step of its own schedule on.
 
-        Waits for the device: the next plan is to be made when this step is done, not when it has been enqueued. The
-        host does `meanwhile` first.
+        Their next step may be begun before this one is done. The result: seconds that the device took for it.
         """
         started = time.perf_counter()
-        self._lanes[Component.DENOISER].start(lambda: self._step(sequences), meanwhile).result()
-        _charge(sequences, Component.DENOISER, started)
+
+        def work() -> Callable[[], float]:
+            inputs = [s.latents for s in sequences]
+            self._step(sequences)
+            return lambda: self._charge_step(sequences, started, inputs)
+
+        return self._lanes[Component.DENOISER].start(work)
 
     def decode(self, sequence: ImageSequence) -> Pending[Pixels]:
         """The finished image, uint8 [H, W, 3] in host memory.
@@ -138,13 +144,19 @@ class Executor:
         """
         return self._lanes[Component.IMAGE_DECODER].start(lambda: self._decode(sequence))
 
-    def preview(self, sequence: ImageSequence, step: int) -> Pixels:
-        """The image as predicted after `step` steps, through a linear map: uint8 [H / 8, W / 8, 3]."""
-        assert sequence.velocity is not None, "a preview needs a step"
-        clean = _latents(sequence) - sequence.sigmas[step] * sequence.velocity
-        colours = clean[0].permute(1, 2, 0) @ self._preview_weight + self._preview_bias
-        pixels: Pixels = colours.clamp(0, 255).round().to(torch.uint8).cpu().numpy()
-        return pixels
+    def preview(self, sequence: ImageSequence, step: int) -> Pending[Pixels]:
+        """The image as predicted after `step` steps, the last that was begun: uint8 [H / 8, W / 8, 3].
+
+        Through a linear map.
+        """
+
+        def work() -> Callable[[], Pixels]:
+            assert sequence.velocity is not None, "a preview needs a step"
+            clean = _latents(sequence) - sequence.sigmas[step] * sequence.velocity
+            colours = clean[0].permute(1, 2, 0) @ self._preview_weight + self._preview_bias
+            return _to_host(colours.clamp(0, 255).round().to(torch.uint8)).numpy
+
+        return self._lanes[Component.DENOISER].start(work)
 
     def quarantine(self, component: Component, reason: str) -> bool:
         """Moves `component` to eager; False if it is there already. Prompts it encoded are forgotten."""
@@ -188,17 +200,19 @@ class Executor:
 
         return self._lanes[component].start(work).result()
 
-    def _step(self, sequences: Sequence[ImageSequence]) -> Callable[[], None]:
+    def _step(self, sequences: Sequence[ImageSequence]) -> None:
         latents = torch.cat([_latents(s) for s in sequences])
         times, change = torch.cat([_now(s) for s in sequences], dim=1)
         velocity = self._velocity(sequences, latents, times)
         moved = euler_step(latents, velocity, change)
+        for row, sequence in enumerate(sequences):
+            sequence.latents, sequence.velocity = moved[row : row + 1], velocity[row : row + 1]
 
-        def finish() -> None:
-            for row, sequence in enumerate(sequences):
-                sequence.latents, sequence.velocity = moved[row : row + 1], velocity[row : row + 1]
-
-        return finish
+    def _charge_step(self, sequences: Sequence[ImageSequence], started: float, inputs: object) -> float:
+        """Of a step that is done; before, the device may have had another. `inputs` are held until here."""
+        started, self._stepped = max(started, self._stepped), time.perf_counter()
+        _charge(sequences, Component.DENOISER, self._stepped - started)
+        return self._stepped - started
 
     def _caption(self, ids: TokenIds) -> Pending[Output]:
         """The caption of `ids`; several sequences may wait for the same one."""
@@ -235,7 +249,7 @@ class Executor:
                 raise NonFiniteError("the denoiser's output is not finite")
             made, by = (image, use) if good else self._again(image, use, inputs)
             sequence.engines[Component.IMAGE_DECODER] = by
-            _charge([sequence], Component.IMAGE_DECODER, started)
+            _charge([sequence], Component.IMAGE_DECODER, time.perf_counter() - started)
             pixels: Pixels = made[0].contiguous().cpu().numpy()
             return pixels
 
@@ -274,9 +288,8 @@ class Executor:
         return velocity
 
 
-def _charge(sequences: Sequence[ImageSequence], component: Component, started: float) -> None:
+def _charge(sequences: Sequence[ImageSequence], component: Component, seconds: float) -> None:
     """Charges each sequence with the whole time it waited for the shared call."""
-    seconds = time.perf_counter() - started
     for sequence in sequences:
         sequence.seconds[component] = sequence.seconds.get(component, 0.0) + seconds
 

@@ -50,19 +50,11 @@ class Pending(Generic[T]):
         return self._results[0]
 
 
-def nothing() -> None:
-    """What the host does while the device works, where there is nothing to do."""
-
-
 class Lane:
     """A lane of a device that does everything at once."""
 
-    def start(self, work: Callable[[], Finish[T]], meanwhile: Callable[[], None] = nothing) -> Pending[T]:
-        """Puts `work` on the lane; what it returns makes the result, and holds the inputs until then.
-
-        `meanwhile` is for the host to do while the device works; here that is before.
-        """
-        meanwhile()
+    def start(self, work: Callable[[], Finish[T]]) -> Pending[T]:
+        """Puts `work` on the lane; what it returns makes the result, and holds the inputs until then."""
         return Pending(work())
 
 
@@ -73,14 +65,13 @@ class CudaLane(Lane):
         self._device = device
         self._stream = torch.cuda.Stream(device, priority=priority)  # type: ignore[no-untyped-call]
 
-    def start(self, work: Callable[[], Finish[T]], meanwhile: Callable[[], None] = nothing) -> Pending[T]:
+    def start(self, work: Callable[[], Finish[T]]) -> Pending[T]:
         """See `Lane`. After what the current stream has been given, where inputs come from."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             finish = work()
             mark = torch.cuda.Event()  # type: ignore[no-untyped-call]
             mark.record(self._stream)
-        meanwhile()
         return Pending(finish, mark)
 
 

@@ -1,12 +1,14 @@
 """The worker's loop: plan -> run -> report. The only thread that touches the device.
 
-A step is waited for. What is not a step, encoding and decoding, is only begun where the device can do it beside steps;
-it is collected between two of them, when it is done.
+Two things are under way at most that the planner decides in order: the step that runs, and the one after it, which is
+planned and given to the device when the first is nearly done (`AHEAD`), so that the device does not wait for the host
+between them. What is not a step, encoding and decoding, is begun when it is planned, where the device can do it beside
+steps, and collected when it is done.
 
-Requests and cancellations come in through a queue, events go out through callbacks; between two plans the loop takes
-in whatever has arrived, so a cancel or a more urgent request takes effect at the next step. What there is to tell of a
-step is told when the next one has been given to the device: the event loop that hears of it takes the interpreter's
-lock, and the device would wait.
+Requests and cancellations come in through a queue, events go out through callbacks; while a step runs the loop takes in
+whatever arrives, so a cancel or a more urgent request takes effect at the next step. What there is to tell of a step is
+told when the next one has been given to the device: the event loop that hears of it takes the interpreter's lock, and
+the device would wait.
 """
 
 import logging
@@ -35,7 +37,10 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-LOOK_EVERY = 0.001  # seconds between two looks at what runs beside the steps, when there is no step to take
+# Seconds before a step should be done at which the next one is planned. Planning it and giving it to the device takes 1
+# to 2 ms; with others at work in this process, sometimes more.
+AHEAD = 0.005
+LOOK_EVERY = 0.0003  # seconds between two looks at what runs beside the steps, when there is no step to take
 LATE = 20.0  # a plan that takes so many times what it should, and the loop's patience besides, never ends
 
 
@@ -54,6 +59,16 @@ class _Cancel:
 class _Call:
     work: Callable[[], object]
     answer: "Future[Any]"
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """A step that the device has been given, and what it has to tell when it is done: which step, and a preview."""
+
+    plan: Plan
+    pending: Pending[float]
+    taken: list[tuple[ImageSequence, int, Pending[Pixels] | None]]
+    began: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +99,9 @@ class WorkerLoop(threading.Thread):
         self._patience = patience
         self._inbox: queue.SimpleQueue[_Submit | _Cancel | _Call | None] = queue.SimpleQueue()
         self._flights: list[_Flight] = []
+        self._step: _Step | None = None
+        self._free_at = 0.0  # when the step before that one was seen done
+        self._in_company = False  # whether that step has shared the device with anything
         self._listeners: dict[int, Listener] = {}
         self._told: dict[int, int] = {}  # by key, the queue position that was reported last
         self._untold: list[tuple[Listener, LoopEvent]] = []
@@ -121,16 +139,32 @@ class WorkerLoop(threading.Thread):
             self._collect()
             self._drop_hopeless()
             self._tell_positions()
-            match self._planner.plan(self._clock()):
-                case Plan() as plan:
+            self._go_on(self._planner.plan(self._clock()))
+        self._settle()
+        self._tell()
+
+    def _go_on(self, plan: Plan | Wait | None) -> None:
+        """What has been decided, as soon as it is due."""
+        if self._step is None or (isinstance(plan, Plan) and plan.stage is not Stage.DENOISE):
+            match plan:
+                case Plan():
                     self._run(plan)
                 case Wait(until):
                     self._receive(self._at_most(until - self._clock()))
-        self._tell()
+        elif (early := self._nearly_done(self._step) - self._clock()) > 0:
+            self._receive(self._at_most(early))  # what comes until then may change the plan
+        elif isinstance(plan, Plan):
+            self._run(plan)
+        else:
+            self._settle()
+
+    def _nearly_done(self, step: _Step) -> float:
+        """When the next one has to be planned."""
+        return max(step.began, self._free_at) + self._planner.expected_seconds(step.plan) - AHEAD
 
     def _take_in(self) -> None:
         """Everything that has arrived; waits when there is nothing else to do."""
-        if len(self._planner) == 0:
+        if len(self._planner) == 0 and self._step is None:
             self._receive(self._at_most(None))
         while not self._inbox.empty():
             self._receive(None)
@@ -185,9 +219,9 @@ class WorkerLoop(threading.Thread):
         self._told = {key: forecast.position for key, forecast in forecasts.items()}
 
     def _run(self, plan: Plan) -> None:
-        """One plan, or the beginning of one that runs beside others."""
+        """Gives a plan to the device; a step behind the one that runs, which is then waited for."""
         began = self._clock()
-        self._overdue_at = self._overdue(plan, began)
+        self._overdue_at = min(self._overdue_at, self._overdue(plan, began))
         with self._blamed(plan):
             if plan.stage is Stage.DENOISE:
                 self._denoise(plan, began)
@@ -209,14 +243,38 @@ class WorkerLoop(threading.Thread):
 
     def _denoise(self, plan: Plan, began: float) -> None:
         sequences = _images(plan)
-        self._executor.denoise(sequences, self._tell)
-        seconds = self._clock() - began
-        # At once: the latents have moved, and whatever fails from here on, no step is run again.
+        pending = self._executor.denoise(sequences)
+        # At once: the latents will have moved, and whatever fails from here on, no step is run again.
         self._planner.advance(plan)
-        if not self._flights:  # a step that shares the device costs more
-            self._planner.observe(plan, seconds)
-        for row, sequence in enumerate(sequences):
-            self._report_step(sequence, 1e3 * seconds, len(sequences), row)
+        for sequence in sequences:
+            if not sequence.left:  # it is decoded when this step is done
+                self._planner.set_aside(sequence)
+        step = _Step(plan, pending, [(s, s.step, self._begin_preview(s)) for s in sequences], began)
+        self._settle()
+        self._step, self._in_company = step, bool(self._flights)
+        if pending.done():
+            self._settle()
+
+    def _settle(self) -> None:
+        """Waits for the step that runs, and tells what it has done."""
+        if self._step is None:
+            return
+        step, self._step = self._step, None
+        try:
+            seconds = step.pending.result()
+        except Exception as error:  # noqa: BLE001 - the boundary between one request and the others
+            self._give_up(step.plan, error)
+            return
+        self._free_at = self._clock()
+        if not self._in_company:  # a step that shares the device costs more
+            self._planner.observe(step.plan, seconds)
+        for row, (sequence, number, preview) in enumerate(step.taken):
+            if number == sequence.steps:
+                self._planner.take_back(sequence, self._free_at)
+            self._report_step(sequence, number, 1e3 * seconds, len(step.taken), row)
+            self._report_preview(sequence, number, preview)
+        self._note_overdue()
+        self._tell()
 
     def _start(self, plan: Plan, began: float) -> None:
         """Gives the device what is not a step, and goes on with others if that is not done at once."""
@@ -234,10 +292,13 @@ class WorkerLoop(threading.Thread):
         else:
             self._planner.set_aside(sequence)
             self._flights.append(flight)
+            self._in_company = True
         self._tell()
 
     def _collect(self) -> None:
-        """What runs beside the steps and is done; nobody may want it any more."""
+        """What is done: a step sooner than it should, and what runs beside, which nobody may want any more."""
+        if self._step is not None and self._step.pending.done():
+            self._settle()
         while (flight := next((f for f in self._flights if f.pending.done()), None)) is not None:
             self._flights.remove(flight)
             if self._planner.take_back(flight.sequence, self._clock()):
@@ -256,23 +317,40 @@ class WorkerLoop(threading.Thread):
         return began + self._patience + LATE * self._planner.expected_seconds(plan)
 
     def _note_overdue(self) -> None:
-        """Between two plans, only what runs beside them can fail to come back."""
-        self._overdue_at = min((self._overdue(f.plan, f.began) for f in self._flights), default=float("inf"))
+        """Only what the device has been given can fail to come back."""
+        given = [(f.plan, f.began) for f in self._flights]
+        if self._step is not None:
+            given.append((self._step.plan, max(self._step.began, self._free_at)))
+        self._overdue_at = min((self._overdue(plan, began) for plan, began in given), default=float("inf"))
 
-    def _report_step(self, sequence: ImageSequence, step_ms: float, batch_size: int, row: int) -> None:
-        done, interval = sequence.step, sequence.request.preview_interval
+    def _report_step(self, sequence: ImageSequence, done: int, step_ms: float, batch_size: int, row: int) -> None:
         self._notify(sequence.key, Progress(done, sequence.steps, sequence.image_index, step_ms, batch_size, row))
-        if interval and done % interval == 0 and done < sequence.steps:
-            self._send_preview(sequence, done)
 
-    def _send_preview(self, sequence: ImageSequence, done: int) -> None:
-        """A preview that cannot be made is left out: it is nothing that an image would have to fail for."""
+    def _begin_preview(self, sequence: ImageSequence) -> Pending[Pixels] | None:
+        """Behind the step that was given to the device last, if its request wants one."""
+        done, interval = sequence.step, sequence.request.preview_interval
+        if not interval or done % interval or done == sequence.steps:
+            return None
         try:
-            pixels = self._executor.preview(sequence, done)
+            return self._executor.preview(sequence, done)
         except Exception as error:  # noqa: BLE001 - the boundary between a preview and the images
-            log.warning("no preview of request %s after step %d: %s", sequence.request.request_id, done, error)
+            self._leave_out_preview(sequence, done, error)
+            return None
+
+    def _report_preview(self, sequence: ImageSequence, done: int, preview: Pending[Pixels] | None) -> None:
+        if preview is None:
+            return
+        try:
+            pixels = preview.result()
+        except Exception as error:  # noqa: BLE001 - the boundary between a preview and the images
+            self._leave_out_preview(sequence, done, error)
             return
         self._notify(sequence.key, PreviewPixels(done, sequence.image_index, pixels))
+
+    @staticmethod
+    def _leave_out_preview(sequence: ImageSequence, done: int, error: Exception) -> None:
+        """A preview that cannot be made is nothing that an image would have to fail for."""
+        log.warning("no preview of request %s after step %d: %s", sequence.request.request_id, done, error)
 
     def _start_again(self, sequences: list[ImageSequence], error: NonFiniteError) -> None:
         """On eager, from the noise; whatever was not finite there too is beyond help."""
@@ -289,6 +367,7 @@ class WorkerLoop(threading.Thread):
         """Frees what can be freed and halves the batch; a sequence that does not fit alone is tried once more."""
         refusal = out_of_memory_error(error)
         log.warning("out of memory with %d of %s: %s", len(sequences), sequences[0].shape, refusal)
+        self._settle()
         self._wait_for_flights()
         self._executor.free_memory()
         self._planner.limit_batch(sequences[0].shape, len(sequences) // 2)
@@ -305,16 +384,23 @@ class WorkerLoop(threading.Thread):
             self._collect()
 
     def _find_the_culprit(self, plan: Plan, error: Exception) -> None:
-        """Of a batch each is run alone: nobody fails for their company. Unless it was the device."""
-        if not self._executor.usable():
-            log.critical("the device cannot be used any more, so this worker ends: %s", error)
-            self._running = False  # its requests are started over by whoever notices that it is not alive
-            return
+        """Of a batch each is run alone: nobody fails for their company."""
+        self._settle()
         if len(plan.sequences) == 1:
-            self._fail(plan.sequences[0].key, error)
+            self._give_up(plan, error)
             return
         for sequence in plan.sequences:
-            self._run(Plan(plan.stage, (sequence,)))
+            if self._running:
+                self._run(Plan(plan.stage, (sequence,)))
+
+    def _give_up(self, plan: Plan, error: Exception) -> None:
+        """The plan's requests fail, unless it was the device: then they are started over by another worker."""
+        if not self._executor.usable():
+            log.critical("the device cannot be used any more, so this worker ends: %s", error)
+            self._running = False  # whoever starts its requests over notices that it is not alive
+            return
+        for sequence in plan.sequences:
+            self._fail(sequence.key, error)
 
     def _notify(self, key: int, event: LoopEvent) -> None:
         listener = self._listeners.get(key)

@@ -70,9 +70,10 @@ def sequence(seed: int, size: int) -> ImageSequence:
 
 def denoised(executor: Executor, one: ImageSequence) -> ImageSequence:
     executor.encode(one).result()
-    for _ in range(one.steps):
-        executor.denoise([one])
+    for _ in range(one.steps):  # one behind the other, as the loop gives them to the device
+        step = executor.denoise([one])
         one.step += 1
+    step.result()
     return one
 
 

@@ -67,7 +67,7 @@ def sequences(tokenizer: PromptTokenizer, request: GenerationRequest) -> tuple[I
 def draw(executor: Executor, sequence: ImageSequence) -> Pixels:
     executor.encode(sequence).result()
     for _ in range(sequence.steps):
-        executor.denoise([sequence])
+        executor.denoise([sequence]).result()
         sequence.step += 1
     return executor.decode(sequence).result()
 
@@ -132,7 +132,7 @@ def test_images_do_not_depend_on_who_shares_their_steps(executor: Executor, toke
     for sequence in together:
         executor.encode(sequence).result()
     while running := [s for s in together if s.step < s.steps]:
-        executor.denoise(running)
+        executor.denoise(running).result()
         for sequence in running:
             sequence.step += 1
     for sequence, expected in zip(together, alone, strict=True):
@@ -211,7 +211,7 @@ def test_a_preview_resembles_the_image(pipeline: ZImagePipeline, tokenizer: Prom
     executor = Executor(components(pipeline), manifest(fit_preview(CHECKPOINT)), "cpu", prompt_cache_size=8)
     (sequence,) = sequences(tokenizer, dataclasses.replace(a_request(), prompt=PROMPT, width=256, height=256))
     image = draw(executor, sequence).astype(float)
-    preview = executor.preview(sequence, sequence.steps).astype(float)
+    preview = executor.preview(sequence, sequence.steps).result().astype(float)
     assert preview.shape == (32, 32, 3)
     small = image.reshape(32, 8, 32, 8, 3).mean((1, 3))
     # The best linear map over the demo's own scenes reaches 0.87: its small VAE is less linear than the real one.

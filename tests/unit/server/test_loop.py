@@ -54,13 +54,14 @@ class ScriptedExecutor(Executor):
         self.gate.set()
         self.lost = False  # whether the device is
         self.resets = 0
+        self.asynchronous = False  # whether steps are done when they are told to, by their marks in `steps`
+        self.steps: list[FakeMark] = []
         self.marks: dict[tuple[str, str], list[FakeMark]] = {}  # of stages, by prompt, that run beside the steps
 
     def encode(self, sequence: ImageSequence) -> Pending[None]:
         return Pending(lambda: None, *self.marks.get(("encode", sequence.request.prompt), ()))
 
-    def denoise(self, sequences: list[ImageSequence], meanwhile: Callable[[], None]) -> None:  # type: ignore[override]
-        meanwhile()
+    def denoise(self, sequences: list[ImageSequence]) -> Pending[float]:  # type: ignore[override]
         self.at_gate.set()
         self.gate.wait(PATIENCE)
         self.batches.append(len(sequences))
@@ -70,6 +71,9 @@ class ScriptedExecutor(Executor):
             if fault := self.faults.get(sequence.request.prompt):
                 raise fault
         self.steps_taken.update(s.request.prompt for s in sequences)
+        marks = [FakeMark()] if self.asynchronous else []
+        self.steps += marks
+        return Pending(lambda: 1.0, *marks)
 
     def decode(self, sequence: ImageSequence) -> Pending[Pixels]:
         prompt = sequence.request.prompt
@@ -81,10 +85,15 @@ class ScriptedExecutor(Executor):
 
         return Pending(finish, *self.marks.get(("decode", prompt), ()))
 
-    def preview(self, sequence: ImageSequence, step: int) -> Pixels:
+    def preview(self, sequence: ImageSequence, step: int) -> Pending[Pixels]:
+        def finish() -> Pixels:
+            if sequence.request.prompt == "spoilt preview":
+                raise RuntimeError("a preview")
+            return torch.zeros(1, 1, 3, dtype=torch.uint8).numpy()
+
         if sequence.request.prompt == "no preview":
             raise torch.OutOfMemoryError("a preview")
-        return torch.zeros(1, 1, 3, dtype=torch.uint8).numpy()
+        return Pending(finish)
 
     def quarantine(self, component: object, reason: str) -> bool:
         self.quarantines += 1
@@ -141,39 +150,162 @@ def test_a_request_is_reported_from_start_to_image(harness: Harness) -> None:
     assert not harness.loop.is_alive()
 
 
-def test_what_a_step_tells_is_told_while_the_next_one_runs(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
-    running, go_on, step = threading.Event(), threading.Event(), harness.executor.denoise
+class Steps:
+    """The steps of a loop whose device takes its time, looked at from outside."""
 
-    def denoise(sequences: list[ImageSequence], meanwhile: Callable[[], None]) -> None:
-        def told_and_held() -> None:
-            meanwhile()
-            if sequences[0].step == 1:
-                running.set()
-                go_on.wait(PATIENCE)
+    def __init__(self, harness: Harness) -> None:
+        self.harness = harness
+        harness.executor.asynchronous = True
+        harness.loop.start()
 
-        step(sequences, told_and_held)
+    def nearly_done(self) -> None:
+        """The time has come at which the step that runs should be done."""
+        self.harness.clock.now += 1.2
+        self.harness.loop.cancel(99)  # of nobody: the loop's own clock is not this one
 
-    monkeypatch.setattr(harness.executor, "denoise", denoise)
-    events = harness.submit()
-    harness.loop.start()
-    assert running.wait(PATIENCE), "the second step"
-    assert [e.step for e in drain(events) if isinstance(e, Progress)] == [1]
-    go_on.set()
+    def done(self, number: int) -> None:
+        """The device is done with a step, counted from 1."""
+        self.harness.executor.steps[number - 1].passed.set()
+
+    def given(self, count: int) -> None:
+        """Waits until the device has been given so many."""
+        until(lambda: len(self.harness.executor.steps) >= count)
+        assert len(self.harness.executor.steps) == count
+
+
+def until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not true() and time.monotonic() < end:
+        time.sleep(0.001)
+    assert true()
+
+
+def test_the_device_has_its_next_step_before_it_is_done_with_one(harness: Harness) -> None:
+    steps, events = Steps(harness), harness.submit(num_inference_steps=3)
+    steps.given(1)
+    harness.loop.call(lambda: None).result(PATIENCE)
+    steps.given(1)
+    steps.nearly_done()
+    steps.given(2)
+    assert not [e for e in drain(events) if isinstance(e, Progress)], "the first is not done"
+    steps.done(1)
+    assert events.get(timeout=PATIENCE) == Progress(1, 3, 0, 1000.0, 1, 0)
+    assert not harness.executor.steps[1].passed.is_set(), "it was told while the second one ran"
+    steps.nearly_done()
+    steps.given(3)
+    steps.done(2), steps.done(3)
+    steps.nearly_done()
     assert isinstance(until_the_end(events)[-1], FinishedImage)
 
 
+def test_what_arrives_while_a_step_runs_is_in_time_for_the_next(harness: Harness) -> None:
+    steps, late = Steps(harness), harness.submit("low", num_inference_steps=4, priority=4)
+    steps.given(1)
+    urgent = harness.submit("high", num_inference_steps=1, priority=1)
+    steps.nearly_done()
+    steps.given(2)
+    assert harness.executor.steps_taken == {"low": 1, "high": 1}
+    steps.done(1), steps.done(2)
+    steps.nearly_done()
+    assert isinstance(until_the_end(urgent)[-1], FinishedImage)
+    harness.loop.cancel(0)
+    harness.loop.call(lambda: None).result(PATIENCE)
+    for mark in harness.executor.steps:
+        mark.passed.set()
+    harness.executor.asynchronous = False
+    assert isinstance(until_the_end(harness.submit())[-1], FinishedImage)
+    assert not [e for e in drain(late) if isinstance(e, FinishedImage | Failed)]
+
+
+def test_a_request_that_is_cancelled_while_its_step_runs_takes_no_other(harness: Harness) -> None:
+    steps, unwanted = Steps(harness), harness.submit("unwanted", num_inference_steps=4)
+    steps.given(1)
+    harness.loop.cancel(0)
+    other = harness.submit("other", num_inference_steps=1)
+    steps.nearly_done()
+    steps.given(2)
+    steps.done(1), steps.done(2)
+    steps.nearly_done()
+    assert isinstance(until_the_end(other)[-1], FinishedImage)
+    assert harness.executor.steps_taken == {"unwanted": 1, "other": 1}
+    assert not [e for e in drain(unwanted) if isinstance(e, Progress | FinishedImage | Failed)]
+
+
+def test_an_image_is_decoded_when_its_last_step_is_done(harness: Harness) -> None:
+    mark = beside(harness, "decode", "first")
+    steps, first = Steps(harness), harness.submit("first", num_inference_steps=1)
+    second = harness.submit("second", num_inference_steps=2, width=128)
+    steps.given(1)
+    steps.nearly_done()
+    steps.given(2)
+    assert not mark.looks, "not before the device is done with what it decodes"
+    steps.done(1)
+    until_begun(mark)
+    mark.passed.set()
+    assert isinstance(until_the_end(first)[-1], FinishedImage)
+    steps.done(2)
+    steps.nearly_done()
+    steps.given(3)
+    steps.done(3)
+    steps.nearly_done()
+    assert isinstance(until_the_end(second)[-1], FinishedImage)
+
+
+@pytest.mark.parametrize("fault", [ValueError("boom"), torch.OutOfMemoryError("tried to allocate 9 GiB")])
+def test_a_step_that_cannot_be_begun_leaves_the_one_that_runs_alone(harness: Harness, fault: Exception) -> None:
+    steps, good = Steps(harness), harness.submit("good", num_inference_steps=2, priority=4)
+    steps.given(1)
+    harness.executor.faults = {"bad": fault}
+    bad = harness.submit("bad", priority=1)
+    steps.done(1)
+    steps.nearly_done()
+    assert isinstance(until_the_end(bad)[-1], Failed)
+    steps.given(2)
+    steps.done(2)
+    steps.nearly_done()
+    seen = until_the_end(good)
+    assert [e.step for e in seen if isinstance(e, Progress)] == [1, 2]
+    assert isinstance(seen[-1], FinishedImage)
+
+
+def test_a_step_that_the_device_does_not_come_back_from_is_noticed(harness: Harness) -> None:
+    steps, events = Steps(harness), harness.submit(num_inference_steps=1)
+    steps.given(1)
+    assert harness.loop.alive
+    harness.clock.now = 10.0 + 20 * 1.1 + 1
+    assert not harness.loop.alive
+    steps.done(1)
+    assert isinstance(until_the_end(events)[-1], FinishedImage)
+    assert harness.loop.alive
+
+
+def test_a_device_that_is_lost_in_a_step_ends_the_worker(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(self: FakeMark) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(FakeMark, "synchronize", lost)
+    steps, events = Steps(harness), harness.submit()
+    steps.given(1)
+    harness.executor.lost = True
+    steps.nearly_done()
+    harness.loop.join(PATIENCE)
+    assert not harness.loop.alive
+    assert not [e for e in drain(events) if isinstance(e, FinishedImage | Failed)]
+
+
+@pytest.mark.parametrize("how", ["no preview", "spoilt preview"])
 def test_a_preview_that_fails_is_left_out_and_no_step_is_taken_twice(
-    harness: Harness, caplog: pytest.LogCaptureFixture
+    harness: Harness, caplog: pytest.LogCaptureFixture, how: str
 ) -> None:
     """When it fails the latents of the whole batch have moved: another try would move them once more."""
-    spoilt = harness.submit("no preview", num_inference_steps=3, preview_interval=1)
+    spoilt = harness.submit(how, num_inference_steps=3, preview_interval=1)
     other = harness.submit("fine", num_inference_steps=3, preview_interval=1)
     harness.loop.start()
     kinds = {name: Counter(map(type, until_the_end(e))) for name, e in (("spoilt", spoilt), ("other", other))}
     assert {name: (k[Progress], k[PreviewPixels]) for name, k in kinds.items()} == {"spoilt": (3, 0), "other": (3, 2)}
     assert all(k[FinishedImage] == 1 for k in kinds.values())
     assert harness.executor.batches == [2, 2, 2]
-    assert harness.executor.steps_taken == {"no preview": 3, "fine": 3}
+    assert harness.executor.steps_taken == {how: 3, "fine": 3}
     assert caplog.text.count("no preview of request test after step") == 2
 
 
@@ -282,10 +414,7 @@ def beside(harness: Harness, stage: str, prompt: str) -> FakeMark:
 
 
 def until_begun(mark: FakeMark) -> None:
-    end = time.monotonic() + PATIENCE
-    while not mark.looks and time.monotonic() < end:
-        time.sleep(0.001)
-    assert mark.looks
+    until(lambda: mark.looks > 0)
 
 
 def test_work_is_done_on_the_devices_thread_and_its_errors_are_the_callers(harness: Harness) -> None:
