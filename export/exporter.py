@@ -204,7 +204,7 @@ class _Jobs:
             component=component,
             backend=request.backend,
             files=tuple(FileRecord.of(path) for path in built.files),
-            built_with=built_with(self.builder.libraries),
+            built_with=built_with((*self.builder.libraries, *built.calls)),
             built_for=request.options.targets,
             parity=None if checker is None else self._parity(checker, spec, built.files[0]),
             plan=built.plan,

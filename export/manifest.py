@@ -41,6 +41,8 @@ BINDING_LIBRARIES = {
     Backend.AOTINDUCTOR: ("torch",),
     Backend.EAGER: (),
 }
+FLASH_ATTENTION = "fa3-fwd"
+CALLED_LIBRARIES = (FLASH_ATTENTION,)  # and these, which it calls if it was built with them
 
 
 @dataclass(frozen=True)
@@ -239,7 +241,8 @@ def _wrong_size(record: EngineRecord, folder: Path) -> str:
 
 def wrong_library(record: EngineRecord) -> str:
     """What keeps this machine's libraries from loading the engine; empty if nothing does."""
-    for library in BINDING_LIBRARIES[record.backend]:
+    called = [library for library in CALLED_LIBRARIES if library in record.built_with]
+    for library in (*BINDING_LIBRARIES[record.backend], *called):
         built = record.built_with.get(library)
         here = installed_version(library)
         if here is None:

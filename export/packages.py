@@ -27,6 +27,8 @@ def open_package(path: Path, module: nn.Module) -> "AOTICompiledModel":
     """
     from torch.export.pt2_archive._package import AOTICompiledModel  # a second; most of this project does without it
 
+    import export.kernels.attention  # noqa: F401 - an operator that packages may call
+
     device = next(module.parameters()).device
     index = -1 if device.index is None else device.index  # else it would compute on the first GPU
     # Not by torch._inductor.aoti_load_package, which imports Inductor to warn of another device first (the manifest

@@ -3,6 +3,9 @@
 import logging
 from pathlib import Path
 
+import torch
+
+from export.build.aotinductor import called_libraries
 from export.checkpoint import Checkpoint
 from export.devices import current_target
 from export.errors import ManifestError, StaleEngineError
@@ -66,13 +69,20 @@ def _is_as_asked(record: EngineRecord, request: ExportRequest) -> bool:
     options, plan = request.options, record.plan
     return (
         record.built_for == options.targets
-        and record.built_with == built_with(record.built_with)
+        and record.built_with == built_with((*record.built_with, *_called(record, request)))
         and (record.parity is not None or not runs_here(request))
         and (
             plan is None
             or (plan.profiles, plan.weights, plan.verbosity) == (request.profiles, options.weights, options.verbosity)
         )
     )
+
+
+def _called(record: EngineRecord, request: ExportRequest) -> tuple[str, ...]:
+    """What the engine would call if it were built again; a library may have been installed since."""
+    if record.backend is not Backend.AOTINDUCTOR:
+        return ()
+    return called_libraries(record.component, request.precision, torch.device(request.device))
 
 
 def _still_holds(record: EngineRecord, folder: Path, request: ExportRequest) -> bool:

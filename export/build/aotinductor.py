@@ -10,12 +10,15 @@ from torch.export import ExportedProgram
 
 from export.build.base import BuildInputs, Built, Runner
 from export.build.lowering import lowered
+from export.build.scratch import scratch_for_all_programs
 from export.errors import BuildError
+from export.kernels import attention as flash
+from export.manifest import FLASH_ATTENTION
 from export.modules.denoiser import Denoiser
 from export.modules.fused import fused
 from export.packages import open_package
 from export.profiles import tuning_example
-from export.spec import ComponentSpec, Precision
+from export.spec import Component, ComponentSpec, Precision
 
 # The weights stay outside: they are lent when the package is opened.
 CONFIGS: dict[str, Any] = {"aot_inductor.package_constants_in_so": False}
@@ -41,9 +44,12 @@ class AotInductorBuilder:
 
     def build(self, inputs: BuildInputs, folder: Path) -> Built:
         path = folder / f"{inputs.spec.component}.pt2"
-        program, configs = _prepared(inputs)
+        module = inputs.module()
+        device = next(module.parameters()).device
+        program, configs = _prepared(inputs, module, device)
         try:
-            torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
+            with scratch_for_all_programs():
+                torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
         except OSError as error:
             raise BuildError(
                 f"AOTInductor could not compile {inputs.spec.component}: {error}. It needs a C++ compiler (g++) and, "
@@ -52,7 +58,7 @@ class AotInductorBuilder:
             ) from error
         finally:
             torch.compiler.reset()
-        return Built((path,))
+        return Built((path,), calls=called_libraries(inputs.spec.component, inputs.source.precision, device))
 
     def load(self, path: Path, module: nn.Module, spec: ComponentSpec) -> Runner:
         package = open_package(path, module)
@@ -64,13 +70,17 @@ class AotInductorBuilder:
         return run
 
 
-def _prepared(inputs: BuildInputs) -> tuple[ExportedProgram, dict[str, Any]]:
+def called_libraries(component: Component, precision: Precision, device: torch.device) -> tuple[str, ...]:
+    """Those that a package calls which is built here now; `export.modules.fused` is what calls them."""
+    fuses = component is Component.DENOISER and precision.weights is Precision.BF16
+    return (FLASH_ATTENTION,) if fuses and flash.is_there(device) else ()
+
+
+def _prepared(inputs: BuildInputs, module: nn.Module, device: torch.device) -> tuple[ExportedProgram, dict[str, Any]]:
     """The component's program, and how Inductor is to compile it, on the device where the weights are."""
-    module = inputs.module()
-    on_cuda = next(module.parameters()).is_cuda
-    if on_cuda and isinstance(module, Denoiser):
-        module = fused(module, inputs.source.precision)
-    if not on_cuda:
+    if device.type != "cuda":
         return inputs.program(module), CONFIGS
+    if isinstance(module, Denoiser):
+        module = fused(module, inputs.source.precision)
     program = inputs.program(module, tuning_example(inputs.profiles))
     return lowered(program, inputs.spec.component), CUDA_CONFIGS

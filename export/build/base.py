@@ -44,6 +44,7 @@ class Built:
 
     files: tuple[Path, ...]
     plan: PlanRecord | None = None
+    calls: tuple[str, ...] = ()  # libraries, besides its backend's, without which it does not run
 
 
 class Runner(Protocol):

@@ -54,6 +54,15 @@ def norm_modulate_quantize(x: Tensor, weight: Tensor, modulation: Tensor, part: 
     return quantize(_normalised(x, weight, eps) * (1 + _part(modulation, part)))
 
 
+def swiglu(x: Tensor, w13: Tensor) -> Tensor:
+    """`x` [tokens, dim] times the rows of `w13` [2 * hidden, dim]: SiLU of the first half times the second.
+
+    [tokens, hidden]. Source: Shazeer, GLU Variants Improve Transformer, 2020.
+    """
+    gate, value = F.linear(x.float(), w13.float()).chunk(2, -1)
+    return (F.silu(gate) * value).to(x.dtype)
+
+
 def silu_product_quantize(gate_value: Tensor) -> Quantized:
     """SiLU of the first half of each row of `gate_value` [rows, 2 * width] times the second, quantised."""
     gate, value = gate_value.float().chunk(2, -1)

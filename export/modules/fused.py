@@ -1,8 +1,8 @@
 """The denoiser for compilers on CUDA: the same weights and results, in fewer and larger pieces.
 
 Projections of the same input are one matrix product, and what lies between two products is one kernel
-(`export/kernels`). Inductor finds neither by itself. Each block has its products in one of two forms
-(`export/modules/products.py`): in the type of its weights, or in FP8.
+(`export/kernels`). Inductor finds neither by itself. Attention is FlashAttention-3 where that is. Each block has its
+products in one of two forms (`export/modules/products.py`): in the type of its weights, or in FP8.
 """
 
 import copy
@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from export.kernels import attention as flash
 from export.modules.blocks import Foreign
 from export.modules.denoiser import Denoiser
 from export.modules.merged import merge_projections
@@ -76,5 +78,11 @@ def _attention(attention: Foreign, qkv: Tensor, cos: Tensor, sin: Tensor) -> Ten
     norm_q, norm_k = attention.norm_q, attention.norm_k
     q, k = kernels.norm_rotate(qkv, norm_q.weight, norm_k.weight, cos, sin, norm_q.eps)
     v = qkv.chunk(3, -1)[2].reshape(q.shape)
+    if q.dtype is torch.bfloat16 and flash.is_there(q.device):
+        return _joined(flash.attention(q, k, v))
     mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    return mixed.transpose(1, 2).flatten(2)
+    return _joined(mixed.transpose(1, 2))
+
+
+def _joined(heads: Tensor) -> Tensor:
+    return heads.flatten(2)

@@ -7,6 +7,7 @@ and scales in the other.
 import torch.nn.functional as F
 from torch import Tensor
 
+from export.kernels import swiglu
 from export.kernels import triton_kernels as kernels
 from export.kernels.reference import Quantized
 from export.modules.blocks import Foreign
@@ -33,8 +34,13 @@ class PlainProducts:
     def feed_forward(self, h: Tensor) -> Tensor:
         """All samples' tokens as one list [B * S, dim]."""
         # Where the batch is dynamic, Inductor would copy what goes into w2 to make it so.
-        gate, value = F.linear(h.flatten(0, 1), self._feed_forward.w13).chunk(2, -1)
-        output: Tensor = self._feed_forward.w2(F.silu(gate) * value)
+        h, w13 = h.flatten(0, 1), self._feed_forward.w13
+        if swiglu.suits(h):
+            widened = swiglu.swiglu(h, w13)
+        else:
+            gate, value = F.linear(h, w13).chunk(2, -1)
+            widened = F.silu(gate) * value
+        output: Tensor = self._feed_forward.w2(widened)
         return output
 
 

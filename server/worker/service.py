@@ -29,7 +29,7 @@ from server.requests import (
 from server.service import ModelStatus
 from server.worker.events import Failed, FinishedImage, LoopEvent, PreviewPixels, SequenceStarted
 from server.worker.executor import ImageSequence, make_sequences
-from server.worker.images import encode_image, encode_preview
+from server.worker.images import Pixels, encode_image, encode_preview, joined, parts
 from server.worker.loop import WorkerLoop
 from server.worker.prompts import PromptTokenizer, TokenIds
 
@@ -138,7 +138,7 @@ class WorkerService:
 
     async def _image(self, event: FinishedImage, request: GenerationRequest, state: _Progress) -> Image:
         began = time.monotonic()
-        data = await self._in_pool(encode_image, event.pixels, request.image_format, request.quality)
+        data = await self._encoded(event.pixels, request)
         seconds = time.monotonic() - began
         state.image_encode_seconds += seconds
         state.finished.append(event.sequence)
@@ -153,6 +153,13 @@ class WorkerService:
             decode_ms=1e3 * sequence.seconds.get(Component.IMAGE_DECODER, 0.0),
             image_encode_ms=1e3 * seconds,
         )
+
+    async def _encoded(self, pixels: Pixels, request: GenerationRequest) -> bytes:
+        files = [
+            self._in_pool(encode_image, part, request.image_format, request.quality)
+            for part in parts(pixels, request.image_format)
+        ]
+        return joined(await asyncio.gather(*files), pixels)
 
     def _completed(self, request: GenerationRequest, state: _Progress) -> Completed:
         seconds = {c: sum(s.seconds.get(c, 0.0) for s in state.finished) for c in Component}

@@ -5,8 +5,10 @@ import torch
 from torch import Tensor
 
 from export.kernels import reference
+from export.kernels.hopper import is_hopper
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+CUDA = torch.device("cuda")
 EPS = 1e-5
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
 
@@ -45,3 +47,36 @@ def test_the_kernels_compute_what_their_references_say(
     tables = [made(tokens, head_dim // 2, dtype=torch.float32) for _ in range(2)]
     got = kernels.norm_rotate(qkv, *weights, *tables, EPS)
     assert all(map(close, got, reference.norm_rotate(qkv, *weights, *tables, EPS)))
+
+
+# The published feed-forward at 1024x1024, at 512x512 (where the last tiles are taken in halves), and the demo's.
+@pytest.mark.parametrize(("tokens", "dim", "hidden"), [(4160, 3840, 10240), (1088, 3840, 10240), (77, 192, 512)])
+def test_swiglu_computes_what_its_reference_says(tokens: int, dim: int, hidden: int) -> None:
+    if not is_hopper(CUDA):
+        pytest.skip("needs a Hopper GPU")
+    import triton
+
+    from export.kernels import swiglu
+
+    torch.manual_seed(1)
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=CUDA))
+    x, w13 = made(tokens, dim, dtype=torch.bfloat16), made(2 * hidden, dim, dtype=torch.bfloat16) / dim**0.5
+    assert swiglu.suits(x)
+    out = torch.full((tokens, hidden), torch.nan, dtype=torch.bfloat16, device=CUDA)
+    swiglu.launch(x, w13, out, torch.cuda.get_device_properties(CUDA).multi_processor_count)
+    assert close(out, reference.swiglu(x, w13))
+
+
+@pytest.mark.parametrize(("batch", "tokens", "heads", "head_dim"), [(1, 4160, 30, 128), (3, 77, 3, 64)])
+def test_attention_is_attention(batch: int, tokens: int, heads: int, head_dim: int) -> None:
+    from export.kernels import attention
+
+    if not attention.is_there(CUDA):
+        pytest.skip("needs a Hopper GPU and the package fa3-fwd")
+    torch.manual_seed(1)
+    width = heads * head_dim
+    qkv = made(batch, tokens, 3 * width, dtype=torch.bfloat16)
+    q, k, v = (part.unflatten(-1, (heads, head_dim)) for part in qkv.chunk(3, -1))  # as they come: not contiguous
+    wide = [part.float().transpose(1, 2) for part in (q, k, v)]
+    expected = torch.nn.functional.scaled_dot_product_attention(*wide).transpose(1, 2)
+    assert close(attention.attention(q, k, v), expected.bfloat16())

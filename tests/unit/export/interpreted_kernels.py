@@ -11,7 +11,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 
 from export.checkpoint import open_checkpoint
-from export.kernels import reference
+from export.kernels import reference, swiglu
 from export.kernels import triton_kernels as kernels
 from export.modules import load_components
 from export.modules.denoiser import Denoiser
@@ -76,9 +76,21 @@ def main() -> None:
         for name, (got, expected) in pairs.items():
             assert [(g.shape, g.dtype) for g in got] == [(e.shape, e.dtype) for e in expected], name
             errors[f"{name} {dtype}"] = max(map(_error, got, expected))
+    errors |= _swiglu_errors()
     errors["fused denoiser in float32"] = _denoiser_error(Precision.FP32)
     errors["fused denoiser in fp8"] = _denoiser_error(Precision.FP8)
     print(json.dumps(errors))
+
+
+def _swiglu_errors() -> dict[str, float]:
+    """In float32: the interpreter multiplies the bits of bf16, not what they stand for."""
+    x, w13 = torch.randn(130, DIM), torch.randn(2 * 200, DIM)  # two tiles by two, of which only the first is full
+    errors = {}
+    for programs in (1, 3, 9):  # all tiles whole; three whole and the last in halves; all in halves
+        out = torch.full((130, 200), torch.nan)
+        swiglu.launch(x, w13, out, programs)
+        errors[f"swiglu of {programs} programs in float32"] = _error(out, reference.swiglu(x, w13))
+    return errors
 
 
 def _denoiser_error(precision: Precision) -> float:

@@ -11,9 +11,11 @@ from torch import nn
 
 from export import exporter, manifest, reuse
 from export.build import BuildInputs, BuildOptions, Built, Runner
+from export.build.aotinductor import called_libraries
 from export.checkpoint import Checkpoint
 from export.errors import UnsupportedError, VersionExistsError
 from export.exporter import Exported, export_model
+from export.kernels import attention
 from export.manifest import Backend, EngineRecord, Parity, Target
 from export.parity import ParityCheck
 from export.profiles import parity_points
@@ -38,6 +40,7 @@ class FakeBuilder:
     stop_at: Component | None = None
     built: list[Component] = field(default_factory=list)
     libraries: tuple[str, ...] = ("torch",)
+    denoiser_calls: tuple[str, ...] = ()
 
     def check(self, precision: Precision) -> None:
         pass
@@ -50,7 +53,7 @@ class FakeBuilder:
             raise KeyboardInterrupt
         path.write_text(f"engine {component}")
         self.built.append(component)
-        return Built((path,))
+        return Built((path,), calls=self.denoiser_calls if component is DENOISER else ())
 
     def load(self, path: Path, module: nn.Module, spec: ComponentSpec) -> Runner:
         raise AssertionError("nothing is run")
@@ -198,6 +201,21 @@ def test_an_engine_is_built_again_when_a_library_that_shaped_it_is_another(
     done = run(request_, again, monkeypatch)
     assert again.built == list(Component)
     assert {e.built_with[library] for e in done.manifest.engines} == {"99.0"}
+
+
+def test_the_denoiser_is_built_again_when_flash_attention_has_been_installed(
+    request_: ExportRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = manifest.installed_version
+    run(request_, FakeBuilder(), monkeypatch)
+    monkeypatch.setattr(manifest, "installed_version", lambda name: "0.0.3" if name == "fa3-fwd" else here(name))
+    monkeypatch.setattr(attention, "is_there", lambda device: True)
+    assert run(request_, FakeBuilder(), monkeypatch).reused == frozenset(Component), "in fp32 nothing calls it"
+    bf16 = replace(request_, precision=Precision.BF16)
+    run(bf16, FakeBuilder(), monkeypatch)
+    builder = FakeBuilder(denoiser_calls=called_libraries(DENOISER, Precision.BF16, torch.device("cuda")))
+    assert run(bf16, builder, monkeypatch).reused == {ENCODER, DECODER}
+    assert run(bf16, FakeBuilder(), monkeypatch).reused == frozenset(Component)
 
 
 def test_an_engine_that_was_never_run_is_built_again_where_it_can_be(

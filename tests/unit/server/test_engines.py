@@ -136,6 +136,10 @@ def stale(manifest: Manifest, **changes: object) -> Manifest:
         ({"built_for": (Target("cuda", "9.0"),)}, r"was built for cuda \(compute capability 9.0\), this is cpu"),
         ({"built_with": {"tensorrt_rtx": "0.1"}, "backend": Backend.TENSORRT_RTX}, "was built with tensorrt_rtx 0.1"),
         ({"built_with": {"tensorrt": "10.0"}, "backend": Backend.TENSORRT}, "tensorrt 10.0, which is not installed"),
+        (
+            {"built_with": {"torch": torch.__version__, "fa3-fwd": "0.0.0"}, "backend": Backend.AOTINDUCTOR},
+            "fa3-fwd 0.0.0",
+        ),
     ],
 )
 def test_a_stale_engine_is_named_with_the_command_that_rebuilds_it(

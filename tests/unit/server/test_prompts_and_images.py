@@ -4,13 +4,14 @@ import io
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 from diffusers import ZImagePipeline
 from PIL import Image as PillowImage
 
 from server.errors import InvalidRequestError
 from server.requests import ImageFormat, LongPrompt
-from server.worker.images import encode_image
+from server.worker.images import Pixels, encode_image, joined, parts
 from server.worker.prompts import PromptCache, PromptTokenizer, padded_length
 from tests.conftest import CHECKPOINT
 
@@ -65,3 +66,34 @@ def test_png_and_raw_lose_nothing() -> None:
     image = PillowImage.open(io.BytesIO(encode_image(pixels, ImageFormat.PNG, 90)))
     assert np.array_equal(np.asarray(image), pixels)
     assert encode_image(pixels, ImageFormat.RAW, 90) == pixels.tobytes()
+
+
+@pytest.mark.parametrize("size", [(1024, 1024), (272, 1328), (1328, 272), (512, 512), (1040, 2048), (64, 64)])
+@pytest.mark.parametrize("quality", [1, 90, 100])
+def test_a_jpeg_in_strips_is_the_same_picture(size: tuple[int, int], quality: int) -> None:
+    """To any reader: the library that encodes, and Pillow's."""
+    pixels = photograph(*size)
+    strips = parts(pixels, ImageFormat.JPEG)
+    assert len(strips) == max(1, min(4, size[0] * size[1] // 2**17))
+    whole = encode_image(pixels, ImageFormat.JPEG, quality)
+    one = joined([encode_image(strip, ImageFormat.JPEG, quality) for strip in strips], pixels)
+    assert np.array_equal(simplejpeg.decode_jpeg(one), simplejpeg.decode_jpeg(whole))
+    assert np.array_equal(*(np.asarray(PillowImage.open(io.BytesIO(file))) for file in (one, whole)))
+    assert len(one) <= len(whole) + 128
+    if len(strips) == 1:
+        assert one == whole
+
+
+def photograph(height: int, width: int) -> Pixels:
+    """Shades, edges and some noise."""
+    y, x = np.mgrid[:height, :width]
+    shade = np.stack([x * 255 / width, y * 255 / height, (x // 40 + y // 24) % 2 * 200], -1)
+    noise = np.random.default_rng(0).normal(0, 12, shade.shape)
+    return (shade + noise).clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("image_format", [ImageFormat.PNG, ImageFormat.WEBP, ImageFormat.RAW])
+def test_other_formats_are_encoded_whole(image_format: ImageFormat) -> None:
+    pixels = photograph(1024, 1024)
+    (whole,) = parts(pixels, image_format)
+    assert joined([encode_image(whole, image_format, 90)], pixels) == encode_image(pixels, image_format, 90)

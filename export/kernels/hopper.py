@@ -1,0 +1,10 @@
+"""Whether what was made for NVIDIA's Hopper GPUs alone (H100, H200) can be used."""
+
+import torch
+
+COMPUTE_CAPABILITY = (9, 0)
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether `device` is one."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == COMPUTE_CAPABILITY
