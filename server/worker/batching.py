@@ -1,7 +1,7 @@
 """How many equal sequences share a step. Decided by the cost table: a batch is not a goal in itself.
 
-One image at 1024x1024 fills a GPU, so sharing a step makes the first of two images late and pays only when many wait;
-at 256x256 it nearly always does.
+One image at 1024x1024 fills a GPU, so sharing a step makes the first of two images late and pays only when many wait,
+or when many more will come; at 256x256 it nearly always does.
 """
 
 from collections.abc import Sequence
@@ -67,15 +67,20 @@ class Batching:
             return self._costs.step(shape.height, shape.width, count * shape.rows)
         return shape.rows * self._costs.step(shape.height, shape.width, count)
 
-    def count(self, shape: StepShape, waiting: int, most_seconds: float) -> int:
+    def count(self, shape: StepShape, waiting: int, most_seconds: float, load: float = 0.0) -> int:
         """How many of `waiting` equal sequences should share the next step.
 
-        Served `k` at a time, n equal jobs end on average after (n / k + 1) / 2 times the cost of a shared step; the
-        `k` with the smallest product wins. A step longer than `most_seconds` would cost the first one its deadline.
+        Served `k` at a time, n equal jobs end on average after (n / k + 1) / 2 times the cost of a shared step, and the
+        last of them after n / k times it, which is how long whoever comes after them waits. So many come before the
+        queue is empty: where the device is busy for a share `load` of the time, n load / (1 - load) (the busy period
+        that n customers begin: Kleinrock, Queueing Systems I, 5.8). The `k` that costs all of them the least wins:
+        without a load the one that serves the n best, under a high one the one with the highest throughput. A step
+        longer than `most_seconds` would cost the first one its deadline.
         """
         sizes = self._sizes(shape, waiting)
         in_time = [k for k in sizes if self.seconds(shape, k) <= most_seconds] or sizes[:1]
-        return min(in_time, key=lambda k: self.seconds(shape, k) * (waiting / k + 1))
+        later = load / (1 - load)  # for each that waits
+        return min(in_time, key=lambda k: self.seconds(shape, k) * ((waiting / k + 1) / 2 + later * waiting / k))
 
     def _sizes(self, shape: StepShape, waiting: int) -> Sequence[int]:
         """The sizes that may be chosen, ascending: those that were measured, of them the preferred ones."""

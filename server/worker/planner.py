@@ -15,6 +15,7 @@ from server.costs import CostTable
 from server.requests import StepCost
 from server.turns import Claim, TurnPolicy, Turns
 from server.worker.batching import Batching, BatchPolicy, StepShape
+from server.worker.load import Load
 
 
 class Stage(Enum):
@@ -79,6 +80,7 @@ class Planner:
         self._batching = Batching(costs, batches)
         self._turns = Turns[PlannedSequence](lambda s: s.claim, turns or TurnPolicy())
         self._aside: list[PlannedSequence] = []
+        self._load = Load()
 
     def __len__(self) -> int:
         """Sequences that there is something to plan for."""
@@ -88,6 +90,7 @@ class Planner:
         """Takes a sequence in."""
         self._note_latest(sequence)
         self._turns.add(sequence, now)
+        self._load.note(now, busy=True)
 
     def remove(self, key: int, now: float) -> None:
         """Takes out all sequences of a request that was cancelled or failed; unknown ones are ignored."""
@@ -113,6 +116,7 @@ class Planner:
 
     def plan(self, now: float) -> Plan | Wait | None:
         """What to run next; None when there is nothing to do."""
+        self._load.note(now, busy=bool(len(self._turns) or self._aside))
         peers = self._turns.top(now)
         if not peers:
             return None
@@ -181,10 +185,13 @@ class Planner:
 
     def _next_step(self, mates: list[PlannedSequence], now: float) -> Plan:
         """A step for the first of `mates` and its company; whoever is to share it has to be encoded before."""
-        count = self._batching.count(mates[0].shape, len(mates), self._longest_step(mates[0], now))
+        count = self._count(mates[0].shape, len(mates), self._longest_step(mates[0], now))
         company = mates[:count]
         unencoded = next((s for s in company if s.stage is Stage.ENCODE), None)
         return Plan(Stage.DENOISE, tuple(company)) if unencoded is None else Plan(Stage.ENCODE, (unencoded,))
+
+    def _count(self, shape: StepShape, waiting: int, most_seconds: float) -> int:
+        return self._batching.count(shape, waiting, most_seconds, self._load.share)
 
     def _wait_for_company(self, mates: list[PlannedSequence], now: float) -> Wait | None:
         """The window opens when the first one arrives, and no later arrival prolongs it."""
@@ -192,7 +199,7 @@ class Planner:
         until = first.claim.arrived + self._batching.max_delay
         if now >= until or first.step > 0 or len(mates) >= full:
             return None
-        worth_it = self._batching.count(first.shape, full, self._longest_step(first, until)) > len(mates)
+        worth_it = self._count(first.shape, full, self._longest_step(first, until)) > len(mates)
         return Wait(until) if worth_it else None
 
     def _longest_step(self, sequence: PlannedSequence, now: float) -> float:
@@ -210,5 +217,5 @@ class Planner:
 
     def _seconds_in_company(self, shape: StepShape, waiting: int) -> tuple[float, float]:
         """A sequence's part of a step when `waiting` of its shape share steps as they would, and its decoding."""
-        count = self._batching.count(shape, waiting, float("inf"))
+        count = self._count(shape, waiting, float("inf"))
         return self._batching.seconds(shape, count) / count, self._costs.decode(shape.height, shape.width)

@@ -71,7 +71,9 @@ def test_only_rpc_sees_wire_types() -> None:
             assert not [n for n in imports(path) if n.partition(".")[0] in WIRE], where
 
 
-@pytest.mark.parametrize("name", ["turns", "costs", "frontend/forecast", "worker/batching", "worker/planner"])
+@pytest.mark.parametrize(
+    "name", ["turns", "costs", "frontend/forecast", "worker/batching", "worker/load", "worker/planner"]
+)
 def test_policy_has_no_torch_and_no_clock(name: str) -> None:
     assert not {"torch", "time", "threading", "asyncio"} & set(imports(ROOT / "server" / f"{name}.py"))
 

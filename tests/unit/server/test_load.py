@@ -1,0 +1,83 @@
+"""How busy a worker has been, and what follows from it for sharing steps."""
+
+import pytest
+
+from export.spec import Component
+from server.costs import CostTable
+from server.requests import StepCost
+from server.turns import Claim
+from server.worker.batching import Batching, BatchPolicy, StepShape
+from server.worker.load import MEMORY, MOST, Load
+from server.worker.planner import Plan, PlannedSequence, Planner, Stage
+
+SHAPE = StepShape(512, 512, (64,))
+STEPS = 8
+
+
+def costs(gain: float) -> CostTable:
+    """A row more costs so much less than the first; decoding is quick."""
+    steps = [StepCost(512, 512, rows, 0.020 * (1 + (1 - gain) * (rows - 1))) for rows in (1, 2, 4)]
+    return CostTable([*steps, StepCost(512, 512, 1, 0.006, Component.IMAGE_DECODER)])
+
+
+def test_without_work_there_is_no_load_and_it_comes_and_goes() -> None:
+    load = Load()
+    load.note(1000.0, busy=True)
+    assert load.share == 0.0
+    load.note(1000.0 + MEMORY, busy=True)
+    assert load.share == pytest.approx(1 - 1 / 2.718281828)
+    load.note(1000.0 + 100 * MEMORY, busy=False)
+    assert load.share == MOST
+    load.note(1000.0 + 102 * MEMORY, busy=False)
+    assert load.share == pytest.approx(1 / 2.718281828**2, rel=1e-6)
+
+
+def test_half_of_the_time_is_half_a_load() -> None:
+    load = Load()
+    for second in range(200):
+        load.note(float(second), busy=second % 2 == 0)
+    assert load.share == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize(("gain", "load", "shared"), [(0.12, 0.0, 1), (0.12, MOST, 4), (0.015, MOST, 1), (0.5, 0.0, 2)])
+def test_more_share_a_step_when_more_are_to_come_but_not_for_a_percent(gain: float, load: float, shared: int) -> None:
+    batching = Batching(costs(gain), BatchPolicy(max_batch=4))
+    assert batching.count(SHAPE, 4, float("inf"), load) == shared
+
+
+def served(clients: int, seconds: float) -> tuple[int, list[float]]:
+    """Images in so many simulated seconds, of clients that ask again when they have their image; how long each took."""
+    table = costs(0.12)
+    planner, now, taken = Planner(table, BatchPolicy(max_batch=4)), 0.0, list[float]()
+
+    def ask(key: int) -> None:
+        planner.add(PlannedSequence(key=key, shape=SHAPE, steps=STEPS, claim=Claim(4, now, None)), now)
+
+    for client in range(clients):
+        ask(client)
+    while now < seconds:
+        plan = planner.plan(now)
+        assert isinstance(plan, Plan)
+        now += planner.expected_seconds(plan)
+        planner.advance(plan)
+        if plan.stage is Stage.DECODE:
+            taken.append(now - plan.sequences[0].claim.arrived)
+            ask(plan.sequences[0].key)
+    return len(taken), taken
+
+
+def test_clients_that_keep_asking_are_served_at_the_highest_rate() -> None:
+    alone, together = served(1, 60.0), served(8, 60.0)
+    assert together[0] > 1.06 * alone[0]
+    assert sum(together[1]) / len(together[1]) < 8 * alone[1][0] / 1.06
+
+
+def test_a_burst_on_an_idle_worker_is_served_in_order() -> None:
+    planner = Planner(costs(0.12), BatchPolicy(max_batch=4))
+    for key in range(3):
+        planner.add(PlannedSequence(key=key, shape=SHAPE, steps=1, claim=Claim(4, 0.0, None)), 0.0)
+    plans = []
+    while isinstance(plan := planner.plan(0.0), Plan):
+        plans.append((plan.stage, [s.key for s in plan.sequences]))
+        planner.advance(plan)
+    assert plans == [(stage, [key]) for key in range(3) for stage in (Stage.ENCODE, Stage.DENOISE, Stage.DECODE)]
