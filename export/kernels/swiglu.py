@@ -66,14 +66,16 @@ def _swiglu(
         _tile(xs, half_ws, half_outs, row * height, column * width + index % 2 * half, depth, height, half, step)
 
 
-def suits(x: Tensor) -> bool:
-    """Whether the kernel is made for the device and the type of `x`."""
-    return x.dtype is torch.bfloat16 and is_hopper(x.device)
+def suits(x: Tensor, w13: Tensor) -> bool:
+    """Whether the kernel is made for such inputs, and for the device they are on."""
+    (width, depth), per_16_bytes = w13.shape, 8
+    aligned = depth % per_16_bytes == 0 and width % (2 * per_16_bytes) == 0
+    return x.dtype is torch.bfloat16 and aligned and is_hopper(x.device)
 
 
 @triton_op("zserve::swiglu", mutates_args={})
 def swiglu(x: Tensor, w13: Tensor) -> Tensor:
-    """See `reference.swiglu`. All inputs are contiguous, their rows a multiple of 16 bytes long."""
+    """See `reference.swiglu`. All inputs are contiguous, and as `suits` says."""
     out = x.new_empty((x.shape[0], w13.shape[0] // 2))
     launch(x, w13, out, torch.cuda.get_device_properties(x.device).multi_processor_count)
     return out

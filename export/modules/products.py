@@ -35,7 +35,7 @@ class PlainProducts:
         """All samples' tokens as one list [B * S, dim]."""
         # Where the batch is dynamic, Inductor would copy what goes into w2 to make it so.
         h, w13 = h.flatten(0, 1), self._feed_forward.w13
-        if swiglu.suits(h):
+        if swiglu.suits(h, w13):
             widened = swiglu.swiglu(h, w13)
         else:
             gate, value = F.linear(h, w13).chunk(2, -1)

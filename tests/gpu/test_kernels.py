@@ -61,7 +61,8 @@ def test_swiglu_computes_what_its_reference_says(tokens: int, dim: int, hidden: 
     torch.manual_seed(1)
     triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=CUDA))
     x, w13 = made(tokens, dim, dtype=torch.bfloat16), made(2 * hidden, dim, dtype=torch.bfloat16) / dim**0.5
-    assert swiglu.suits(x)
+    assert swiglu.suits(x, w13)
+    assert not swiglu.suits(x[:, 1:], w13[:, 1:]), "TMA takes rows of whole 16 bytes"
     out = torch.full((tokens, hidden), torch.nan, dtype=torch.bfloat16, device=CUDA)
     swiglu.launch(x, w13, out, torch.cuda.get_device_properties(CUDA).multi_processor_count)
     assert close(out, reference.swiglu(x, w13))
