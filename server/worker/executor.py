@@ -40,7 +40,7 @@ class ImageSequence(PlannedSequence):
     sigmas: tuple[float, ...]
     latents: Tensor | None = None  # fp32 [1, C, h, w]
     captions: tuple[Tensor, ...] = ()  # fp32 [1, T, dim], one a prompt
-    schedule: Tensor | None = None  # fp32 [2, steps]: every step's time, and its change of sigma
+    schedule: Tensor | None = None  # fp32 [3, steps]: every step's time, its change of sigma, and the guidance
     velocity: Tensor | None = None  # of the last step that was begun, for previews
     prompt_cached: bool = False
     restarted: bool = False  # its result was not finite once
@@ -119,7 +119,7 @@ class Executor:
         request = sequence.request
         noise = initial_noise(sequence.seed, height=request.height, width=request.width, channels=self._channels)
         sequence.latents = noise.to(self._device)
-        sequence.schedule = _schedule(sequence.sigmas).to(self._device)
+        sequence.schedule = _schedule(sequence.sigmas, request.guidance_scale).to(self._device)
         sequence.velocity = None
 
     def denoise(self, sequences: Sequence[ImageSequence]) -> Pending[float]:
@@ -202,8 +202,8 @@ class Executor:
 
     def _step(self, sequences: Sequence[ImageSequence]) -> None:
         latents = torch.cat([_latents(s) for s in sequences])
-        times, change = torch.cat([_now(s) for s in sequences], dim=1)
-        velocity = self._velocity(sequences, latents, times)
+        times, change, guidance = torch.cat([_now(s) for s in sequences], dim=1)
+        velocity = self._velocity(sequences, latents, times, guidance)
         moved = euler_step(latents, velocity, change)
         for row, sequence in enumerate(sequences):
             sequence.latents, sequence.velocity = moved[row : row + 1], velocity[row : row + 1]
@@ -262,14 +262,13 @@ class Executor:
         self.quarantine(use.component, f"the {use.component}'s output is not finite or of one value")
         return self._run(use.component, inputs)
 
-    def _velocity(self, sequences: Sequence[ImageSequence], latents: Tensor, times: Tensor) -> Tensor:
+    def _velocity(self, sequences: Sequence[ImageSequence], latents: Tensor, times: Tensor, guidance: Tensor) -> Tensor:
         """[B, C, h, w]; with guidance, the prompt's velocity pushed away from the negative prompt's."""
         captions = [torch.cat(row) for row in zip(*(s.captions for s in sequences), strict=True)]
         if len(captions) == 1:
             return self._forward(sequences, latents, times, captions[0])
         conditional, unconditional = self._guided(sequences, latents, times, captions)
-        scale = torch.tensor([s.request.guidance_scale for s in sequences], device=self._device).view(-1, 1, 1, 1)
-        return conditional + scale * (conditional - unconditional)
+        return conditional + guidance.view(-1, 1, 1, 1) * (conditional - unconditional)
 
     def _guided(
         self, sequences: Sequence[ImageSequence], latents: Tensor, times: Tensor, captions: list[Tensor]
@@ -299,14 +298,15 @@ def _latents(sequence: ImageSequence) -> Tensor:
     return sequence.latents
 
 
-def _schedule(sigmas: Sequence[float]) -> Tensor:
+def _schedule(sigmas: Sequence[float], guidance: float) -> Tensor:
     """See `ImageSequence.schedule`: on the device at the beginning, for a copy to it would keep each step waiting."""
     levels = torch.tensor(sigmas)
-    return torch.stack([torch.tensor([timestep(sigma) for sigma in sigmas[:-1]]), levels[1:] - levels[:-1]])
+    times = torch.tensor([timestep(sigma) for sigma in sigmas[:-1]])
+    return torch.stack([times, levels[1:] - levels[:-1], torch.full_like(times, guidance)])
 
 
 def _now(sequence: ImageSequence) -> Tensor:
-    """Its next step of the schedule, [2, 1]."""
+    """Its next step of the schedule, [3, 1]."""
     assert sequence.schedule is not None, "the sequence has not been encoded"
     return sequence.schedule[:, sequence.step : sequence.step + 1]
 
