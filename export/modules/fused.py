@@ -79,10 +79,7 @@ def _attention(attention: Foreign, qkv: Tensor, cos: Tensor, sin: Tensor) -> Ten
     q, k = kernels.norm_rotate(qkv, norm_q.weight, norm_k.weight, cos, sin, norm_q.eps)
     v = qkv.chunk(3, -1)[2].reshape(q.shape)
     if q.dtype is torch.bfloat16 and flash.is_there(q.device):
-        return _joined(flash.attention(q, k, v))
-    mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    return _joined(mixed.transpose(1, 2))
-
-
-def _joined(heads: Tensor) -> Tensor:
-    return heads.flatten(2)
+        mixed: Tensor = flash.attention(q, k, v)
+    else:
+        mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+    return mixed.flatten(2)
