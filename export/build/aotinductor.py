@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from export.build.base import BuildInputs, Built, Runner
-from export.build.lowering import lowered
 from export.build.scratch import scratch_for_all_programs
 from export.errors import BuildError
 from export.kernels import attention as flash
 from export.manifest import FLASH_ATTENTION
 from export.modules.denoiser import Denoiser
 from export.modules.fused import fused
+from export.modules.fused_decoder import fused_decoder
+from export.modules.image_decoder import ImageDecoder
 from export.packages import open_package
 from export.profiles import tuning_example
 from export.spec import Component, ComponentSpec, Precision
@@ -80,7 +81,9 @@ def _prepared(inputs: BuildInputs, module: nn.Module, device: torch.device) -> t
     """The component's program, and how Inductor is to compile it, on the device where the weights are."""
     if device.type != "cuda":
         return inputs.program(module), CONFIGS
-    if isinstance(module, Denoiser):
-        module = fused(module, inputs.source.precision)
-    program = inputs.program(module, tuning_example(inputs.profiles))
-    return lowered(program, inputs.spec.component), CUDA_CONFIGS
+    match module:
+        case Denoiser():
+            module = fused(module, inputs.source.precision)
+        case ImageDecoder():
+            module = fused_decoder(module)
+    return inputs.program(module, tuning_example(inputs.profiles)), CUDA_CONFIGS

@@ -69,6 +69,46 @@ def silu_product_quantize(gate_value: Tensor) -> Quantized:
     return quantize(F.silu(gate) * value)
 
 
+def channel_sums(x: Tensor) -> Tensor:
+    """Of the channels of `x` [pixels, C], the sums of values and of squares, fp32 [shares, 2, C]; here of one share."""
+    wide = x.float()
+    return torch.stack([wide.sum(0), wide.square().sum(0)])[None]
+
+
+def add(x: Tensor, branch: Tensor, bias: Tensor) -> Tensor:
+    """`x` [pixels, C] plus `branch` [pixels, C] plus `bias` [C]."""
+    return (x.float() + branch.float() + bias.float()).to(x.dtype)
+
+
+def interleave(phases: Tensor, bias: Tensor) -> Tensor:
+    """An image [2h * 2w, C] of its `phases` [h + 1, w + 1, 4 * C], plus `bias` [C].
+
+    The pixels of even row and column come first, then even row and odd column, odd and even, odd and odd; those of odd
+    rows are of the lower h rows of the phases, those of odd columns of the right w columns.
+    """
+    height, width = phases.shape[0] - 1, phases.shape[1] - 1
+    quarters = phases.unflatten(2, (2, 2, -1))  # type: ignore[no-untyped-call]
+    rows = [torch.stack([quarters[i : i + height, j : j + width, i, j] for j in (0, 1)], 2) for i in (0, 1)]
+    return (torch.stack(rows, 1).float() + bias.float()).to(phases.dtype).flatten(0, 3)
+
+
+def affine(sums: Tensor, pixels: int, groups: int, weight: Tensor, bias: Tensor, offset: Tensor, eps: float) -> Tensor:
+    """Factor and summand by channel, fp32 [2, C], that are group normalisation of an image [pixels, C] plus `offset`.
+
+    `sums` is `channel_sums` of the image; `weight`, `bias`, `offset` [C]. Source: Wu and He, Group Normalization, 2018.
+    """
+    moved = offset.float()
+    total, squares = sums.sum(0)
+    squares = squares + 2 * moved * total + pixels * moved.square()
+    total, squares = ((s.reshape(groups, -1).mean(1) / pixels) for s in (total + pixels * moved, squares))
+    mean, factor = (
+        v.repeat_interleave(weight.shape[0] // groups)
+        for v in (total, torch.rsqrt((squares - total.square()).clamp(min=0) + eps))
+    )
+    scale = factor * weight.float()
+    return torch.stack([scale, bias.float() + (moved - mean) * scale])
+
+
 def _part(modulation: Tensor, part: int) -> Tensor:
     return modulation.float().chunk(PARTS, -1)[part].unsqueeze(1)
 

@@ -81,3 +81,32 @@ def test_attention_is_attention(batch: int, tokens: int, heads: int, head_dim: i
     wide = [part.float().transpose(1, 2) for part in (q, k, v)]
     expected = torch.nn.functional.scaled_dot_product_attention(*wide).transpose(1, 2)
     assert close(attention.attention(q, k, v), expected.bfloat16())
+
+
+# The published image decoder's largest map and its smallest, and a map of the demo's.
+@pytest.mark.parametrize(
+    ("height", "width", "channels", "groups"), [(512, 512, 256, 32), (64, 64, 512, 32), (9, 11, 48, 16)]
+)
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_images_are_summed_added_and_interleaved_as_their_references_say(
+    height: int, width: int, channels: int, groups: int, dtype: torch.dtype
+) -> None:
+    from export.kernels import group_norm as kernels
+
+    torch.manual_seed(1)
+    x, branch = (made(4 * height * width, channels, dtype=dtype) for _ in range(2))
+    bias, weight, offset = (made(channels, dtype=dtype) for _ in range(3))
+    phases = made(height + 1, width + 1, 4 * channels, dtype=dtype)
+    for expected, (got, sums) in (
+        (reference.add(x, branch, bias), kernels.add(x, branch, bias)),
+        (reference.interleave(phases, bias), kernels.interleave(phases, bias)),
+    ):
+        assert close(got, expected)
+        exact = got.double()
+        of_values, of_squares = sums.double().sum(0)
+        assert (of_values - exact.sum(0)).abs().max() <= 1e-6 * exact.abs().sum(0).max()
+        assert (of_squares - exact.square().sum(0)).abs().max() <= 1e-6 * exact.square().sum(0).max()
+    scale, shift = kernels.affine(kernels.channel_sums(x), len(x), groups, weight, bias, offset, EPS)
+    image = (x.double() + offset.double()).T[None]
+    expected = torch.nn.functional.group_norm(image, groups, weight.double(), bias.double(), EPS)[0].T
+    assert ((x.double() * scale + shift) - expected).norm() / expected.norm() <= 1e-5
