@@ -75,7 +75,7 @@ bench: setup ## measure engines and service on this machine: benchmarks/results,
 	$(BENCH) packages $(addprefix --size ,$(SIZES)) $(OPTIONS) --output $(RESULTS)/packages_$(HERE).json
 
 bench-serving: export ## measure scheduling, endurance and planner with the demo on the CPU
-	$(BENCH) scheduling --seconds 8 --output $(RESULTS)/scheduling_cpu.json
+	$(BENCH) scheduling --seconds 16 --output $(RESULTS)/scheduling_cpu.json
 	$(BENCH) soak --output $(RESULTS)/soak_cpu.json
 	$(BENCH) planner --output $(RESULTS)/planner.json
 	$(BENCH) preview --output $(RESULTS)/preview_cpu.json
