@@ -10,10 +10,17 @@ from torch import Tensor
 
 from export.kernels.hopper import is_hopper
 
+WIDEST = 256  # head that the library takes
+
 
 def is_there(device: torch.device) -> bool:
     """Whether FlashAttention-3 is installed, and `device` is one that it is made for."""
     return is_hopper(device) and importlib.util.find_spec("fa3_fwd_interface") is not None
+
+
+def suits(q: Tensor) -> bool:
+    """Whether the library is there and takes queries [B, S, heads, head_dim] like these."""
+    return q.dtype is torch.bfloat16 and q.shape[-1] <= WIDEST and is_there(q.device)
 
 
 @torch.library.custom_op("zserve::attention", mutates_args=(), device_types="cuda")

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -78,7 +77,7 @@ def _attention(attention: Foreign, qkv: Tensor, cos: Tensor, sin: Tensor) -> Ten
     norm_q, norm_k = attention.norm_q, attention.norm_k
     q, k = kernels.norm_rotate(qkv, norm_q.weight, norm_k.weight, cos, sin, norm_q.eps)
     v = qkv.chunk(3, -1)[2].reshape(q.shape)
-    if q.dtype is torch.bfloat16 and flash.is_there(q.device):
+    if flash.suits(q):
         mixed: Tensor = flash.attention(q, k, v)
     else:
         mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)

@@ -41,8 +41,10 @@ def run_decoder(decoder: Foreign, z: Tensor) -> Tensor:
     for attention, resnet in zip(middle.attentions, middle.resnets[1:], strict=True):
         x = _residual(resnet, x if attention is None else _attend(attention, x))
     for block in decoder.up_blocks:
-        for resnet in block.resnets:
+        attentions = getattr(block, "attentions", [None] * len(block.resnets))
+        for resnet, attention in zip(block.resnets, attentions, strict=True):
             x = _residual(resnet, x)
+            x = x if attention is None else _attend(attention, x)
         for upsampler in block.upsamplers or ():
             x = _doubled(upsampler.conv, x)
     h = F.silu(_normalised(decoder.conv_norm_out, x)).to(z.dtype)
@@ -54,10 +56,10 @@ def _residual(resnet: Foreign, x: FeatureMap) -> FeatureMap:
     """`ResnetBlock2D.forward`. What follows a convolution adds its bias."""
     from export.kernels import group_norm as kernels
 
-    h = F.silu(_normalised(resnet.norm1, x)).to(x.rows.dtype)
+    h = resnet.nonlinearity(_normalised(resnet.norm1, x)).to(x.rows.dtype)
     h = _convolved(resnet.conv1, h, x.size)
     middle = FeatureMap(h, kernels.channel_sums(h), x.size)
-    h = F.silu(_normalised(resnet.norm2, middle, resnet.conv1.bias)).to(x.rows.dtype)
+    h = resnet.nonlinearity(_normalised(resnet.norm2, middle, resnet.conv1.bias)).to(x.rows.dtype)
     h = _convolved(resnet.conv2, h, x.size)
     shortcut, bias = x.rows, resnet.conv2.bias
     if resnet.conv_shortcut is not None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from export.checkpoint import open_checkpoint
+from export.kernels import attention
 from export.modules import load_components
 from export.modules.denoiser import Denoiser
 from export.modules.fused_decoder import fused_decoder
@@ -27,10 +28,10 @@ def test_the_kernels_compute_what_their_references_say() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     errors = json.loads(done.stdout)
-    assert len(errors) == 32
+    assert len(errors) == 33
     # The interpreter cuts where hardware rounds, so bf16 is off by up to a whole digit; and in FP8 it halves what would
     # be rounded up to a power of two.
-    limits = {"fp8": 0.1, "bfloat16": 1e-2, "float32": 1e-6}
+    limits = {"fp8": 0.1, "bfloat16": 1e-2, "image decoder": 1e-5, "float32": 1e-6}
     accepted = {name: next(limit for kind, limit in limits.items() if kind in name) for name in errors}
     assert {name: e for name, e in errors.items() if not e <= accepted[name]} == {}
 
@@ -51,6 +52,22 @@ def test_merged_projections_share_memory_with_those_they_replace() -> None:
     assert attention.to_q.weight[0, 0] == 7.0
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in after.values()}
     assert sum(storages.values()) == sum(p.nbytes for p in before.values())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "there", "suits"),
+    [
+        (torch.bfloat16, 128, True, True),
+        (torch.bfloat16, 512, True, False),
+        (torch.float32, 128, True, False),
+        (torch.bfloat16, 128, False, False),
+    ],
+)
+def test_the_attention_of_a_library_is_asked_for_where_it_is_and_for_what_it_takes(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, head_dim: int, there: bool, suits: bool
+) -> None:
+    monkeypatch.setattr(attention, "is_there", lambda device: there)
+    assert attention.suits(torch.empty(1, 5, 2, head_dim, dtype=dtype)) is suits
 
 
 def test_the_fused_image_decoder_is_traced_for_all_sizes_with_the_weights_that_are_there() -> None:
