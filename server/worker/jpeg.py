@@ -15,6 +15,7 @@ Pixels = NDArray[np.uint8]
 BLOCK = 16  # pixels a side, with colours at half the resolution
 MOST = 4  # strips
 LEAST = 128 * 1024  # pixels of a strip; fewer are not worth handing over
+MOST_BLOCKS = 0xFFFF  # between two restart markers
 START, END = b"\xff\xd8", b"\xff\xd9"
 FRAME, SCAN, INTERVAL, RESTART = b"\xff\xc0", b"\xff\xda", b"\xff\xdd\x00\x04", 0xD0
 
@@ -52,7 +53,8 @@ def joined(files: Sequence[bytes], height: int, width: int) -> bytes:
 def _rows(height: int, width: int) -> int:
     """Of pixels in a strip."""
     count = max(1, min(MOST, height * width // LEAST))
-    return -(-height // (BLOCK * count)) * BLOCK
+    most = MOST_BLOCKS // -(-width // BLOCK) * BLOCK
+    return min(most, -(-height // (BLOCK * count)) * BLOCK)
 
 
 def _segments(file: bytes) -> Iterator[bytes]:

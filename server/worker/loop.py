@@ -173,9 +173,10 @@ class WorkerLoop(threading.Thread):
 
     def _at_most(self, seconds: float | None) -> float | None:
         """So long it may wait for messages: not long while something runs that does not send one."""
-        if not self._flights:
+        if self._step is None and not self._flights:
             return seconds
-        look = LOOK_EVERY if self._step is None else LOOK_BESIDE
+        # A step may end sooner than its cost says; were that not seen, what was waited for would become its cost.
+        look = LOOK_EVERY if self._step is None else LOOK_BESIDE if self._flights else AHEAD
         return look if seconds is None else min(seconds, look)
 
     def _receive(self, seconds: float | None) -> None:
@@ -248,6 +249,8 @@ class WorkerLoop(threading.Thread):
 
     def _denoise(self, plan: Plan, began: float) -> None:
         sequences = _images(plan)
+        if self._step is None:  # where giving a step to the device is doing it, what is known would wait for its end
+            self._tell()
         pending = self._executor.denoise(sequences)
         # At once: the latents will have moved, and whatever fails from here on, no step is run again.
         self._planner.advance(plan)
@@ -257,8 +260,16 @@ class WorkerLoop(threading.Thread):
         step = _Step(plan, pending, [(s, s.step, self._begin_preview(s)) for s in sequences], began)
         self._settle()
         self._step, self._in_company = step, bool(self._flights)
-        if pending.done():
+        if self._is_over(pending):
             self._settle()
+
+    @staticmethod
+    def _is_over(pending: Pending[Any]) -> bool:
+        """Whether its result does not have to be waited for: it is done, or the device is lost, as the result says."""
+        try:
+            return pending.done()
+        except RuntimeError:
+            return True
 
     def _settle(self) -> None:
         """Waits for the step that runs, and tells what it has done."""
@@ -302,9 +313,9 @@ class WorkerLoop(threading.Thread):
 
     def _collect(self) -> None:
         """What is done: a step sooner than it should, and what runs beside, which nobody may want any more."""
-        if self._step is not None and self._step.pending.done():
+        if self._step is not None and self._is_over(self._step.pending):
             self._settle()
-        while (flight := next((f for f in self._flights if f.pending.done()), None)) is not None:
+        while (flight := next((f for f in self._flights if self._is_over(f.pending)), None)) is not None:
             self._flights.remove(flight)
             if self._planner.take_back(flight.sequence, self._clock()):
                 with self._blamed(flight.plan):
@@ -364,9 +375,10 @@ class WorkerLoop(threading.Thread):
             if sequence.restarted:
                 self._fail(sequence.key, error)
                 continue
-            sequence.restarted = True
-            self._executor.reset(sequence)
-            self._planner.restart([sequence])
+            with self._blamed(Plan(Stage.DENOISE, (sequence,))):
+                self._executor.reset(sequence)
+                sequence.restarted = True
+                self._planner.restart([sequence])
 
     def _retry_smaller(self, sequences: list[ImageSequence], error: torch.OutOfMemoryError) -> None:
         """Frees what can be freed and halves the batch; a sequence that does not fit alone is tried once more."""
@@ -375,8 +387,8 @@ class WorkerLoop(threading.Thread):
         self._settle()
         self._wait_for_flights()
         self._executor.free_memory()
-        self._planner.limit_batch(sequences[0].shape, len(sequences) // 2)
         if len(sequences) > 1:
+            self._planner.limit_batch(sequences[0].shape, len(sequences) // 2)
             return
         if sequences[0].starved:
             self._fail(sequences[0].key, refusal)
@@ -391,11 +403,12 @@ class WorkerLoop(threading.Thread):
     def _find_the_culprit(self, plan: Plan, error: Exception) -> None:
         """Of a batch each is run alone: nobody fails for their company."""
         self._settle()
+        self._overdue_at = min(self._overdue_at, self._overdue(plan, self._clock()))  # asking the device may not end
         if len(plan.sequences) == 1:
             self._give_up(plan, error)
             return
         for sequence in plan.sequences:
-            if self._running:
+            if self._running and sequence.key in self._listeners:  # else its request has failed meanwhile
                 self._run(Plan(plan.stage, (sequence,)))
 
     def _give_up(self, plan: Plan, error: Exception) -> None:

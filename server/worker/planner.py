@@ -96,6 +96,7 @@ class Planner:
         """Takes out all sequences of a request that was cancelled or failed; unknown ones are ignored."""
         self._turns.remove([s for s in self._turns.ordered(now) if s.key == key])
         self._aside = [s for s in self._aside if s.key != key]
+        self._load.note(now, busy=bool(len(self._turns) or self._aside))  # nobody plans when there is nothing
 
     def set_aside(self, sequence: PlannedSequence) -> None:
         """A stage of the sequence runs beside the others: it is not planned until it is taken back."""

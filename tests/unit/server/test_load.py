@@ -74,10 +74,22 @@ def test_clients_that_keep_asking_are_served_at_the_highest_rate() -> None:
 
 def test_a_burst_on_an_idle_worker_is_served_in_order() -> None:
     planner = Planner(costs(0.12), BatchPolicy(max_batch=4))
+    assert in_order(planner, 0.0)
+
+
+def test_a_worker_whose_last_request_was_cancelled_is_idle() -> None:
+    planner = Planner(costs(0.12), BatchPolicy(max_batch=4))
+    planner.add(PlannedSequence(key=9, shape=SHAPE, steps=1, claim=Claim(4, 0.0, None)), 0.0)
+    planner.remove(9, 1.0)
+    assert in_order(planner, 3600.0)
+
+
+def in_order(planner: Planner, now: float) -> bool:
+    """Whether of three that come at once one is begun when the one before is done."""
     for key in range(3):
-        planner.add(PlannedSequence(key=key, shape=SHAPE, steps=1, claim=Claim(4, 0.0, None)), 0.0)
+        planner.add(PlannedSequence(key=key, shape=SHAPE, steps=1, claim=Claim(4, now, None)), now)
     plans = []
-    while isinstance(plan := planner.plan(0.0), Plan):
+    while isinstance(plan := planner.plan(now), Plan):
         plans.append((plan.stage, [s.key for s in plan.sequences]))
         planner.advance(plan)
-    assert plans == [(stage, [key]) for key in range(3) for stage in (Stage.ENCODE, Stage.DENOISE, Stage.DECODE)]
+    return plans == [(stage, [key]) for key in range(3) for stage in (Stage.ENCODE, Stage.DENOISE, Stage.DECODE)]

@@ -112,8 +112,8 @@ class ScriptedExecutor(Executor):
 class Harness:
     """A running loop, and the events of each request."""
 
-    def __init__(self) -> None:
-        self.executor, self.clock = ScriptedExecutor(), FakeClock()
+    def __init__(self, executor: ScriptedExecutor | None = None) -> None:
+        self.executor, self.clock = executor or ScriptedExecutor(), FakeClock()
         costs = CostTable([StepCost(64, 64, rows, 1.0 + 0.1 * rows) for rows in (1, 2, 4)])
         self.loop = WorkerLoop(self.executor, Planner(costs, BatchPolicy(4)), clock=self.clock, patience=10.0)
         self.keys = iter(range(100))
@@ -515,3 +515,186 @@ def test_a_decode_that_does_not_come_back_is_noticed(harness: Harness) -> None:
     assert isinstance(until_the_end(slow)[-1], FinishedImage)
     until_the_end(harness.submit())
     assert harness.loop.alive
+
+
+class Passing:
+    """A mark that the device passes at a time."""
+
+    def __init__(self, at: float) -> None:
+        self.at = at
+
+    def query(self) -> bool:
+        return time.monotonic() >= self.at
+
+    def synchronize(self) -> None:
+        time.sleep(max(0.0, self.at - time.monotonic()))
+
+
+class Quick(ScriptedExecutor):
+    """Its steps take 20 ms, measured when they are seen done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.free = self.seen = 0.0
+
+    def denoise(self, sequences: list[ImageSequence]) -> Pending[float]:  # type: ignore[override]
+        started = time.monotonic()
+        self.free = max(started, self.free) + 0.02
+
+        def finish() -> float:
+            began, self.seen = max(started, self.seen), time.monotonic()
+            return self.seen - began
+
+        return Pending(finish, Passing(self.free))
+
+
+def test_a_step_that_is_done_sooner_than_it_should_be_is_seen() -> None:
+    """Else the device would stand still, and what was waited for would become the step's cost."""
+    dear = 1.0
+    costs = CostTable([StepCost(64, 64, 1, dear)])
+    loop = WorkerLoop(Quick(), Planner(costs, BatchPolicy(1)))
+    loop.start()
+    events: queue.SimpleQueue[LoopEvent] = queue.SimpleQueue()
+    request = dataclasses.replace(a_request(), num_inference_steps=10)
+    loop.submit(make_sequences(request, ((1, 2),), key=0, shift=3.0, now=time.monotonic()), events.put)
+    steps = [e.step_ms for e in until_the_end(events) if isinstance(e, Progress)]
+    assert sorted(steps)[len(steps) // 2] < 1e3 * dear / 2
+    assert costs.step(64, 64) < dear / 2
+    loop.stop()
+
+
+class OneBad(ScriptedExecutor):
+    """The first image of a request cannot take its step, alone or with others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoded: Counter[str] = Counter()
+
+    def denoise(self, sequences: list[ImageSequence]) -> Pending[float]:  # type: ignore[override]
+        if any(s.image_index == 0 and s.request.prompt == "bad" for s in sequences):
+            raise ValueError("boom")
+        self.steps_taken.update(s.request.prompt for s in sequences)
+        return Pending(lambda: 1.0)
+
+    def decode(self, sequence: ImageSequence) -> Pending[Pixels]:
+        self.decoded[sequence.request.prompt] += 1
+        return super().decode(sequence)
+
+
+def test_nothing_is_done_any_more_for_a_request_that_has_failed() -> None:
+    executor = OneBad()
+    harness = Harness(executor)
+    bad = harness.submit("bad", num_images=4, num_inference_steps=1)
+    harness.loop.start()
+    assert isinstance(until_the_end(bad)[-1], Failed)
+    assert isinstance(until_the_end(harness.submit())[-1], FinishedImage)
+    assert (executor.steps_taken["bad"], executor.decoded["bad"]) == (0, 0)
+
+
+def test_a_restart_without_memory_harms_nobody(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    def reset(sequence: ImageSequence) -> None:
+        harness.executor.resets += 1
+        if harness.executor.resets == 1:
+            raise torch.OutOfMemoryError("noise")
+
+    monkeypatch.setattr(harness.executor, "reset", reset)
+    overflow, good = harness.submit("overflow"), harness.submit()
+    harness.loop.start()
+    assert isinstance(until_the_end(overflow)[-1], FinishedImage)
+    assert isinstance(until_the_end(good)[-1], FinishedImage)
+
+
+def test_a_decode_without_memory_does_not_end_sharing(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode, failed = harness.executor.decode, threading.Event()
+
+    def once_without_memory(sequence: ImageSequence) -> Pending[Pixels]:
+        if not failed.is_set():
+            failed.set()
+            raise torch.OutOfMemoryError("decode")
+        return decode(sequence)
+
+    monkeypatch.setattr(harness.executor, "decode", once_without_memory)
+    first = harness.submit(num_inference_steps=1)
+    harness.loop.start()
+    assert isinstance(until_the_end(first)[-1], FinishedImage)
+    harness.executor.at_gate.clear()
+    harness.executor.gate.clear()
+    harness.submit(width=128)
+    assert harness.executor.at_gate.wait(PATIENCE)
+    several = [harness.submit() for _ in range(4)]
+    harness.executor.batches.clear()
+    harness.executor.gate.set()
+    for events in several:
+        assert isinstance(until_the_end(events)[-1], FinishedImage)
+    assert max(harness.executor.batches) > 1
+
+
+def test_a_device_that_does_not_come_back_when_it_is_asked_after_an_error_is_noticed(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, back = threading.Event(), threading.Event()
+
+    def usable() -> bool:
+        asked.set()
+        return back.wait(PATIENCE)
+
+    monkeypatch.setattr(harness.executor, "usable", usable)
+    harness.executor.faults = {"bad": ValueError("boom")}
+    steps = Steps(harness)
+    harness.submit("good", num_inference_steps=2, priority=4)
+    steps.given(1)
+    harness.submit("bad", priority=1)
+    steps.nearly_done()
+    until(lambda: len(harness.executor.batches) == 2)
+    steps.done(1)
+    assert asked.wait(PATIENCE)
+    assert harness.loop.alive
+    harness.clock.now += 1000.0
+    assert not harness.loop.alive
+    back.set()
+
+
+class OneByOne(ScriptedExecutor):
+    """Each step waits for leave, where it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.leave, self.begun = threading.Semaphore(0), 0
+
+    def denoise(self, sequences: list[ImageSequence]) -> Pending[float]:  # type: ignore[override]
+        self.begun += 1
+        assert self.leave.acquire(timeout=PATIENCE)
+        return super().denoise(sequences)
+
+
+def test_what_is_known_before_a_step_is_told_before_it() -> None:
+    """Also where giving a step to the device is doing it."""
+    executor = OneByOne()
+    harness = Harness(executor)
+    harness.submit("first", num_inference_steps=2, priority=1)
+    harness.loop.start()
+    until(lambda: executor.begun == 1)
+    late = harness.submit("late", priority=5, timeout=5.0)
+    harness.clock.now = 6.0
+    executor.leave.release()
+    until(lambda: executor.begun == 2)
+    assert isinstance(late.get(timeout=PATIENCE), Failed)
+    executor.leave.release(100)
+
+
+def test_a_device_that_is_lost_is_said_whatever_notices_it_first(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def lost(mark: FakeMark) -> bool:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    steps = Steps(harness)
+    harness.submit()
+    steps.given(1)
+    harness.executor.lost = True
+    monkeypatch.setattr(FakeMark, "synchronize", lost)
+    monkeypatch.setattr(FakeMark, "query", lost)
+    steps.nearly_done()
+    harness.loop.join(PATIENCE)
+    assert not harness.loop.alive
+    assert "the device cannot be used any more" in caplog.text

@@ -84,6 +84,14 @@ def test_a_jpeg_in_strips_is_the_same_picture(size: tuple[int, int], quality: in
         assert one == whole
 
 
+def test_a_jpeg_has_more_strips_when_more_blocks_than_can_be_said_would_be_in_one() -> None:
+    pixels = np.full((8192, 8192, 3), 200, np.uint8)
+    strips = parts(pixels, ImageFormat.JPEG)
+    assert len(strips) == 5
+    one = joined([encode_image(strip, ImageFormat.JPEG, 50) for strip in strips], pixels)
+    assert np.array_equal(simplejpeg.decode_jpeg(one), pixels)
+
+
 def photograph(height: int, width: int) -> Pixels:
     """Shades, edges and some noise."""
     y, x = np.mgrid[:height, :width]
