@@ -19,6 +19,14 @@ CHUNK = 64  # of the programs' sums that are added up at a time
 
 
 @triton.jit
+def _share(pixels):
+    """The pixels of this program: the first, and the one behind the last."""
+    share = tl.cdiv(pixels, tl.num_programs(0))
+    first = tl.program_id(0).to(tl.int64) * share
+    return first, tl.minimum(first + share, pixels)
+
+
+@triton.jit
 def _store_sums(sums, total, squares, c, channels):
     program = tl.program_id(0)
     tl.store(sums + 2 * program * channels + c, tl.sum(total, 0), mask=c < channels)
@@ -28,9 +36,7 @@ def _store_sums(sums, total, squares, c, channels):
 @triton.jit
 def _channel_sums(x, sums, pixels, channels: tl.constexpr, block: tl.constexpr, rows: tl.constexpr):
     c = tl.arange(0, block)
-    share = tl.cdiv(pixels, tl.num_programs(0))
-    first = tl.program_id(0).to(tl.int64) * share
-    last = tl.minimum(first + share, pixels)
+    first, last = _share(pixels)
     total = tl.zeros((rows, block), tl.float32)
     squares = tl.zeros((rows, block), tl.float32)
     for start in range(first, last, rows):
@@ -45,9 +51,7 @@ def _channel_sums(x, sums, pixels, channels: tl.constexpr, block: tl.constexpr, 
 @triton.jit
 def _add(x, branch, bias, out, sums, pixels, channels: tl.constexpr, block: tl.constexpr, rows: tl.constexpr):
     c = tl.arange(0, block)
-    share = tl.cdiv(pixels, tl.num_programs(0))
-    first = tl.program_id(0).to(tl.int64) * share
-    last = tl.minimum(first + share, pixels)
+    first, last = _share(pixels)
     total = tl.zeros((rows, block), tl.float32)
     squares = tl.zeros((rows, block), tl.float32)
     offset = tl.load(bias + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
@@ -71,9 +75,7 @@ def _interleave(
 ):
     c = tl.arange(0, block)
     pixels = 4 * height * width
-    share = tl.cdiv(pixels, tl.num_programs(0))
-    first = tl.program_id(0).to(tl.int64) * share
-    last = tl.minimum(first + share, pixels)
+    first, last = _share(pixels)
     total = tl.zeros((rows, block), tl.float32)
     squares = tl.zeros((rows, block), tl.float32)
     offset = tl.load(bias + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
