@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: the demo checkpoint, diffusers' own pipeline over it, and an exported repository."""
 
+import fcntl
 import subprocess
 import sys
 from pathlib import Path
@@ -37,22 +38,25 @@ def run_export(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
+def exported(repository: Path, backend: str, *options: str, name: str = MODEL) -> Path:
+    """`repository` with the demo model on `backend`; where two test processes want it, one exports and one waits."""
+    repository.parent.mkdir(parents=True, exist_ok=True)
+    with repository.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = run_export(
+            "--repository", str(repository), "--name", name, "--backend", backend, "--default-size", "256x256", *options
+        )
+    assert done.returncode == 0, done.stderr
+    return repository
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """A model repository with the demo model on ONNX Runtime."""
-    done = run_export(
-        "--repository", str(REPOSITORY), "--name", MODEL, "--backend", "onnxruntime", "--default-size", "256x256"
-    )
-    assert done.returncode == 0, done.stderr
-    return REPOSITORY
+    return exported(REPOSITORY, "onnxruntime")
 
 
 @pytest.fixture(scope="session")
 def tensorrt_repository() -> Path:
     """The demo model as TensorRT-RTX plans for two kinds of GPU, neither of which is here."""
-    done = run_export(
-        "--repository", str(TENSORRT_REPOSITORY), "--name", MODEL, "--backend", "tensorrt_rtx",
-        "--target", "sm89,sm120", "--default-size", "256x256",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return TENSORRT_REPOSITORY
+    return exported(TENSORRT_REPOSITORY, "tensorrt_rtx", "--target", "sm89,sm120")

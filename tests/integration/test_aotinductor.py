@@ -16,7 +16,7 @@ from export.spec import Component, ShapePoint, component_specs, example_inputs
 from server.config import FallbackPolicy
 from server.engines.eager import EagerModules
 from server.engines.load import EngineLoader
-from tests.conftest import CHECKPOINT, REPOSITORY, run_export
+from tests.conftest import CHECKPOINT, REPOSITORY, exported
 from tests.integration.process import ServerProcess
 
 NAME = "demo-aotinductor"
@@ -39,12 +39,7 @@ print("torch._inductor.codecache" in sys.modules)
 
 @pytest.fixture(scope="module")
 def aoti_repository() -> Path:
-    repository = REPOSITORY.with_name("test-models-aotinductor")
-    done = run_export(
-        "--repository", str(repository), "--name", NAME, "--backend", "aotinductor", "--default-size", "256x256"
-    )
-    assert done.returncode == 0, done.stderr
-    return repository
+    return exported(REPOSITORY.with_name("test-models-aotinductor"), "aotinductor", name=NAME)
 
 
 @pytest.fixture(scope="module")
