@@ -37,7 +37,7 @@ class StepBar:
         """The line as it stands."""
         done = sum(step for step, _ in self._steps.values())
         each = max((of for _, of in self._steps.values()), default=1)
-        share = min(1.0, done / (each * self._images))
+        share = min(1.0, done / max(1, each * self._images))
         filled = round(share * BAR)
         bar = "#" * filled + "-" * (BAR - filled)
         seconds = time.monotonic() - self._began

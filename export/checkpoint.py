@@ -142,6 +142,10 @@ def _read_json(file: Path) -> dict[str, Any]:
 def weight_files(folder: Path, single: str) -> Iterator[Path]:
     """The one weight file, or every shard that its index names."""
     index = folder / f"{single}.index.json"
+    if index.is_file() and (folder / single).is_file():
+        raise CheckpointError(
+            f"{folder} holds both {single} and {index.name}, and not all libraries read the same of them; remove one"
+        )
     if index.is_file():
         shards = _read_json(index).get("weight_map")
         if not isinstance(shards, dict) or not shards or not all(map(_is_file_name, shards.values())):

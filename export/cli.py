@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.errors import ExportError, ResourcesError, UnsupportedError
-from export.hubs import Hub
+from export.hubs import Hub, is_disk_full
 from export.interruption import Interruption
 from export.manifest import Backend, EngineRecord, PlanWeights, Target, Verbosity
 from export.repository import Existing, ServingDefaults, kept_settings
@@ -146,6 +146,9 @@ def main(argv: Sequence[str]) -> int:
     except ExportError as error:
         print(f"zserve export: {error}", file=sys.stderr)
         return NOT_POSSIBLE if isinstance(error, (UnsupportedError, ResourcesError)) else 1
+    except OSError as error:
+        print(f"zserve export: {error}", file=sys.stderr)
+        return NOT_POSSIBLE if is_disk_full(error) else 1
     except KeyboardInterrupt:
         print(
             "zserve export: interrupted, nothing was published; the same command resumes at the component it was at",

@@ -68,6 +68,7 @@ def export_model(request: ExportRequest, report: Report) -> Exported:
     check_reach(request, checkpoint)
     published = _published(request, checkpoint)
     if published is not None:
+        write_config(request.model, request.serving)  # it may have been deleted, to be written anew
         return published
     check_resources(estimate(request, checkpoint), request.repository)
     with new_version(request.model, request.version, request.existing) as folder:

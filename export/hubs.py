@@ -76,11 +76,13 @@ class Library(Protocol):
 class HuggingFace:
     """`huggingface_hub`."""
 
-    # Its Rust part, hf_xet, raises RuntimeError.
-    errors: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError)
-
     def __init__(self, patterns: Sequence[str]) -> None:
+        from huggingface_hub.errors import HfHubHTTPError
+
         self._patterns = list(patterns)
+        # Its first base is the HTTP library's own error, of a connection that breaks or a proxy that refuses; which
+        # library that is depends on the release. The hub's Rust part, hf_xet, raises RuntimeError.
+        self.errors: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, *HfHubHTTPError.__bases__)
 
     def download(self, name: str, revision: str | None, cache: Path | None, *, offline: bool) -> str:
         import huggingface_hub

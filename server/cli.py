@@ -10,7 +10,7 @@ from pathlib import Path
 from server import observation
 from server.config import ControlMode, FallbackPolicy, ServeConfig
 from server.errors import ConfigError, ZServeError
-from server.flags import port, reader, switch
+from server.flags import count, port, reader, switch
 from server.settings import Compression, GrpcConfig, LogSettings, Restriction, TlsConfig
 
 DEFAULTS = {f.name: f.default for f in fields(ServeConfig)}
@@ -109,7 +109,7 @@ def _add_grpc(g: "argparse._ArgumentGroup") -> None:
         if isinstance(default, bool):
             switch(g, f"grpc-{name.replace('_', '-')}", default, text)
         else:
-            g.add_argument(f"--grpc-{name.replace('_', '-')}", type=int, default=default, help=text)
+            g.add_argument(f"--grpc-{name.replace('_', '-')}", type=count, default=default, help=text)
 
 
 def _add_access(g: "argparse._ArgumentGroup") -> None:

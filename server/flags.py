@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+MOST = 2**31 - 1
+
 
 def switch(group: "argparse._ArgumentGroup", name: str, default: Any, text: str) -> None:
     """A flag that may stand alone or, as Triton's may, have true, false, 1 or 0 after it."""
@@ -28,6 +30,13 @@ def positive(text: str) -> int:
     """A whole number above 0."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: a whole number above 0 is accepted")
+    return int(text)
+
+
+def count(text: str) -> int:
+    """A whole number that gRPC takes."""
+    if not text.isdecimal() or int(text) > MOST:
+        raise argparse.ArgumentTypeError(f"{text!r}: a whole number from 0 to {MOST} is accepted")
     return int(text)
 
 

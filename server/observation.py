@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from server.config import ServeConfig
+from server.errors import ConfigError
 from server.flags import boolean, port, positive, reader, switch
 from server.settings import (
     OFF,
@@ -33,9 +34,9 @@ TRACE: dict[str, tuple[str, Callable[[str], Any]]] = {
 TELEMETRY: dict[str, tuple[str, Callable[[str], Any]]] = {
     "opentelemetry,url": ("url", str),
     "opentelemetry,resource": ("resource", lambda text: text.partition("=")[::2]),
-    "opentelemetry,bsp_max_queue_size": ("max_queue_size", int),
-    "opentelemetry,bsp_schedule_delay": ("schedule_delay", int),
-    "opentelemetry,bsp_max_export_batch_size": ("max_export_batch_size", int),
+    "opentelemetry,bsp_max_queue_size": ("max_queue_size", positive),
+    "opentelemetry,bsp_schedule_delay": ("schedule_delay", positive),
+    "opentelemetry,bsp_max_export_batch_size": ("max_export_batch_size", positive),
 }
 TRACE_NAMES = {"file": "triton,file", "log-frequency": "triton,log-frequency"}  # also known without their mode
 
@@ -112,7 +113,13 @@ def read_telemetry(pairs: Iterable[tuple[str, Any]]) -> TelemetryConfig:
     """What they say of OpenTelemetry; resources add up."""
     settings = [(TELEMETRY[name][0], value) for name, value in pairs if name in TELEMETRY]
     resource = tuple(value for field, value in settings if field == "resource")
-    return TelemetryConfig(**dict(settings) | {"resource": (*TelemetryConfig.resource, *resource)})
+    config = TelemetryConfig(**dict(settings) | {"resource": (*TelemetryConfig.resource, *resource)})
+    if config.max_export_batch_size > config.max_queue_size:
+        raise ConfigError(
+            f"--trace-config: bsp_max_export_batch_size is {config.max_export_batch_size}, and may be at most "
+            f"bsp_max_queue_size, {config.max_queue_size}"
+        )
+    return config
 
 
 def _metrics_setting(text: str) -> tuple[str, Any]:

@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 from export.build.base import BuildInputs, Built, Runner
 from export.build.scratch import scratch_for_all_programs
 from export.errors import BuildError
+from export.hubs import is_disk_full
 from export.kernels import attention as flash
 from export.manifest import FLASH_ATTENTION
 from export.modules.denoiser import Denoiser
@@ -52,6 +53,8 @@ class AotInductorBuilder:
             with scratch_for_all_programs():
                 torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
         except OSError as error:
+            if is_disk_full(error):
+                raise
             raise BuildError(
                 f"AOTInductor could not compile {inputs.spec.component}: {error}. It needs a C++ compiler (g++) and, "
                 "for a GPU, the CUDA toolkit: install them, and set CUDA_HOME where it is not found; or give "

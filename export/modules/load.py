@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from export.errors import CheckpointError
 from export.modules.denoiser import Denoiser
 from export.modules.image_decoder import ImageDecoder
 from export.modules.prompt_encoder import PromptEncoder
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from diffusers import ZImagePipeline
 
 TORCH_DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16}
+REMEDY = "download it again, or save it whole"
 # The folders of the checkpoint whose weights a component holds.
 PARTS = {
     Component.PROMPT_ENCODER: ("text_encoder", "transformer"),
@@ -33,7 +35,11 @@ def load_components(
     device: str,
     wanted: Collection[Component] = tuple(Component),
 ) -> dict[Component, nn.Module]:
-    """Reads the weights that the `wanted` components need for `precision`, onto `device`, ready for inference."""
+    """Reads the weights that the `wanted` components need for `precision`, onto `device`, ready for inference.
+
+    Raises:
+        CheckpointError: a folder lacks tensors that its config promises, or has them in other shapes.
+    """
     needed = sorted({part for component in wanted for part in PARTS[component]})
     read = _read if Component.DENOISER in wanted else _read_without_layers
     with _quiet_loading():
@@ -74,18 +80,31 @@ def _read_without_layers(folder: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def _read(folder: Path, dtype: torch.dtype, **config: int) -> nn.Module:
-    """The model in one folder of a checkpoint; `config` takes the place of what its config file says."""
+    """The model in one folder of a checkpoint; `config` takes the place of what its config file says.
+
+    The libraries fill in what is missing with random numbers, and go on.
+    """
     from diffusers import AutoencoderKL, ZImageTransformer2DModel
     from transformers import AutoModel
 
     model: nn.Module
-    match folder.name:
-        case "text_encoder":
-            model = AutoModel.from_pretrained(folder, dtype=dtype)
-        case name:
-            # Weights are mapped from their file either way; without this diffusers asks for accelerate at every load.
-            kind = {"transformer": ZImageTransformer2DModel, "vae": AutoencoderKL}[name]
-            model = kind.from_pretrained(folder, dtype=dtype, low_cpu_mem_usage=False, **config)
+    try:
+        match folder.name:
+            case "text_encoder":
+                model, loading = AutoModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+            case name:
+                # Weights are mapped from their file either way; without `low_cpu_mem_usage=False` diffusers asks for
+                # accelerate at every load.
+                kind = {"transformer": ZImageTransformer2DModel, "vae": AutoencoderKL}[name]
+                model, loading = kind.from_pretrained(
+                    folder, dtype=dtype, low_cpu_mem_usage=False, output_loading_info=True, **config
+                )
+    except RuntimeError as error:  # both libraries', of other shapes
+        raise CheckpointError(f"the weights in {folder} do not fit its config.json: {error}; {REMEDY}") from error
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 1} others that" if missing[1:] else ", which"
+        raise CheckpointError(f"{folder} holds no tensor {missing[0]}{more} its config.json promises; {REMEDY}")
     return model
 
 

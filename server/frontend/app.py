@@ -82,7 +82,11 @@ class Frontend:
         names = self._names_at_start()
         server = await self._listen()
         self._metrics.watch(self._dispatcher.queues)
-        stop_metrics = await self._serve_metrics()
+        try:
+            stop_metrics = await self._serve_metrics()
+        except ConfigError:
+            await server.stop(None)
+            raise
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self.stop)
         failed = asyncio.create_task(self._load(names))
@@ -103,7 +107,12 @@ class Frontend:
         self._metrics.registry.register(TritonCollector(self._repository.loaded, self._config.metrics))
         gauges = await asyncio.to_thread(_start_gauges, self._config)
         self._metrics.registry.register(gauges)
-        stop_serving = self._metrics.serve(self._config.metrics_address, self._config.metrics_port)
+        address, port = self._config.metrics_address, self._config.metrics_port
+        try:
+            stop_serving = self._metrics.serve(address, port)
+        except OSError as error:
+            gauges.stop()
+            raise ConfigError(f"no metrics at --metrics-address {address}, --metrics-port {port}: {error}") from error
 
         def stop() -> None:
             stop_serving()

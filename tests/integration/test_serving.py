@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -228,6 +229,15 @@ def test_a_port_in_use_is_said(server: ServerProcess, repository: Path) -> None:
     assert second.ended() == 1
     assert "cannot listen on" in second.log
     assert "--grpc-port" in second.log
+
+
+def test_a_port_in_use_for_metrics_is_said_and_nothing_else(repository: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        second = ServerProcess(repository, "--metrics-address", "127.0.0.1", "--metrics-port", str(port))
+        assert second.ended() == 1
+    assert f"no metrics at --metrics-address 127.0.0.1, --metrics-port {port}: " in second.log
+    assert "Traceback" not in second.log
 
 
 def test_a_changed_checkpoint_is_not_mixed_with_old_engines(copy: Path) -> None:

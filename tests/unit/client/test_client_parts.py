@@ -63,6 +63,10 @@ def test_the_bar_counts_steps_and_images() -> None:
     assert "step 4/16" in screen.getvalue()
 
 
+def test_the_bar_leaves_it_to_the_server_to_refuse_no_images() -> None:
+    assert "image 0/0" in StepBar(images=0, stream=Terminal()).line()
+
+
 def test_the_bar_is_silent_off_a_terminal() -> None:
     stream = io.StringIO()
     bar = StepBar(images=1, stream=stream)

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks import published
 from export.checkpoint import CONFIGS, data_start, open_checkpoint, read_safetensors_header
 from export.configs import FILES, checked_configs
 from export.errors import CheckpointError
+from export.modules.load import load_components
+from export.spec import Component, Precision
 from tests.conftest import CHECKPOINT
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -191,6 +194,51 @@ def test_a_tensor_that_is_not_there_is_named(copy: Path, part: str, gone: str, n
         open_checkpoint(copy)
 
 
+def changed_tensor(folder: Path, name: str, value: torch.Tensor | None) -> None:
+    """Of the folder's one weight file; None takes the tensor away."""
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    stored = next(there for there in tensors if there.removeprefix("model.") == name)
+    del tensors[stored]
+    save_file(tensors if value is None else tensors | {stored: value}, file)
+
+
+@pytest.mark.parametrize(
+    ("component", "part", "name"),
+    [
+        (Component.PROMPT_ENCODER, "text_encoder", "embed_tokens.weight"),
+        (Component.PROMPT_ENCODER, "transformer", "cap_pad_token"),
+        (Component.DENOISER, "transformer", "cap_pad_token"),
+        (Component.IMAGE_DECODER, "vae", "decoder.conv_in.weight"),
+    ],
+)
+def test_what_is_outside_the_layers_has_to_be_there_and_to_fit(
+    copy: Path, component: Component, part: str, name: str
+) -> None:
+    """Else two workers would draw different pictures: each with its own random numbers in the place."""
+
+    def load() -> None:
+        load_components(copy, precision=Precision.FP32, device="cpu", wanted=[component])
+
+    load()
+    changed_tensor(copy / part, name, torch.zeros(3))
+    with pytest.raises(CheckpointError, match=rf"the weights in {copy / part} do not fit its config\.json"):
+        load()
+    shutil.copytree(CHECKPOINT / part, copy / part, copy_function=shutil.copyfile, dirs_exist_ok=True)
+    changed_tensor(copy / part, name, None)
+    with pytest.raises(CheckpointError, match=f"{part} holds no tensor {re.escape(name)}, which its config"):
+        load()
+
+
+def test_one_file_beside_shards_is_ambiguous(copy: Path) -> None:
+    """diffusers reads the shards, transformers the one file."""
+    single = copy / WEIGHTS
+    shutil.copyfile(single, single.with_name("one.safetensors"))
+    single.with_name(f"{single.name}.index.json").write_text(json.dumps({"weight_map": {"a": "one.safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"holds both .* and .*; remove one"):
+        open_checkpoint(copy)
+
+
 def test_more_layers_than_there_are_cannot_be_promised(copy: Path) -> None:
     change(copy, TRANSFORMER, n_layers=9)
     with pytest.raises(CheckpointError, match=r"holds no tensor layers\.8\..*, and its config promises 9 layers"):
@@ -199,6 +247,7 @@ def test_more_layers_than_there_are_cannot_be_promised(copy: Path) -> None:
 
 @pytest.mark.parametrize("shards", [{"a": 5}, {"a": "../../other/model.safetensors"}, {}])
 def test_an_index_of_what_are_no_files_is_named(copy: Path, shards: dict[str, Any]) -> None:
+    (copy / WEIGHTS).unlink()
     (copy / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": shards}))
     with pytest.raises(CheckpointError, match="names no shards"):
         open_checkpoint(copy)

@@ -1,5 +1,7 @@
 """What `zserve export` refuses, and the remedy it names."""
 
+import errno
+import os
 import re
 from pathlib import Path
 
@@ -63,6 +65,24 @@ def test_what_is_not_possible_here_has_an_exit_status_of_its_own(
     monkeypatch.setattr(exporter, "export_model", fail)
     fixed = ["--checkpoint", str(CHECKPOINT), "--repository", str(tmp_path), "--name", "m", "--device", "cpu"]
     assert main(fixed) == status
+
+
+def test_a_full_disk_is_too_little_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(exporter, "export_model", fail)
+    assert main(["--checkpoint", str(CHECKPOINT), "--repository", str(tmp_path), "--name", "m"]) == NOT_POSSIBLE
+    assert "No space left on device" in capsys.readouterr().err
+
+
+def test_a_repository_that_is_a_file_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    arguments = ["--checkpoint", str(CHECKPOINT), "--repository", str(tmp_path / "file"), "--name", "m"]
+    assert main([*arguments, "--backend", "eager", "--device", "cpu"]) == 1
+    assert "Not a directory" in capsys.readouterr().err
 
 
 def test_the_help_tells_the_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:

@@ -126,6 +126,11 @@ def test_a_whole_version_is_not_built_again_unless_forced(
     run(request_, FakeBuilder(), monkeypatch)
     again = run(request_, FakeBuilder(stop_at=ENCODER), monkeypatch)
     assert (again.folder.name, again.reused) == ("1", frozenset(Component))
+    config = request_.model / "config.pbtxt"
+    written = config.read_text()
+    config.unlink()  # as `zserve export` says, where another is wanted
+    run(request_, FakeBuilder(stop_at=ENCODER), monkeypatch)
+    assert config.read_text() == written
     forced = FakeBuilder()
     assert run(replace(request_, existing=Existing.REPLACE), forced, monkeypatch).folder.name == "2"
     assert forced.built == list(Component)

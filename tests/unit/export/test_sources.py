@@ -2,9 +2,11 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -130,6 +132,37 @@ def test_the_libraries_own_environment_is_respected(hub: Hub, make: Callable[[Pa
         check=False,
     )
     assert done.stdout.splitlines()[-1:] == [str(snapshot)], done.stderr
+
+
+def test_a_hub_that_breaks_off_is_a_clear_error(tmp_path: Path) -> None:
+    """The HTTP library's own errors are none of Python's."""
+    program = "import sys; from export.cli import main; sys.exit(main(sys.argv[1:]))"
+    arguments = ["--checkpoint", NAME, "--source", "huggingface", "--cache-dir", str(tmp_path), "--name", "m"]
+    with socket.create_server(("127.0.0.1", 0)) as hub, ThreadPoolExecutor(1) as pool:
+        pool.submit(hang_up, hub)
+        done = subprocess.run(
+            [sys.executable, "-c", program, *arguments],
+            cwd=ROOT,
+            env={**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{hub.getsockname()[1]}", "NO_PROXY": "127.0.0.1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        hub.shutdown(socket.SHUT_RDWR)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert f"{NAME} " in done.stderr
+
+
+def hang_up(hub: socket.socket) -> None:
+    """Takes calls and answers none, until the socket is shut."""
+    while True:
+        try:
+            connection, _ = hub.accept()
+        except OSError:
+            return
+        with connection:
+            connection.recv(4096)
 
 
 def test_a_folder_that_is_not_there_names_the_other_sources() -> None:

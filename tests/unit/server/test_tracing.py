@@ -192,11 +192,32 @@ def test_the_flags() -> None:
     assert config.telemetry.schedule_delay == 9
 
 
-@pytest.mark.parametrize("text", ["rate=-1", "level=MAX", "mode=zipkin", "rate", "colour=red"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "rate=-1", "level=MAX", "mode=zipkin", "rate", "colour=red", "opentelemetry,bsp_max_queue_size=0",
+        "opentelemetry,bsp_schedule_delay=soon",
+    ],
+)  # fmt: skip
 def test_a_wrong_setting_is_refused_with_what_is_accepted(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parser().parse_args(["--trace-config", text])
-    assert text in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "argument --trace-config: " in said
+    assert text.rpartition("=")[2] in said
+
+
+def test_spans_are_not_sent_more_at_a_time_than_may_wait() -> None:
+    arguments = parser().parse_args(["--trace-config", "opentelemetry,bsp_max_queue_size=100"])
+    with pytest.raises(ConfigError, match=r"bsp_max_export_batch_size is 512, and may be at most .*, 100"):
+        read_config(arguments)
+
+
+@pytest.mark.parametrize("value", ["-1", "99999999999", "soon"])
+def test_what_grpc_would_not_take_is_refused(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parser().parse_args([f"--grpc-keepalive-time={value}"])
+    assert f"'{value}': a whole number from 0 to 2147483647 is accepted" in capsys.readouterr().err
 
 
 def test_without_the_extra_the_error_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
