@@ -47,6 +47,7 @@ class ZImageModel:
             reason = self.queue.reason
             await self.unload()
             raise EngineLoadError(reason)
+        self.queue.loaded = True
 
     def retire(self) -> None:
         """See `Model`."""

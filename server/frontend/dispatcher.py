@@ -127,7 +127,9 @@ class Dispatcher:
             asked = f"no model {name!r}" if name else "no model named in the request, and there is not just one"
             raise ModelNotFoundError(f"{asked}; this server has: {known}")
         queues = self._queues[name]
-        return next((queue for queue in reversed(queues) if queue.ready), queues[-1])
+        serving = [queue for queue in queues if queue.ready] or queues
+        # One with some of its workers may still fail to load, and is asked only where no other serves.
+        return next((queue for queue in reversed(serving) if queue.loaded), serving[-1])
 
     def _begin(self) -> None:
         self._active += 1

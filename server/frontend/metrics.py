@@ -179,27 +179,31 @@ class _QueueCollector(Collector):
         self._queues = queues
 
     def collect(self) -> Iterator[Metric]:
-        waiting = GaugeMetricFamily("zserve_queue_depth", "Requests waiting for a worker", labels=["model", "priority"])
-        running = GaugeMetricFamily("zserve_running_requests", "Requests a worker has", labels=["model"])
-        ready = GaugeMetricFamily("zserve_worker_ready", "1 when the worker serves", labels=["model", "instance"])
+        waiting = GaugeMetricFamily(
+            "zserve_queue_depth", "Requests waiting for a worker", labels=["model", "version", "priority"]
+        )
+        running = GaugeMetricFamily("zserve_running_requests", "Requests a worker has", labels=["model", "version"])
+        ready = GaugeMetricFamily(
+            "zserve_worker_ready", "1 when the worker serves", labels=["model", "version", "instance"]
+        )
         restarts = GaugeMetricFamily(
-            "zserve_worker_restarts", "Times the worker was replaced", labels=["model", "instance"]
+            "zserve_worker_restarts", "Times the worker was replaced", labels=["model", "version", "instance"]
         )
         engines = GaugeMetricFamily(
             "zserve_engine_info",
             "The engine in use of each component; fallback_reason is empty where it is the one asked for",
-            labels=["model", "instance", "component", "backend", "fallback_reason"],
+            labels=["model", "version", "instance", "component", "backend", "fallback_reason"],
         )
         memory = GaugeMetricFamily(
-            "zserve_worker_memory_bytes", "Worker memory by stage", labels=["model", "instance", "stage"]
+            "zserve_worker_memory_bytes", "Worker memory by stage", labels=["model", "version", "instance", "stage"]
         )
-        for queue in list(self._queues()):
-            name = queue.config.name
+        for queue in self._shown():
+            version = [queue.config.name, queue.version]
             for priority, depth in queue.depths.items():
-                waiting.add_metric([name, str(priority)], depth)
-            running.add_metric([name], queue.running)
+                waiting.add_metric([*version, str(priority)], depth)
+            running.add_metric(version, queue.running)
             for worker in queue.workers:
-                labels = [name, worker.config.instance]
+                labels = [*version, worker.config.instance]
                 ready.add_metric(labels, float(worker.state.value == "ready"))
                 restarts.add_metric(labels, worker.restarts)
                 if worker.info is not None:
@@ -208,3 +212,12 @@ class _QueueCollector(Collector):
                     for stage, size in vars(worker.info.memory).items():
                         memory.add_metric([*labels, stage], size)
         yield from (waiting, running, ready, restarts, engines, memory)
+
+    def _shown(self) -> Iterable["ModelQueue"]:
+        """One of each version; while it is loaded anew, with another config, that is the old one."""
+        shown: dict[tuple[str, str], ModelQueue] = {}
+        for queue in list(self._queues()):
+            key = (queue.config.name, queue.version)
+            if key not in shown or queue.loaded:
+                shown[key] = queue
+        return shown.values()

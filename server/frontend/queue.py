@@ -32,12 +32,18 @@ class ModelQueue:
         self.config = config
         self.workers = list(workers)
         self.statistics = Statistics()
+        self.loaded = False  # all its workers have been ready once; set by whoever loads it
         self._clock = clock
         self._turns = Turns[Place](lambda place: place.claim, config.queue.turns)
         self._assignment = Assignment(self.workers, 2 * config.max_batch_size, self._rank)
         self._changed = asyncio.Event()
         self._telling: asyncio.TimerHandle | None = None
         self._closed: ZServeError | None = None
+
+    @property
+    def version(self) -> str:
+        """The version that its workers have."""
+        return self.workers[0].config.version if self.workers else ""
 
     @property
     def waiting(self) -> int:

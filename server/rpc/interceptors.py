@@ -20,6 +20,7 @@ from server.errors import InvalidRequestError, ZServeError
 log = logging.getLogger(__name__)
 
 STATUS_DETAILS = "grpc-status-details-bin"
+MOST_TEXT = 1024  # bytes of an error's text; of trailers over 8 KiB, where one may be written as three, gRPC drops some
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -127,11 +128,17 @@ def retry_advice(error: ZServeError) -> Trailers:
     """Trailing metadata that carries google.rpc.RetryInfo, where trying again may help."""
     if error.retry_after is None:
         return ()
-    details = status_pb2.Status(code=error.status.value[0], message=str(error))
+    details = status_pb2.Status(code=error.status.value[0], message=_text(error))
     advice = error_details_pb2.RetryInfo()
     advice.retry_delay.FromMilliseconds(round(1e3 * error.retry_after))
     details.details.add().Pack(advice)
     return ((STATUS_DETAILS, details.SerializeToString()),)
+
+
+def _text(error: ZServeError) -> str:
+    """What it says, as far as it fits twice, in the details too: a client does not read longer trailers."""
+    data = str(error).encode()
+    return str(error) if len(data) <= MOST_TEXT else data[:MOST_TEXT].decode(errors="ignore") + " ..."
 
 
 async def abort(error: Exception, context: Context, translate: Translate = unchanged) -> None:
@@ -145,7 +152,7 @@ def reported(error: Exception) -> tuple[grpc.StatusCode, str, Trailers]:
     """The status, the text and the trailing metadata for the client; the detail of what nobody foresaw is logged."""
     if isinstance(error, ZServeError):
         log.info("%s: %s", error.status.name, error)
-        return error.status, str(error), retry_advice(error)
+        return error.status, _text(error), retry_advice(error)
     reference = secrets.token_hex(4)
     log.error("internal error %s", reference, exc_info=error)
     return (

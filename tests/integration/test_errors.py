@@ -85,6 +85,18 @@ async def test_an_error_arrives_with_its_status_and_text(
     assert service.closed == 2
 
 
+@pytest.mark.parametrize("letter", ["x", "\u3000"])
+async def test_a_text_without_end_is_cut_and_its_status_kept(running: tuple[FailingService, str], letter: str) -> None:
+    """A request may be named in it, and gRPC ends a call with RESOURCE_EXHAUSTED where trailers are long."""
+    service, url = running
+    service.error = errors.QueueFullError("no: " + 20_000 * letter, retry_after=1.0)
+    for _ in range(10):  # past the soft limit gRPC refuses at random
+        for code, text in await answers(url):
+            assert code is errors.QueueFullError.status
+            assert text.startswith("no: " + 300 * letter)
+            assert text.endswith(" ...")
+
+
 async def test_what_was_not_foreseen_keeps_its_detail_in_the_log(
     running: tuple[FailingService, str], caplog: pytest.LogCaptureFixture
 ) -> None:

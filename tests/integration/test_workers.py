@@ -2,9 +2,11 @@
 
 import asyncio
 import os
+import re
 import shlex
 import signal
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from itertools import pairwise
@@ -12,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from server.config import FallbackPolicy
-from server.errors import WorkerLostError
+from client.messages import ImageRequest
+from server.config import ControlMode, FallbackPolicy
+from server.errors import EngineLoadError, WorkerLostError
+from server.frontend.exposition import render
 from server.frontend.metrics import Metrics
 from server.frontend.serving import Serving
 from server.frontend.workers import KEPT_BYTES, Worker, WorkerState, _end_of
@@ -21,7 +25,7 @@ from server.launch import WorkerConfig
 from server.requests import GenerationRequest, Started
 from server.rpc.images import ImageGenerationClient
 from tests.fakes import a_request
-from tests.integration.frontend import Running, light_repository, serving
+from tests.integration.frontend import Running, draw, light_repository, serving
 from tests.integration.light_worker import LIGHT
 from tests.integration.process import PATIENCE
 
@@ -149,3 +153,49 @@ async def test_a_worker_that_could_never_be_started_has_failed(tmp_path: Path) -
     alone.worker.start()
     await alone.until(WorkerState.FAILED, "could not be started")
     await alone.worker.stop()
+
+
+HALF = """
+import os, pathlib, sys, time
+if "--version=2" in sys.argv and "--instance=light-1" in sys.argv:
+    gate = pathlib.Path(os.environ["GATE"])
+    while not gate.exists():
+        time.sleep(0.02)
+    sys.exit("no memory for a second one")
+os.execv(sys.executable, [sys.executable, "-m", "tests.integration.light_worker", *sys.argv[1:]])
+"""
+
+
+async def test_a_version_that_is_half_loaded_takes_nothing_from_one_that_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may still fail, and who had been given to it would fail with it."""
+    failing, gate = tmp_path / "failing", tmp_path / "gate"
+    monkeypatch.setenv("GATE", str(failing))
+    models = light_repository(tmp_path / "models", "instance_group { count: 2 kind: KIND_CPU }")
+    options = {"model_control_mode": ControlMode.EXPLICIT, "load_model": ("light",)}
+    async with serving(models, (sys.executable, "-c", HALF), **options) as server:
+        (models / "light" / "2").mkdir()
+        (models / "light" / "2" / "weights").touch()
+        loading = asyncio.create_task(server.frontend._repository.load("light"))
+        await server.until(
+            lambda: any(w.config.version == "2" and w.info for q in server.frontend.queues for w in q.workers)
+        )
+        drawing = asyncio.create_task(draw(server.client, ImageRequest(str(gate), model="light")))
+        await server.until(lambda: server.queue.running == 1)
+        failing.touch()
+        with pytest.raises(EngineLoadError, match="light-1: exited with status 1"):
+            await loading
+        gate.touch()
+        assert (await drawing).kinds[-1] == "completed"
+
+
+async def test_no_series_is_told_twice(tmp_path: Path) -> None:
+    """Of what is there more than once in an answer, Prometheus keeps one."""
+    models = light_repository(tmp_path / "models", "version_policy { all {} }")
+    (models / "light" / "2").mkdir()
+    async with serving(models, LIGHT) as server:
+        text = await asyncio.to_thread(render, server.frontend._metrics.registry)
+    series = [line.rpartition(" ")[0] for line in text.splitlines() if not line.startswith("#")]
+    assert {'version="1"', 'version="2"'} <= set(re.findall(r'version="\d"', "".join(series)))
+    assert [one for one, times in Counter(series).items() if times > 1] == []
