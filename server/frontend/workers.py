@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -25,7 +25,8 @@ COMMAND = (sys.executable, "-m", "server.worker.main")
 FIRST_BACKOFF, LONGEST_BACKOFF = 0.5, 30.0  # seconds between restarts of a worker that keeps ending
 KILL_AFTER = 5.0  # seconds from SIGTERM to SIGKILL
 HEARTBEAT_EVERY = 1.0  # seconds
-CHANNEL_GRACE = 1.0  # seconds for the calls of a worker that has ended to learn so
+LOOK_EVERY = 0.05  # seconds between two looks at whether a process has ended
+CHANNEL_GRACE = 1.0  # seconds for the calls of a worker that has ended to learn so, and for the rest of its output
 KEPT_BYTES = 16 * 1024  # of what a worker says on its standard output: it is the end of it that tells why it ended
 # How a process ends that runs bad machine code. SIGKILL is not among them: that is the system short of memory.
 CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
@@ -71,35 +72,43 @@ class _Process:
 
     process: asyncio.subprocess.Process
     client: ImageGenerationClient
+    said: asyncio.Task[bytes]  # the end of its standard output
     was_ready: bool = False
     given_up: str = ""  # why, where it did not end by itself
 
     async def ended(self) -> _Ending:
-        """Waits for its end.
+        """Waits for its end, and ends what it has started.
 
         Its standard input stays open for as long: when that closes, the worker takes the frontend to be gone.
         `Process.communicate` would close it, since Python 3.12.
         """
-        assert self.process.stdout is not None, "it was started without a pipe"
-        said = await _end_of(self.process.stdout)
-        status = await self.process.wait()
-        return _Ending(status, said.decode(errors="replace"), self.was_ready, self.given_up)
+        # Not by `Process.wait`, nor by the end of its output: both come with the end of any child that has its pipes.
+        while (status := self.process.returncode) is None:  # noqa: ASYNC110 - asyncio has no event for it
+            await asyncio.sleep(LOOK_EVERY)
+        self._kill_all()
+        await asyncio.wait((self.said,), timeout=CHANNEL_GRACE)  # longer only where a child has left the group
+        said = self.said.result().decode(errors="replace") if self.said.done() else ""
+        return _Ending(status, said, self.was_ready, self.given_up)
 
     def kill(self) -> None:
         """Ends it, if it has not ended yet."""
         if self.process.returncode is None:
-            self.process.kill()
+            self._kill_all()
 
     async def stop(self) -> None:
         """Ends it: SIGTERM, and SIGKILL if that does not help."""
         if self.process.returncode is None:
             self.process.terminate()
             try:
-                await asyncio.wait_for(self.process.wait(), KILL_AFTER)
+                await asyncio.wait_for(self.ended(), KILL_AFTER)
             except TimeoutError:
                 self.kill()
-                await self.process.wait()
+                await self.ended()
         await self.client.close(CHANNEL_GRACE)
+
+    def _kill_all(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # it leads a group of its own
 
 
 async def _end_of(stream: asyncio.StreamReader) -> bytes:
@@ -224,7 +233,9 @@ class Worker:
             env={**os.environ, "TMPDIR": str(self.config.socket.parent)},
             start_new_session=True,
         )
-        return _Process(process, ImageGenerationClient(f"unix:{self.config.socket}"))
+        assert process.stdout is not None, "it was started with a pipe"
+        said = asyncio.create_task(_end_of(process.stdout), name=f"read what {self.config.instance} prints")
+        return _Process(process, ImageGenerationClient(f"unix:{self.config.socket}"), said)
 
     async def _watch(self, process: _Process) -> None:
         """Waits until it serves; from then on listens for its heartbeat. Ends it when there is none."""

@@ -148,6 +148,18 @@ async def test_a_worker_that_cannot_be_started_again_is_tried_until_it_can(tmp_p
     await alone.worker.stop()
 
 
+async def test_a_worker_is_replaced_though_its_child_holds_its_standard_output(tmp_path: Path) -> None:
+    """What has ended is known by the end of its output, which a child has too."""
+    script = f'sleep {2 * PATIENCE} & exec {shlex.join([sys.executable, *LIGHT[1:]])} "$@"'
+    alone = Alone(tmp_path, "sh", "-c", script, "light")
+    alone.worker.start()
+    await alone.until(WorkerState.READY)
+    os.kill(alone.worker.pid or 0, signal.SIGKILL)
+    await alone.until(WorkerState.RESTARTING, "was ended by SIGKILL")
+    await alone.until(WorkerState.READY)
+    await alone.worker.stop()
+
+
 async def test_a_worker_that_could_never_be_started_has_failed(tmp_path: Path) -> None:
     alone = Alone(tmp_path, str(tmp_path / "nothing"))
     alone.worker.start()
