@@ -1,6 +1,9 @@
 """The two clients: one for ordinary code, one for asyncio. They differ in nothing but how they wait."""
 
-from collections.abc import AsyncIterator, Callable, Iterator
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from types import TracebackType
 from typing import Any, Self
 
@@ -13,8 +16,10 @@ from protos.zserve.v1 import image_generation_pb2_grpc as pb_grpc
 
 DEFAULT_URL = "localhost:8001"
 OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+LONGEST_TIMEOUT = 1e8  # seconds; of much more, gRPC makes a deadline that has passed
 
 OnEvent = Callable[[pb.GenerateEvent], None]
+Metadata = Sequence[tuple[str, str]]
 
 
 def _ignore(event: pb.GenerateEvent) -> None:
@@ -24,22 +29,40 @@ def _ignore(event: pb.GenerateEvent) -> None:
 class ZImageClient:
     """Calls a zserve server. Usable from several threads.
 
-    Every method raises `GenerationFailedError` when the server answers with an error. `timeout` is in seconds for a
-    whole call; a request that passes it is cancelled on the server too.
+    Every method raises `GenerationFailedError` when the server answers with an error, or when the client is closed
+    meanwhile (CANCELLED).
+
+    Args:
+        url: HOST:PORT.
+        timeout: seconds for a whole call; a request that passes it is cancelled on the server too.
+        credentials: for a server with TLS, those of `grpc.ssl_channel_credentials`.
+        metadata: sent with every call, for example `[("authorization", "Bearer " + token)]`.
+
+    Raises:
+        ValueError: a timeout that is not accepted.
     """
 
-    def __init__(self, url: str = DEFAULT_URL, *, timeout: float | None = None) -> None:
-        self._channel = grpc.insecure_channel(url, options=OPTIONS)
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        timeout: float | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+        metadata: Metadata = (),
+    ) -> None:
+        self._with = _with(timeout, metadata)
+        if credentials is None:
+            self._channel = grpc.insecure_channel(url, options=OPTIONS)
+        else:
+            self._channel = grpc.secure_channel(url, credentials, options=OPTIONS)
         self._stub: Any = pb_grpc.ImageGenerationStub(self._channel)
-        self._timeout = timeout
 
     def generate(self, request: ImageRequest) -> Iterator[pb.GenerateEvent]:
         """Events as they happen. Closing the iterator cancels the request."""
-        call = self._stub.Generate(request.to_message(), timeout=self._timeout)
+        call = self._stub.Generate(request.to_message(), **self._with)
         try:
-            yield from call
-        except grpc.RpcError as error:
-            raise _failed(error) from None
+            with _failures():
+                yield from call
         finally:
             call.cancel()
 
@@ -53,17 +76,13 @@ class ZImageClient:
 
     def model(self, name: str = "") -> pb.Model:
         """What a model accepts and runs on."""
-        try:
-            return self._stub.GetModel(pb.GetModelRequest(model=name), timeout=self._timeout)  # type: ignore[no-any-return]
-        except grpc.RpcError as error:
-            raise _failed(error) from None
+        with _failures():
+            return self._stub.GetModel(pb.GetModelRequest(model=name), **self._with)  # type: ignore[no-any-return]
 
     def models(self) -> list[pb.Model]:
         """All models."""
-        try:
-            return list(self._stub.ListModels(pb.ListModelsRequest(), timeout=self._timeout).models)
-        except grpc.RpcError as error:
-            raise _failed(error) from None
+        with _failures():
+            return list(self._stub.ListModels(pb.ListModelsRequest(), **self._with).models)
 
     def close(self) -> None:
         """Closes the connection."""
@@ -79,21 +98,37 @@ class ZImageClient:
 
 
 class AsyncZImageClient:
-    """`ZImageClient` for asyncio: the same methods, awaited."""
+    """`ZImageClient` for asyncio: the same methods, awaited. It belongs to the event loop of its first call."""
 
-    def __init__(self, url: str = DEFAULT_URL, *, timeout: float | None = None) -> None:
-        self._channel = grpc.aio.insecure_channel(url, options=OPTIONS)
-        self._stub: Any = pb_grpc.ImageGenerationStub(self._channel)
-        self._timeout = timeout
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        timeout: float | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+        metadata: Metadata = (),
+    ) -> None:
+        self._with = _with(timeout, metadata)
+        self._url, self._credentials = url, credentials
+
+    @cached_property
+    def _channel(self) -> grpc.aio.Channel:
+        # Opened at the first call: gRPC ties a channel to the loop that runs then, and a client may be made before.
+        if self._credentials is None:
+            return grpc.aio.insecure_channel(self._url, options=OPTIONS)
+        return grpc.aio.secure_channel(self._url, self._credentials, options=OPTIONS)
+
+    @cached_property
+    def _stub(self) -> Any:
+        return pb_grpc.ImageGenerationStub(self._channel)
 
     async def generate(self, request: ImageRequest) -> AsyncIterator[pb.GenerateEvent]:
         """Events as they happen. Closing the iterator cancels the request."""
-        call = self._stub.Generate(request.to_message(), timeout=self._timeout)
+        call = self._stub.Generate(request.to_message(), **self._with)
         try:
-            async for event in call:
-                yield event
-        except grpc.aio.AioRpcError as error:
-            raise _failed(error) from None
+            with _failures():
+                async for event in call:
+                    yield event
         finally:
             call.cancel()
 
@@ -107,18 +142,13 @@ class AsyncZImageClient:
 
     async def model(self, name: str = "") -> pb.Model:
         """What a model accepts and runs on."""
-        try:
-            return await self._stub.GetModel(pb.GetModelRequest(model=name), timeout=self._timeout)  # type: ignore[no-any-return]
-        except grpc.aio.AioRpcError as error:
-            raise _failed(error) from None
+        with _failures():
+            return await self._stub.GetModel(pb.GetModelRequest(model=name), **self._with)  # type: ignore[no-any-return]
 
     async def models(self) -> list[pb.Model]:
         """All models."""
-        try:
-            answer = await self._stub.ListModels(pb.ListModelsRequest(), timeout=self._timeout)
-        except grpc.aio.AioRpcError as error:
-            raise _failed(error) from None
-        return list(answer.models)
+        with _failures():
+            return list((await self._stub.ListModels(pb.ListModelsRequest(), **self._with)).models)
 
     async def close(self) -> None:
         """Closes the connection."""
@@ -133,5 +163,25 @@ class AsyncZImageClient:
         await self.close()
 
 
-def _failed(error: Any) -> GenerationFailedError:
-    return GenerationFailedError(error.code(), error.details() or "")
+def _with(timeout: float | None, metadata: Metadata) -> dict[str, Any]:
+    """What goes with every call."""
+    if timeout is not None and not 0 < timeout <= LONGEST_TIMEOUT:
+        raise ValueError(
+            f"timeout: {timeout} is not accepted; seconds above 0 to {LONGEST_TIMEOUT:g} are, None for none"
+        )
+    return {"timeout": timeout, "metadata": tuple(metadata)}
+
+
+@contextmanager
+def _failures() -> Iterator[None]:
+    """gRPC's errors of a call as `GenerationFailedError`."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise GenerationFailedError.of(error) from None
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        # gRPC tells a call so that its channel was closed; the task itself was not cancelled.
+        raise GenerationFailedError(grpc.StatusCode.CANCELLED, "the client was closed") from None

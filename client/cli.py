@@ -4,13 +4,16 @@ import argparse
 import asyncio
 import re
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
+
 from client.calls import DEFAULT_URL, AsyncZImageClient
-from client.messages import FORMATS, Drawing, GenerationFailedError, ImageRequest
-from client.names import output_paths
+from client.messages import FORMATS, GeneratedImage, GenerationFailedError, ImageRequest, write_file
+from client.names import ENDINGS, is_file, output_paths
 from client.progress import StepBar
 
 EXTENSIONS = {"png": "png", "jpeg": "jpg", "webp": "webp", "raw": "png"}
@@ -35,9 +38,18 @@ def parser() -> argparse.ArgumentParser:
         "--output",
         type=Path,
         default=Path("out"),
-        help="a file for one prompt, else a folder for files named after their prompts (default: %(default)s)",
+        help="a file for one prompt, replaced if it is there; or a folder for files named after their prompts, beside "
+        "those that are there (default: %(default)s)",
     )
     p.add_argument("--url", default=DEFAULT_URL, help="the server's HOST:PORT (default: %(default)s)")
+    p.add_argument("--tls", action="store_true", help="the server has TLS; --root-cert and --cert imply it")
+    p.add_argument("--root-cert", type=Path, metavar="FILE", help="PEM, by which to know the server (default: gRPC's)")
+    p.add_argument("--cert", type=Path, metavar="FILE", help="PEM, this client's certificate, with --key")
+    p.add_argument("--key", type=Path, metavar="FILE", help="PEM, the certificate's private key")
+    p.add_argument("--token-file", type=Path, metavar="FILE", help="its text is sent as authorization: Bearer")
+    p.add_argument(
+        "--header", type=_header, action="append", default=[], metavar="NAME:VALUE", help="sent with every call"
+    )
     p.add_argument("--model", default="", help="which model, where the server has several")
     p.add_argument("--negative-prompt", default="", help="what to avoid; needs --guidance")
     p.add_argument("--size", type=_size, default=(None, None), help="WIDTHxHEIGHT (default: the model's)")
@@ -60,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser().parse_args(argv)
     try:
         jobs = _jobs(arguments, _prompts(arguments))
-        return asyncio.run(_draw_all(jobs, arguments))
+        return asyncio.run(_draw_all(jobs, _client(arguments), arguments))
     except (OSError, ValueError) as error:
         print(f"zserve generate: {error}", file=sys.stderr)
         return 2
@@ -72,9 +84,9 @@ def main(argv: Sequence[str]) -> int:
 def _prompts(arguments: argparse.Namespace) -> list[str]:
     prompts: list[str] = list(arguments.prompt)
     if arguments.file == "-":
-        prompts += sys.stdin.read().splitlines()
+        prompts += sys.stdin.read().removeprefix("\ufeff").splitlines()
     elif arguments.file:
-        prompts += Path(arguments.file).read_text("utf-8").splitlines()
+        prompts += Path(arguments.file).read_text("utf-8-sig").splitlines()  # editors put a mark before the first line
     prompts = [p for p in prompts if p.strip()]
     if not prompts:
         raise ValueError("no prompt; give one as an argument, or a file of them with --file")
@@ -82,10 +94,10 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
 
 
 def _jobs(arguments: argparse.Namespace, prompts: list[str]) -> list[Job]:
-    image_format = arguments.format or _format_of(arguments.output)
+    image_format = _format(arguments)
     paths = output_paths(prompts, arguments.output, EXTENSIONS[image_format], arguments.images)
     width, height = arguments.size
-    return [
+    jobs = [
         Job(
             number,
             ImageRequest(
@@ -108,47 +120,78 @@ def _jobs(arguments: argparse.Namespace, prompts: list[str]) -> list[Job]:
         )
         for number, (prompt, where) in enumerate(zip(prompts, paths, strict=True))
     ]
+    for job in jobs:
+        job.request.to_message()  # what cannot be sent is refused before anything is
+    return jobs
 
 
-async def _draw_all(jobs: list[Job], arguments: argparse.Namespace) -> int:
+def _client(arguments: argparse.Namespace) -> AsyncZImageClient:
+    root, key, certificate = (f and f.read_bytes() for f in (arguments.root_cert, arguments.key, arguments.cert))
+    if (key is None) is not (certificate is None):
+        raise ValueError("--cert and --key need each other")
+    secure = arguments.tls or root or certificate
+    metadata = list(arguments.header)
+    if arguments.token_file:
+        metadata.append(("authorization", f"Bearer {arguments.token_file.read_text('utf-8').strip()}"))
+    return AsyncZImageClient(
+        arguments.url,
+        timeout=arguments.timeout,
+        credentials=grpc.ssl_channel_credentials(root, key, certificate) if secure else None,
+        metadata=metadata,
+    )
+
+
+async def _draw_all(jobs: list[Job], client: AsyncZImageClient, arguments: argparse.Namespace) -> int:
     bar = StepBar(images=len(jobs) * arguments.images)
     turn = asyncio.Semaphore(max(1, arguments.concurrency))
-    async with AsyncZImageClient(arguments.url, timeout=arguments.timeout) as client:
 
-        async def draw(job: Job) -> bool:
-            async with turn:
-                return await _draw(client, job, bar)
+    async def draw(job: Job) -> bool:
+        async with turn:
+            return await _draw(client, job, bar)
 
-        succeeded = await asyncio.gather(*(draw(job) for job in jobs))
-    bar.close()
+    try:
+        async with client:
+            succeeded = await asyncio.gather(*(draw(job) for job in jobs))
+    finally:
+        bar.close()
     return 0 if all(succeeded) else 1
 
 
 async def _draw(client: AsyncZImageClient, job: Job, bar: StepBar) -> bool:
-    """Draws one prompt and saves its images; a failure is told and does not stop the others."""
-    events = []
+    """Draws one prompt and saves each image as it comes; a failure is told and does not stop the others."""
+    began = time.monotonic()
     try:
         async for event in client.generate(job.request):
             bar.see(job.number, event)
-            if event.WhichOneof("event") == "preview":
-                preview = event.preview
-                target = job.paths[preview.image_index]
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.with_suffix(f".step{preview.step:02}.jpg").write_bytes(preview.data)
-            events.append(event)
-    except GenerationFailedError as error:
+            match event.WhichOneof("event"):
+                case "preview":
+                    path = job.paths[event.preview.image_index]
+                    write_file(path.with_suffix(f".step{event.preview.step:02}.jpg"), event.preview.data)
+                case "image":
+                    path = job.paths[event.image.index]
+                    GeneratedImage.from_message(event.image).save(path)
+                    milliseconds = 1e3 * (time.monotonic() - began)
+                    bar.message(f"{path}  seed {event.image.seed}  {milliseconds:.0f} ms")
+    except (GenerationFailedError, OSError) as error:
         bar.message(f"{job.request.prompt[:60]}: {error}")
         return False
-    drawing = Drawing.from_events(events)
-    for image, path in zip(drawing.images, job.paths, strict=True):
-        image.save(path)
-        bar.message(f"{path}  seed {image.seed}  {drawing.completed.timings.total_ms:.0f} ms")
     return True
 
 
-def _format_of(output: Path) -> str:
-    endings = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
-    return endings.get(output.suffix.lower(), "png")
+def _format(arguments: argparse.Namespace) -> str:
+    """The format to ask for: what is said, which has to fit a file's ending, or what that says."""
+    ending = ENDINGS.get(arguments.output.suffix.lower()) if is_file(arguments.output) else None
+    said: str | None = arguments.format
+    if said not in (None, "raw") and ending not in (None, said):
+        raise ValueError(f"{arguments.output} is no name for --format {said}")
+    return said or ending or "png"
+
+
+def _header(text: str) -> tuple[str, str]:
+    name, colon, value = text.partition(":")
+    if not (colon and re.fullmatch(r"[0-9a-z_.-]+", name.lower())):
+        raise argparse.ArgumentTypeError(f"{text!r}: NAME:VALUE is accepted")
+    return name.lower(), value.strip()
 
 
 def _natural(text: str) -> int:

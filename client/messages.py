@@ -1,12 +1,14 @@
 """What a client sends and gets, and their wire forms. Shared by both clients."""
 
 import io
+import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 import grpc
+from google.rpc import error_details_pb2, status_pb2
 
 from protos.zserve.v1 import image_generation_pb2 as pb
 
@@ -20,6 +22,8 @@ FORMATS = {
     "raw": pb.IMAGE_FORMAT_RAW,
 }
 FORMAT_NAMES = {number: name for name, number in FORMATS.items()}
+STATUS_DETAILS = "grpc-status-details-bin"  # where gRPC keeps google.rpc.Status
+UINT32, UINT64 = 2**32 - 1, 2**64 - 1
 
 
 class GenerationFailedError(Exception):
@@ -28,11 +32,25 @@ class GenerationFailedError(Exception):
     Attributes:
         code: the gRPC status, for example INVALID_ARGUMENT for a value the model does not accept.
         details: what was wrong, what is accepted and what to do, in the server's words.
+        retry_after: seconds after which trying again may help, where the server says so (google.rpc.RetryInfo).
     """
 
-    def __init__(self, code: grpc.StatusCode, details: str) -> None:
+    def __init__(self, code: grpc.StatusCode, details: str, retry_after: float | None = None) -> None:
         super().__init__(f"{code.name}: {details}")
-        self.code, self.details = code, details
+        self.code, self.details, self.retry_after = code, details, retry_after
+
+    @classmethod
+    def of(cls, error: Any) -> Self:
+        """Of the error of a gRPC call."""
+        return cls(error.code(), error.details() or "", _retry_after(error.trailing_metadata() or ()))
+
+
+def _retry_after(trailing_metadata: Iterable[tuple[str, Any]]) -> float | None:
+    advice = error_details_pb2.RetryInfo()
+    for key, value in trailing_metadata:
+        if key == STATUS_DETAILS and any(d.Unpack(advice) for d in status_pb2.Status.FromString(value).details):
+            return float(advice.retry_delay.ToMilliseconds() / 1e3)
+    return None
 
 
 @dataclass(frozen=True)
@@ -61,12 +79,7 @@ class ImageRequest:
         Raises:
             ValueError: a value that the wire form cannot carry, such as a negative seed or an unknown format.
         """
-        if self.image_format not in FORMATS:
-            raise ValueError(f"image_format: {self.image_format!r} is not accepted; {', '.join(FORMATS)} are")
-        for name in ("width", "height", "num_inference_steps", "seed", "num_images", "quality", "priority"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"{name}: {value} is not accepted; it must not be negative")
+        self._check()
         optional = {
             name: getattr(self, name)
             for name in ("width", "height", "num_inference_steps", "guidance_scale", "seed")
@@ -85,6 +98,20 @@ class ImageRequest:
             long_prompt=pb.LONG_PROMPT_TRUNCATE if self.truncate else pb.LONG_PROMPT_REFUSE,
             **optional,
         )
+
+    def _check(self) -> None:
+        if self.image_format not in FORMATS:
+            raise ValueError(f"image_format: {self.image_format!r} is not accepted; {', '.join(FORMATS)} are")
+        counts = ("width", "height", "num_inference_steps", "num_images", "quality", "preview_interval", "priority")
+        for name, most in (*dict.fromkeys(counts, UINT32).items(), ("seed", UINT64)):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= most:
+                raise ValueError(f"{name}: {value} is not accepted; 0 to {most} are")
+        for name in ("prompt", "negative_prompt", "model", "request_id"):
+            try:
+                getattr(self, name).encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"{name}: not accepted, for it is no valid text: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -119,13 +146,35 @@ class GeneratedImage:
         return Image.open(io.BytesIO(self.data)).convert("RGB")
 
     def save(self, path: str | Path) -> None:
-        """Writes the file, with the folders it needs; raw pixels are written in the format of the path's ending."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if self.format == "raw":
-            self.pillow().save(path)
-        else:
-            path.write_bytes(self.data)
+        """Writes the file, with the folders it needs; raw pixels are written in the format of the path's ending.
+
+        A file that is there already is replaced at once, or stays as it was if the writing fails.
+
+        Raises:
+            OSError: it cannot be written.
+            ValueError: raw pixels, and no image format has the path's ending.
+        """
+        write_file(Path(path), self._encoded(Path(path).suffix) if self.format == "raw" else self.data)
+
+    def _encoded(self, ending: str) -> bytes:
+        from PIL import Image
+
+        if (image_format := Image.registered_extensions().get(ending.lower())) is None:
+            raise ValueError(f"{ending!r}: no ending of an image file; .png is one")
+        encoded = io.BytesIO()
+        self.pillow().save(encoded, image_format)
+        return encoded.getvalue()
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes all of it, or leaves what was there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{uuid.uuid4().hex}.partial")
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """A live line of progress over all requests of a command."""
 
+import shutil
 import sys
 import time
 from typing import TextIO
@@ -12,9 +13,9 @@ BAR = 24
 class StepBar:
     """Counts the steps of several images; redraws one line on a terminal, and stays silent elsewhere."""
 
-    def __init__(self, images: int, stream: TextIO = sys.stderr) -> None:
-        self._images, self._stream = images, stream
-        self._live = stream.isatty()
+    def __init__(self, images: int, stream: TextIO | None = None) -> None:
+        self._images, self._stream = images, sys.stderr if stream is None else stream
+        self._live = self._stream.isatty()
         self._steps: dict[tuple[int, int], tuple[int, int]] = {}  # (prompt, image) -> (done, of)
         self._finished = 0
         self._state = "queued"
@@ -59,5 +60,6 @@ class StepBar:
 
     def _draw(self) -> None:
         if self._live:
-            self._stream.write("\r\033[K" + self.line())
+            # Of a longer line than the terminal's only the last row would be taken away.
+            self._stream.write("\r\033[K" + self.line()[: shutil.get_terminal_size().columns - 1])
             self._stream.flush()

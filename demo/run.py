@@ -6,18 +6,20 @@ English, Chinese and both through the real client, several at once, and writes t
 
 import asyncio
 import re
+import signal
 import socket
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from PIL import Image, ImageDraw, ImageFont
 
-from client import AsyncZImageClient, Drawing, ImageRequest
+from client import AsyncZImageClient, Drawing
 from client.names import slug
 from client.progress import StepBar
 
@@ -70,7 +72,11 @@ def main() -> int:
     began = time.monotonic()
     export = ("export", "--checkpoint", "demo/checkpoint", "--name", MODEL, "--default-size", "256x256")
     subprocess.run([*ZSERVE, *export], cwd=ROOT, check=True)
-    drawn = asyncio.run(serve_and_draw(f"127.0.0.1:{free_port()}"))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the server is not left behind
+    try:
+        drawn = asyncio.run(serve_and_draw(f"127.0.0.1:{free_port()}"))
+    except KeyboardInterrupt:
+        return 130
     OUT.mkdir(parents=True, exist_ok=True)
     for one in drawn:
         one.drawing.images[0].save(OUT / f"{slug(one.picture.prompt)}.png")
@@ -88,11 +94,12 @@ def free_port() -> int:
 
 
 async def serve_and_draw(url: str) -> list[Drawn]:
-    """Starts a server over models/ on `url`, draws all prompts and stops it cleanly."""
+    """Starts a server of the demo's model alone on `url`, draws all prompts and stops it cleanly."""
     print("starting the server ...", flush=True)
     host, _, port = url.rpartition(":")
     ports = ("--grpc-address", host, "--grpc-port", port, "--metrics-port", "0")
-    process = await asyncio.create_subprocess_exec(*ZSERVE, "serve", *ports, cwd=ROOT)
+    only = ("--model-control-mode", "explicit", "--load-model", MODEL)  # whatever else models/ has
+    process = await asyncio.create_subprocess_exec(*ZSERVE, "serve", *ports, *only, cwd=ROOT)
     try:
         await until_ready(url, process)
         return await draw_all(url)
@@ -116,7 +123,8 @@ async def until_ready(url: str, process: asyncio.subprocess.Process) -> None:
     for task in (ended, serving):
         task.cancel()
     if not ready:
-        raise SystemExit(f"the server was not ready within {READY_SECONDS} s; its log above says why")
+        how = "ended" if process.returncode is not None else f"was not ready within {READY_SECONDS} s"
+        raise SystemExit(f"the server {how}; its log above says why")
 
 
 async def _serving(url: str) -> None:
@@ -135,27 +143,20 @@ async def draw_all(url: str) -> list[Drawn]:
 
         async def draw(number: int, picture: Picture) -> Drawn:
             async with turn:
-                events = []
-                async for event in client.generate(request(number, picture)):
-                    bar.see(number, event)
-                    events.append(event)
-            return Drawn(picture, Drawing.from_events(events))
+                drawing = await client.draw(
+                    picture.prompt,
+                    on_event=partial(bar.see, number),
+                    model=MODEL,
+                    seed=SEED + number,
+                    width=picture.width,
+                    height=picture.height,
+                    num_inference_steps=picture.steps,
+                )
+            return Drawn(picture, drawing)
 
         drawn = await asyncio.gather(*(draw(number, picture) for number, picture in enumerate(PICTURES)))
     bar.close()
     return list(drawn)
-
-
-def request(number: int, picture: Picture) -> ImageRequest:
-    """The request for a picture."""
-    return ImageRequest(
-        picture.prompt,
-        model=MODEL,
-        seed=SEED + number,
-        width=picture.width,
-        height=picture.height,
-        num_inference_steps=picture.steps,
-    )
 
 
 def table(drawn: list[Drawn]) -> str:

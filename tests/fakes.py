@@ -1,12 +1,16 @@
 """Ordinary classes that stand in for devices and engines."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
+import grpc.aio
 from torch import Tensor
 
 from export.manifest import Backend
+from protos.zserve.v1 import image_generation_pb2 as pb
+from protos.zserve.v1 import image_generation_pb2_grpc as pb_grpc
 from server.backends.base import Host, ModelFolder
 from server.engines.base import Shapes
 from server.errors import EngineLoadError
@@ -139,3 +143,33 @@ def a_request() -> GenerationRequest:
     """A small valid request, to be varied with `dataclasses.replace`."""
     plain = one_image("a red circle", (64, 64), steps=2, seed=7)
     return replace(plain, request_id="test", model="demo", image_format=ImageFormat.PNG)
+
+
+class FakeImages(pb_grpc.ImageGenerationServicer):
+    """Sends so many images of one black pixel and then fails with `status`; where that is None, nothing more comes."""
+
+    def __init__(self, images: int, status: grpc.StatusCode | None) -> None:
+        self._images, self._status = images, status
+
+    async def Generate(  # noqa: N802 - the protocol's name
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateEvent]
+    ) -> AsyncIterator[pb.GenerateEvent]:
+        for index in range(self._images):
+            pixel = pb.Image(index=index, seed=index, width=1, height=1, format=pb.IMAGE_FORMAT_RAW, data=bytes(3))
+            yield pb.GenerateEvent(image=pixel)
+        if self._status is None:
+            await asyncio.Event().wait()
+        else:
+            await context.abort(self._status, "that is all")
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator[str]:
+        """Its HOST:PORT, for as long as it is there."""
+        server = grpc.aio.server()
+        pb_grpc.add_ImageGenerationServicer_to_server(self, server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        try:
+            yield f"127.0.0.1:{port}"
+        finally:
+            await server.stop(None)

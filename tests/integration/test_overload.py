@@ -81,6 +81,10 @@ async def overload_is_refused_with_advice(server: Running) -> None:
     error, advised = await refusal(server, endless(50, priority=7))
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert advised >= 1.0
+    with pytest.raises(GenerationFailedError) as told:
+        await draw(server.client, endless(51, priority=7))
+    assert told.value.retry_after is not None
+    assert told.value.retry_after >= 1.0
     for task in (*running, *waiting, *held, *late):
         task.cancel()
     await asyncio.gather(*running, *waiting, *held, *late, return_exceptions=True)

@@ -1,5 +1,6 @@
 """TLS, restricted groups of calls, bearer tokens and the limit of calls per client, on servers of their own."""
 
+import asyncio
 import contextlib
 import queue
 import socket
@@ -9,11 +10,12 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import grpc
 import pytest
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
-from client import GenerationFailedError, ZImageClient
+from client import AsyncZImageClient, GenerationFailedError, ZImageClient, cli
 from tests.integration.process import PATIENCE, ServerProcess, wait_for
 from tests.integration.triton.conftest import ENDLESS, some_bytes, under_way
 from tests.integration.triton.test_errors import status_of
@@ -95,6 +97,33 @@ def test_a_bearer_token(identity_server: Start, tmp_path: Path) -> None:
         assert status_of(lambda: client.infer("identity", [some_bytes()]))[0] == "UNAUTHENTICATED"
         token = {"authorization": "Bearer abc"}
         assert client.infer("identity", [some_bytes()], headers=token).as_numpy("OUTPUT0").size == 5
+
+
+def test_the_client_of_the_project_on_a_secured_server(
+    identity_server: Start, certificates: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It gets as far as the model's answer, which is that it draws nothing."""
+    (tmp_path / "token").write_text("abc\n")
+    root, cert, key = (str(certificates / name) for name in ("root.pem", "cert.pem", "key.pem"))
+    mutual = ("--grpc-use-ssl-mutual", "--grpc-root-cert", root, "--grpc-bearer-token", str(tmp_path / "token"))
+    server = identity_server(*tls(certificates, *mutual))
+    credentials = grpc.ssl_channel_credentials(*(Path(file).read_bytes() for file in (root, key, cert)))
+    secured = {"timeout": PATIENCE, "credentials": credentials}
+    with ZImageClient(server.url, metadata=[("authorization", "Bearer abc")], **secured) as client:
+        assert client.models() == []
+    with ZImageClient(server.url, **secured) as nobody, pytest.raises(GenerationFailedError, match="UNAUTHENTICATED"):
+        nobody.models()
+
+    async def models() -> int:
+        async with AsyncZImageClient(server.url, metadata=[("authorization", "Bearer abc")], **secured) as client:
+            return len(await client.models())
+
+    assert asyncio.run(models()) == 0
+    certified = ["--url", server.url, "--root-cert", root, "--cert", cert, "--key", key, "-o", str(tmp_path / "out")]
+    assert cli.main(["x", "--model", "identity", *certified, "--token-file", str(tmp_path / "token")]) == 1
+    assert "NOT_FOUND" in capsys.readouterr().err
+    assert cli.main(["x", "--model", "identity", *certified, "--header", "authorization:Bearer abd"]) == 1
+    assert "UNAUTHENTICATED" in capsys.readouterr().err
 
 
 def test_a_client_has_so_many_calls_at_a_time(identity_server: Start) -> None:

@@ -1,11 +1,15 @@
 """Names, progress and requests of the client."""
 
 import io
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from client.messages import ImageRequest
+from client import AsyncZImageClient, GeneratedImage, ZImageClient
+from client.messages import ImageRequest, write_file
 from client.names import output_paths, slug
 from client.progress import StepBar
 from protos.zserve.v1 import image_generation_pb2 as pb
@@ -19,6 +23,7 @@ from protos.zserve.v1 import image_generation_pb2 as pb
         ("../../etc/passwd", "etc-passwd"),
         ("?!", "image"),
         ("x" * 200, "x" * 60),
+        ("हिन्दी में", "हिन्दी-में"),
     ],
 )
 def test_a_prompt_becomes_a_file_name(prompt: str, name: str) -> None:
@@ -35,6 +40,56 @@ def test_outputs_are_files_or_folders() -> None:
     ]
 
 
+def test_nothing_that_is_there_is_overwritten_by_a_name_that_was_made(tmp_path: Path) -> None:
+    (tmp_path / "a.png").touch()
+    (tmp_path / "b-2.png").touch()
+    assert output_paths(["a", "a"], tmp_path, "png", 1) == [[tmp_path / "a-2.png"], [tmp_path / "a-3.png"]]
+    assert output_paths(["b"], tmp_path, "png", 2) == [[tmp_path / "b-2-1.png", tmp_path / "b-2-2.png"]]
+
+
+def test_a_folder_may_have_a_dot_if_it_is_there(tmp_path: Path) -> None:
+    (folder := tmp_path / "v1.0").mkdir()
+    assert output_paths(["a"], folder, "png", 1) == [[folder / "a.png"]]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "output", "message"),
+    [
+        (["a"], "x.gif", r"x\.gif: files end in \.png, \.jpg"),
+        (["a"], "v1.1", "a folder with a dot has to be there already"),
+        (["a", "b"], "x.png", "a file takes one prompt, and there are 2"),
+    ],
+)
+def test_an_output_that_cannot_be_is_refused(prompts: list[str], output: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        output_paths(prompts, Path(output), "png", 1)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "new" / "x.png"
+    write_file(path, b"before")
+
+    def fill_the_disk(partial: Path, data: bytes) -> None:
+        with partial.open("wb") as file:
+            file.write(data[:3])
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_bytes", fill_the_disk)
+    with pytest.raises(OSError, match="no space"):
+        write_file(path, b"after")
+    assert path.read_bytes() == b"before"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_raw_pixels_are_saved_in_the_format_of_the_ending(tmp_path: Path) -> None:
+    image = GeneratedImage(bytes(range(12)), "raw", width=2, height=2, seed=7, index=0)
+    image.save(tmp_path / "x.PNG")
+    with Image.open(tmp_path / "x.PNG") as saved:
+        assert (saved.format, saved.tobytes()) == ("PNG", image.data)
+    with pytest.raises(ValueError, match="no ending of an image file"):
+        image.save(tmp_path / "x.raw")
+
+
 def test_a_request_sends_only_what_was_said() -> None:
     message = ImageRequest("a cat", width=512, seed=0).to_message()
     assert message.HasField("width")
@@ -43,10 +98,44 @@ def test_a_request_sends_only_what_was_said() -> None:
     assert not message.HasField("guidance_scale")
 
 
-@pytest.mark.parametrize("bad", [{"seed": -1}, {"image_format": "gif"}, {"num_images": -2}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"seed": -1},
+        {"seed": 2**64},
+        {"image_format": "gif"},
+        {"num_images": -2},
+        {"num_inference_steps": 2**32},
+        {"preview_interval": -1},
+        {"negative_prompt": "caf\udce9"},
+    ],
+)
 def test_what_the_wire_cannot_carry_is_refused_before(bad: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="is not accepted"):
+    with pytest.raises(ValueError, match=rf"^{next(iter(bad))}: .*not accepted"):
         ImageRequest("a cat", **bad).to_message()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("client", [ZImageClient, AsyncZImageClient])
+@pytest.mark.parametrize("timeout", [0.0, -1.0, float("nan"), float("inf"), 1e10])
+def test_a_timeout_that_grpc_would_take_for_one_that_has_passed_is_refused(
+    client: type[ZImageClient | AsyncZImageClient], timeout: float
+) -> None:
+    with pytest.raises(ValueError, match=r"timeout: .* is not accepted"):
+        client(timeout=timeout)
+
+
+def test_a_client_is_not_installed_with_libraries_that_its_generated_code_refuses() -> None:
+    protos = Path("protos/zserve/v1")
+    made = {
+        "grpcio": re.search(r"GENERATED_VERSION = '([\d.]+)'", (protos / "image_generation_pb2_grpc.py").read_text()),
+        "protobuf": re.search(
+            r"Domain\.PUBLIC,\s+(\d+),\s+(\d+),\s+(\d+)", (protos / "image_generation_pb2.py").read_text()
+        ),
+    }
+    wanted = tomllib.loads(Path("pyproject.toml").read_text())["project"]["dependencies"]
+    for library, match in made.items():
+        assert match is not None
+        assert any(one.startswith(f"{library}>={'.'.join(match.groups())}") for one in wanted), library
 
 
 class Terminal(io.StringIO):
@@ -61,6 +150,13 @@ def test_the_bar_counts_steps_and_images() -> None:
     bar.see(1, pb.GenerateEvent(image=pb.Image()))
     assert "step 4/16  image 1/2" in bar.line()
     assert "step 4/16" in screen.getvalue()
+
+
+def test_the_bar_is_no_longer_than_a_line_of_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    screen = Terminal()
+    StepBar(images=200, stream=screen).see(0, pb.GenerateEvent(progress=pb.Progress(step=4, of=8)))
+    assert len(screen.getvalue().removeprefix("\r\033[K")) == 39
 
 
 def test_the_bar_leaves_it_to_the_server_to_refuse_no_images() -> None:
