@@ -9,6 +9,8 @@ from server.errors import ConfigError
 from server.rpc.images import CHANNEL_OPTIONS
 from server.settings import Compression, GrpcConfig, TlsConfig
 
+MOST_PENDING = 2**31 - 1  # calls; the largest number that gRPC takes
+
 
 def make_server(config: GrpcConfig, interceptors: Sequence[grpc.aio.ServerInterceptor]) -> grpc.aio.Server:
     """A server that is not listening yet."""
@@ -31,6 +33,10 @@ def transport_options(config: GrpcConfig) -> list[tuple[str, int]]:
         ("grpc.http2.max_pings_without_data", config.http2_max_pings_without_data),
         ("grpc.http2.min_ping_interval_without_data_ms", config.http2_min_recv_ping_interval_without_data),
         ("grpc.http2.max_ping_strikes", config.http2_max_ping_strikes),
+        # Of calls that have arrived and that Python has not taken yet, gRPC by itself keeps 1,000 and answers more and
+        # more of the others with CANCELLED. Who is refused, and with what advice, is for the models' queues to say.
+        ("grpc.server.max_pending_requests", MOST_PENDING),
+        ("grpc.server.max_pending_requests_hard_limit", MOST_PENDING),
     ]
     if config.max_connection_age:
         options.append(("grpc.max_connection_age_ms", config.max_connection_age))
