@@ -7,6 +7,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import TCPServer
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import Metric
@@ -15,6 +16,16 @@ from prometheus_client.samples import Sample
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 HELP_ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n"})
 ESCAPES = {**HELP_ESCAPES, ord('"'): r"\""}
+
+
+class _Server(ThreadingHTTPServer):
+    """Answers each request on a thread of its own."""
+
+    daemon_threads = True
+
+    def server_bind(self) -> None:
+        """HTTPServer's own also asks DNS for this machine's name: nobody needs it, and a dead resolver takes long."""
+        TCPServer.server_bind(self)
 
 
 def render(registry: CollectorRegistry) -> str:
@@ -38,8 +49,7 @@ def serve(registry: CollectorRegistry, address: str, port: int) -> tuple[int, Ca
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class names it
             """A scrape every few seconds is nothing to log."""
 
-    server = ThreadingHTTPServer((address, port), Handler)
-    server.daemon_threads = True
+    server = _Server((address, port), Handler)
     thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
     thread.start()
 
@@ -48,7 +58,7 @@ def serve(registry: CollectorRegistry, address: str, port: int) -> tuple[int, Ca
         server.server_close()
         thread.join()
 
-    return server.server_port, stop
+    return server.server_address[1], stop
 
 
 def _lines(family: Metric) -> Iterator[str]:

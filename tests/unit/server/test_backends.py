@@ -2,6 +2,8 @@
 
 import asyncio
 import re
+import socket
+import urllib.request
 from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -13,7 +15,7 @@ from server.backends import registry
 from server.backends.base import ModelFile, ModelFolder, VersionPolicy
 from server.backends.batcher import Batcher
 from server.errors import ConfigError, QueueFullError, QueueTimeoutError
-from server.frontend.exposition import decimal, render
+from server.frontend.exposition import decimal, render, serve
 from server.frontend.statistics import Statistics
 from server.queue_policy import LevelPolicy, QueuePolicy, TimeoutAction
 from server.rpc.triton.model_config import parse_model_file
@@ -274,3 +276,18 @@ def test_the_exposition() -> None:
         "# TYPE held gauge",
         "held 1099511627776",
     ]
+
+
+def test_metrics_are_served_without_asking_dns_for_this_machines_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The event loop would wait for the answer."""
+
+    def ask(name: str = "") -> str:
+        raise AssertionError("it was asked for")
+
+    monkeypatch.setattr(socket, "getfqdn", ask)
+    metrics = CollectorRegistry()
+    Gauge("held", "bytes", registry=metrics).set(1)
+    port, stop = serve(metrics, "127.0.0.1", 0)
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        assert b"held 1" in answer.read()
+    stop()
