@@ -117,7 +117,13 @@ class ModelQueue:
         self.change()
 
     def lose(self, place: Place) -> None:
-        """The place's worker has ended, perhaps because of it."""
+        """The place's worker has ended, perhaps because of it.
+
+        Raises:
+            ZServeError: the queue is closed, and its workers are being stopped: that is nobody's fault.
+        """
+        if self._closed is not None:
+            raise self._closed
         if place.started:
             place.strikes += 1
             place.queue_timeout_at = float("inf")  # it had its worker in time; that one's end is not its own delay
@@ -126,13 +132,7 @@ class ModelQueue:
         self.change()
 
     def rejoin(self, place: Place) -> None:
-        """Back to where it waited, its turn unchanged.
-
-        Raises:
-            ZServeError: the queue is closed.
-        """
-        if self._closed is not None:
-            raise self._closed
+        """Back to where it waited, its turn unchanged."""
         self._turns.add(place, self._clock())
         self.change()
 

@@ -78,6 +78,20 @@ class StuckWorker(FakeWorker):
             self.closed = True
 
 
+@dataclass(eq=False)
+class StoppedWorker(FakeWorker):
+    """Begins, and breaks off when it is stopped."""
+
+    begun: asyncio.Event = field(default_factory=asyncio.Event)
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        yield Started(self.name)
+        self.begun.set()
+        await self.stop.wait()
+        raise WorkerLostError("stopped")
+
+
 def make(*workers: FakeWorker, clock: FakeClock | None = None, **config: object) -> ModelQueue:
     model = ModelConfig("demo", **{"max_batch_size": 1, "queue": STRICT, **config})  # type: ignore[arg-type]
     return ModelQueue(model, workers, clock or FakeClock())  # type: ignore[arg-type]
@@ -212,6 +226,19 @@ async def test_a_request_that_loses_two_workers_once_begun_is_poison() -> None:
     queue = make(*(FakeWorker(breaks_after=1) for _ in range(3)))
     with pytest.raises(PoisonRequestError):
         await serve(queue)
+    assert queue.running == queue.waiting == 0
+
+
+@pytest.mark.parametrize("max_retries", [1, 3])
+async def test_a_worker_that_the_server_stops_is_no_strike_and_no_attempt(max_retries: int) -> None:
+    last = StoppedWorker("last")
+    queue = make(FakeWorker(breaks_after=1), last)
+    serving = asyncio.create_task(serve(queue, max_retries))
+    await last.begun.wait()
+    queue.close(ShuttingDownError("bye"))
+    last.stop.set()
+    with pytest.raises(ShuttingDownError, match="bye"):
+        await serving
     assert queue.running == queue.waiting == 0
 
 
