@@ -128,7 +128,8 @@ class Batcher:
     def _seconds_to_wait(self, batch: list[_Waiting]) -> float:
         """Counted from the arrival of the oldest, so that later ones do not put it off."""
         rows = sum(p.request.batch_size for p in batch)
-        if rows >= self._max_rows or rows in self._policy.preferred_batch_sizes:
+        followed = len(batch) < len(self._waiting)  # by one that does not fit, so nothing more comes to this batch
+        if followed or rows >= self._max_rows or rows in self._policy.preferred_batch_sizes:
             return 0.0
         return self._policy.max_delay - (time.monotonic() - min(p.arrived for p in batch))
 

@@ -127,6 +127,18 @@ async def test_a_preferred_size_is_not_waited_beyond() -> None:
 
 
 @pytest.mark.parametrize(
+    "misfit", [a_request(rows=2, name="c"), a_request(name="c", width=2)], ids=["too many rows", "another shape"]
+)
+async def test_a_batch_is_not_held_when_what_is_next_does_not_fit(misfit: InferRequest) -> None:
+    runs = Runs(QueuePolicy(max_delay=PATIENCE), rows=4)
+    runs.go.set()
+    *fitting, waiting = runs.start(a_request(rows=2, name="a"), a_request(name="b"), misfit)
+    await asyncio.gather(*fitting)
+    assert runs.batches == [["a", "b"]]
+    waiting.cancel()
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("dynamic_batching { preserve_ordering: true }", "preserve_ordering.* not supported"),
