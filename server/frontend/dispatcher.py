@@ -97,11 +97,11 @@ class Dispatcher:
             for kept in answer:
                 yield kept
             return
-        made: list[Image | Completed] = []
+        made: list[Image | Completed] = []  # for the cache; without one an image is let go when the client has taken it
         serving = Serving(queue, request, max_retries=self._max_retries, metrics=self._metrics)
         async with aclosing(serving.events()) as events:
             async for event in events:
-                if isinstance(event, Image | Completed):
+                if key is not None and isinstance(event, Image | Completed):
                     made.append(event)
                 yield event
         if key is not None:

@@ -1,0 +1,50 @@
+"""What the frontend keeps of an answer, with a worker that is an ordinary object."""
+
+import weakref
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+
+import pytest
+
+from server.frontend.dispatcher import Dispatcher
+from server.frontend.metrics import Metrics
+from server.requests import Completed, Event, GenerationRequest, Image, ImageFormat, InstanceInfo, Started, Timings
+from tests.fakes import a_request
+from tests.unit.server.test_cache import INSTANCE
+from tests.unit.server.test_queue import FakeWorker, make
+
+
+@dataclass(eq=False)
+class Painter(FakeWorker):
+    """Makes two images, which it can tell whether anybody still has."""
+
+    info: InstanceInfo = INSTANCE
+    images: "list[weakref.ref[Image]]" = field(default_factory=list)
+
+    @property
+    def kept(self) -> int:
+        return sum(image() is not None for image in self.images)
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        yield Started(self.name)
+        for index in range(2):
+            yield self._draw(index)
+        yield Completed(Timings(), (), prompt_cached=False, denoiser_forwards=2)
+
+    def _draw(self, index: int) -> Image:
+        image = Image(index, 7, 64, 64, ImageFormat.RAW, b"")
+        self.images.append(weakref.ref(image))
+        return image
+
+
+@pytest.mark.parametrize(("response_cache", "kept"), [(False, 0), (True, 2)])
+async def test_images_that_the_client_has_taken_are_kept_for_a_response_cache_alone(
+    response_cache: bool, kept: int
+) -> None:
+    painter = Painter()
+    dispatcher = Dispatcher(Metrics(), cache_bytes=2**20)
+    events = dispatcher.generate_on(make(painter, response_cache=response_cache), a_request())
+    while not isinstance(await anext(events), Completed):
+        pass
+    assert painter.kept == kept
+    await events.aclose()
