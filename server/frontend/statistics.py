@@ -41,12 +41,22 @@ class Duration:
 
     count: int = 0
     ns: int = 0
-    recent: deque[int] = field(default_factory=lambda: deque(maxlen=SUMMARY_WINDOW))
 
     def add(self, ns: int) -> None:
         """Once more."""
         self.count += 1
         self.ns += ns
+
+
+@dataclass
+class Summary(Duration):
+    """The same, and the latest ones by themselves, for quantiles."""
+
+    recent: deque[int] = field(default_factory=lambda: deque(maxlen=SUMMARY_WINDOW))
+
+    def add(self, ns: int) -> None:
+        """Once more."""
+        super().add(ns)
         self.recent.append(ns)
 
 
@@ -127,10 +137,10 @@ class Statistics:
         self._idle = asyncio.Event()
         self._idle.set()
         self.load_seconds = 0.0
-        self.success, self.fail = Duration(), Duration()
-        self.stages = {stage: Duration() for stage in STAGES}
+        self.success, self.fail = Summary(), Duration()
+        self.stages = {stage: Summary() for stage in STAGES}
         self.first_responses = Histogram()
-        self.cache_hit, self.cache_miss = Duration(), Duration()  # looking up; for a miss also keeping the answer
+        self.cache_hit, self.cache_miss = Summary(), Summary()  # looking up; for a miss also keeping the answer
         self.batches: dict[int, BatchStatistics] = {}
         self.failures = dict.fromkeys(FailureReason, 0)
 

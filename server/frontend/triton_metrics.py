@@ -7,7 +7,7 @@ from prometheus_client.registry import Collector
 
 from server.backends.base import Model
 from server.frontend.gauges import Labels, make_family
-from server.frontend.statistics import FIRST_RESPONSE_MS, STAGES, Duration, Statistics
+from server.frontend.statistics import FIRST_RESPONSE_MS, STAGES, Statistics, Summary
 from server.settings import Latencies, MetricsConfig
 
 COUNTS: dict[str, tuple[str, Callable[[Statistics], float]]] = {
@@ -15,11 +15,11 @@ COUNTS: dict[str, tuple[str, Callable[[Statistics], float]]] = {
     "nv_inference_count": ("Number of inferences performed", lambda s: s.inference_count),
     "nv_inference_exec_count": ("Number of model executions performed", lambda s: s.execution_count),
 }
-CACHE: dict[str, tuple[str, Callable[[Statistics], Duration]]] = {
+CACHE: dict[str, tuple[str, Callable[[Statistics], Summary]]] = {
     "hit": ("hits", lambda s: s.cache_hit),
     "miss": ("misses", lambda s: s.cache_miss),
 }
-DURATIONS: dict[str, Callable[[Statistics], Duration]] = {
+DURATIONS: dict[str, Callable[[Statistics], Summary]] = {
     "request": lambda s: s.success,
     **{stage: lambda s, stage=stage: s.stages[stage] for stage in STAGES},  # type: ignore[misc]
 }
@@ -91,7 +91,7 @@ def _failures(figures: list[tuple[Labels, Statistics]]) -> Metric:
     return make_family("nv_inference_request_failure", "Number of failed inference requests", "counter", values)
 
 
-def _summary(name: str, durations: list[tuple[Labels, Duration]], quantiles: tuple[float, ...]) -> Metric:
+def _summary(name: str, durations: list[tuple[Labels, Summary]], quantiles: tuple[float, ...]) -> Metric:
     """Quantiles of the latest requests; sum and count of all."""
     family = Metric(name, "Summary of recent requests", "summary")
     for labels, duration in durations:

@@ -1,4 +1,4 @@
-"""Figures: under which label a failure is counted."""
+"""Figures: under which label a failure is counted, and what is kept."""
 
 import asyncio
 
@@ -6,7 +6,7 @@ import pytest
 from grpc import StatusCode
 
 from server.errors import QueueFullError, QueueTimeoutError, WorkerLostError, error_of_status
-from server.frontend.statistics import FailureReason, failure_reason
+from server.frontend.statistics import FailureReason, Spent, Statistics, failure_reason
 
 BACKEND, OTHER = FailureReason.BACKEND, FailureReason.OTHER
 
@@ -36,3 +36,12 @@ def test_what_a_worker_has_failed_at_is_its_backends_failure(status: StatusCode,
 )
 def test_other_ends_of_a_request(error: BaseException, reason: FailureReason) -> None:
     assert failure_reason(error) is reason
+
+
+def test_single_durations_are_kept_only_where_a_summary_tells_of_them() -> None:
+    """Of every batch size and every failed request they would be a thousand numbers that nobody reads."""
+    figures = Statistics()
+    figures.executed(2, Spent())
+    summarised = (figures.success, figures.cache_hit, figures.cache_miss, *figures.stages.values())
+    assert all(hasattr(duration, "recent") for duration in summarised)
+    assert not any(hasattr(duration, "recent") for duration in (figures.fail, *vars(figures.batches[2]).values()))
