@@ -96,14 +96,14 @@ class _Process:
             self._kill_all()
 
     async def stop(self) -> None:
-        """Ends it: SIGTERM, and SIGKILL if that does not help."""
+        """Ends it and what it has started: SIGTERM, and SIGKILL if that does not help."""
         if self.process.returncode is None:
             self.process.terminate()
-            try:
-                await asyncio.wait_for(self.ended(), KILL_AFTER)
-            except TimeoutError:
-                self.kill()
-                await self.ended()
+        try:
+            await asyncio.wait_for(self.ended(), KILL_AFTER)
+        except TimeoutError:
+            self.kill()
+            await self.ended()
         await self.client.close(CHANNEL_GRACE)
 
     def _kill_all(self) -> None:
@@ -219,6 +219,7 @@ class Worker:
         if current.was_ready:
             self._set(WorkerState.RESTARTING, "it has just ended")
         await current.client.close(CHANNEL_GRACE)
+        self._current = None  # its number may soon be another's, whom `stop` must not end
         return ending
 
     async def _start_process(self) -> _Process:

@@ -12,11 +12,13 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import psutil
 import pytest
 
 from client.messages import ImageRequest
 from server.config import ControlMode, FallbackPolicy
 from server.errors import EngineLoadError, WorkerLostError
+from server.frontend import workers
 from server.frontend.exposition import render
 from server.frontend.metrics import Metrics
 from server.frontend.serving import Serving
@@ -27,7 +29,7 @@ from server.rpc.images import ImageGenerationClient
 from tests.fakes import a_request
 from tests.integration.frontend import Running, draw, light_repository, serving
 from tests.integration.light_worker import LIGHT
-from tests.integration.process import PATIENCE
+from tests.integration.process import PATIENCE, is_gone, wait_for
 
 
 @pytest.fixture
@@ -157,6 +159,34 @@ async def test_a_worker_is_replaced_though_its_child_holds_its_standard_output(t
     os.kill(alone.worker.pid or 0, signal.SIGKILL)
     await alone.until(WorkerState.RESTARTING, "was ended by SIGKILL")
     await alone.until(WorkerState.READY)
+    await alone.worker.stop()
+
+
+async def test_a_child_of_a_worker_that_ends_just_before_it_is_stopped_ends_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = f'sleep {2 * PATIENCE} & echo $! > {tmp_path}/child; exec {shlex.join([sys.executable, *LIGHT[1:]])} "$@"'
+    alone = Alone(tmp_path, "sh", "-c", script, "light")
+    monkeypatch.setattr(workers, "LOOK_EVERY", 2 * PATIENCE)  # so it is not noticed before
+    alone.worker.start()
+    await alone.until(WorkerState.READY)
+    child = psutil.Process(int((tmp_path / "child").read_text()))
+    process = alone.worker._current.process if alone.worker._current else None
+    assert process is not None
+    process.kill()
+    async with asyncio.timeout(PATIENCE):
+        while process.returncode is None:  # noqa: ASYNC110 - asyncio has no event for it
+            await asyncio.sleep(0.01)
+    await alone.worker.stop()
+    await asyncio.to_thread(wait_for, lambda: is_gone(child))
+
+
+async def test_a_worker_that_has_ended_has_no_number_any_more(tmp_path: Path) -> None:
+    """The system may have given it to another process, which is not to be ended in its place."""
+    alone = Alone(tmp_path, "false")
+    alone.worker.start()
+    await alone.until(WorkerState.FAILED)
+    assert alone.worker.pid is None
     await alone.worker.stop()
 
 
