@@ -1,5 +1,6 @@
 """Triton's ModelConfig, both ways: read from config.pbtxt, and told to clients with what the file leaves out."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ def read_model_file(folder: Path) -> ModelFile:
     """`folder`/config.pbtxt, as far as it is the same for every backend.
 
     Raises:
-        ConfigError: it is missing, does not parse, or wants requests to be scheduled in a way that is not served.
+        ConfigError: it is missing, does not parse, or wants what is not served.
     """
     path = folder / "config.pbtxt"
     try:
@@ -30,13 +31,20 @@ def read_model_file(folder: Path) -> ModelFile:
 
 
 def parse_model_file(text: str, name: str) -> ModelFile:
-    """The config of the model called `name`; what is the backend's own affair is left to it."""
+    """The config of the model called `name`; what is the backend's own affair is left to it.
+
+    Raises:
+        ConfigError: it wants requests to be scheduled in a way that is not served, or says what means nothing.
+        ParseError, ValueError: it is no config, or not this model's.
+    """
     config = text_format.Parse(text, pb.ModelConfig())
     scheduling = config.WhichOneof("scheduling_choice")
     if scheduling not in (None, "dynamic_batching"):
         raise ConfigError(f"model {name!r}: {scheduling} not supported; dynamic_batching is")
     if config.name not in ("", name):
         raise ValueError(f"name {config.name!r} differs from its folder's; make them equal or leave it out")
+    _check_numbers(config, f"model {name!r}")
+    _check_names(config, f"model {name!r}")
     return ModelFile(
         name=name,
         backend=config.backend or "z_image",
@@ -80,6 +88,23 @@ def complete_config(file: ModelFile, spec: ModelSpec) -> pb.ModelConfig:
     )
     config.output.extend(pb.ModelOutput(name=t.name, data_type=_wire_type(t), dims=t.dims) for t in spec.outputs)
     return config
+
+
+def _check_numbers(config: Any, where: str) -> None:
+    tensors = (*config.input, *config.output)
+    numbers = [("max_batch_size", config.max_batch_size, 0, "0 or more is")]
+    numbers += [("instance_group count", group.count, 0, "0 or more is") for group in config.instance_group]
+    numbers += [(f"dims of {t.name!r}:", size, -1, "a size is, or -1 for any") for t in tensors for size in t.dims]
+    for what, number, least, accepted in numbers:
+        if number < least:
+            raise ConfigError(f"{where}: {what} {number} is not accepted; {accepted}")
+
+
+def _check_names(config: Any, where: str) -> None:
+    for kind, tensors in (("input", config.input), ("output", config.output)):
+        for name, times in Counter(t.name for t in tensors).items():
+            if times > 1:
+                raise ConfigError(f"{where}: {times} {kind}s are named {name!r}; each needs a name of its own")
 
 
 def _decode_tensor(message: Any) -> TensorSpec:

@@ -151,6 +151,31 @@ def test_scheduling_that_no_backend_serves_is_refused_by_name(text: str, message
         parse_model_file(text, "m")
 
 
+TENSOR = "{kind} {{ name: 'A' data_type: TYPE_UINT8 dims: [ {dims} ] }}"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max_batch_size: -3", "max_batch_size -3 is not accepted; 0 or more is"),
+        ("instance_group { count: 2 } instance_group { count: -2 }", "instance_group count -2 is not accepted; 0 or"),
+        (TENSOR.format(kind="input", dims="-1, -5"), "dims of 'A': -5 is not accepted; a size is, or -1 for any"),
+        (TENSOR.format(kind="output", dims="-2"), "dims of 'A': -2 is not accepted"),
+        (2 * TENSOR.format(kind="input", dims="1"), "2 inputs are named 'A'; each needs a name of its own"),
+        (2 * TENSOR.format(kind="output", dims="1"), "2 outputs are named 'A'"),
+    ],
+)
+def test_what_means_nothing_in_a_config_is_refused_with_what_is_accepted(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"model 'm': {message}"):
+        parse_model_file(text, "m")
+
+
+def test_a_config_may_leave_numbers_at_what_they_are_without_it() -> None:
+    tensors = "".join(TENSOR.format(kind=kind, dims="-1, 0, 3") for kind in ("input", "output"))
+    file = parse_model_file(f"max_batch_size: 0 instance_group {{ count: 0 }} {tensors}", "m")
+    assert (file.max_batch_size, file.instances, file.inputs) == (0, 1, file.outputs)
+
+
 def test_the_queue_of_a_config() -> None:
     text = """
     max_batch_size: 4
