@@ -76,6 +76,11 @@ class TraceSettings:
         """Whether there is something to trace and somewhere to write it."""
         return bool(self.trace_level) and (self.trace_mode is TraceMode.OPENTELEMETRY or bool(self.trace_file))
 
+    @property
+    def tensors(self) -> bool:
+        """Whether tensors are told of; spans have no place for them."""
+        return TraceLevel.TENSORS in self.trace_level and self.trace_mode is TraceMode.TRITON
+
     def changed(self, wanted: Mapping[str, list[str]], defaults: "TraceSettings") -> "TraceSettings":
         """With `wanted` set; an empty list of values returns a setting to its default.
 

@@ -207,7 +207,7 @@ class Frontend:
             log.warning("not all requests finished within %g s", seconds)
         await self._repository.close()
         await server.stop(STOP_GRACE)
-        self._tracer.close()
+        await self._tracer.close()
         await self._memory.close()
 
 

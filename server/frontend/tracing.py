@@ -1,5 +1,6 @@
 """Traces of requests: every so many-th one, where its time went, handed to whoever writes traces."""
 
+import asyncio
 import logging
 import time
 from collections import Counter
@@ -18,6 +19,9 @@ log = logging.getLogger(__name__)
 
 PARENT = "traceparent"  # the header of W3C Trace Context that names the caller's span
 CONTEXT_HEADERS = (PARENT, "tracestate")
+BACKLOG = 64 * 1024**2  # bytes of traces that may wait to be written; those that come then are dropped
+TRACE_BYTES = 16 * 1024  # what a trace counts besides its tensors: its stages, of which a step is one
+CLOSE_WITHIN = 5.0  # seconds for what waits to be written when the server stops
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,21 @@ class Trace:
     error: str = ""
     record: RequestRecord | None = None
     stages: list[Stage] = field(default_factory=list)
-    inputs: tuple[Tensor, ...] = ()
+    inputs: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     _worked_since: int = 0  # when a worker began
     _waited_since: int = 0  # when the last event came
+
+    @property
+    def size(self) -> int:
+        """Bytes that it keeps, as far as they matter."""
+        return TRACE_BYTES + sum(len(tensor.data) for tensor in (*self.inputs, *self.outputs))
+
+    def keep(self, *, inputs: Iterable[Tensor] = (), outputs: Iterable[Tensor] = ()) -> None:
+        """Takes in tensors, if they are to be told of."""
+        if self.settings.tensors:
+            self.inputs += inputs
+            self.outputs += outputs
 
     def observe(self, record: RequestRecord) -> None:
         """Takes in what the model noted about the request."""
@@ -125,6 +140,8 @@ class Tracer:
         self._made = 0
         self._write, self._close = write, close
         self._failing = False  # whether the last trace could not be written
+        self._dropping = False  # whether one was dropped since the writer had nothing to do
+        self._handed = self._written = 0  # bytes, by the event loop and by the writer; what lies between them waits
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="trace")
 
     def settings(self, model: str = "") -> TraceSettings:
@@ -152,15 +169,35 @@ class Tracer:
         return Trace(id=self._made, model=model, version=version, request_id=request_id, settings=settings, call=call)
 
     def end(self, trace: Trace | None) -> None:
-        """Has the trace written, if there is one."""
-        if trace is not None:
-            trace.end()
-            self._writer.submit(self._write_one, trace)
+        """Has the trace written, if there is one; drops it where too much waits for that."""
+        if trace is None:
+            return
+        trace.end()
+        size, waiting = trace.size, self._handed - self._written
+        if waiting and waiting + size > BACKLOG:
+            self._drop(waiting)
+            return
+        self._dropping = self._dropping and waiting > 0
+        self._handed += size
+        self._writer.submit(self._write_one, trace, size)
 
-    def close(self) -> None:
-        """Returns when everything is written."""
-        self._writer.shutdown()
-        self._close()
+    async def close(self) -> None:
+        """Returns when everything is written, or after `CLOSE_WITHIN`; what has not been begun then is dropped."""
+        try:
+            async with asyncio.timeout(CLOSE_WITHIN):
+                await asyncio.wrap_future(self._writer.submit(self._close))
+        except TimeoutError:
+            log.warning("traces that were not written within %g s are lost", CLOSE_WITHIN)
+        finally:
+            self._writer.shutdown(wait=False, cancel_futures=True)
+
+    def _drop(self, waiting: int) -> None:
+        if not self._dropping:
+            log.error(
+                "traces come faster than they are written: %d MiB wait, and what comes is lost until there is room",
+                waiting // 1024**2,
+            )
+        self._dropping = True
 
     def _brings_context(self, settings: TraceSettings, call: Call) -> bool:
         """As in Triton, who sends a trace context is traced at any rate: their own sampler has decided."""
@@ -183,7 +220,7 @@ class Tracer:
         else:
             self._global = replace(self._global, trace_count=left)
 
-    def _write_one(self, trace: Trace) -> None:
+    def _write_one(self, trace: Trace, size: int) -> None:
         """On the writer's thread, whose errors nobody would see: the first of a row of them is logged."""
         try:
             self._write(trace)
@@ -193,6 +230,8 @@ class Tracer:
             self._failing = True
         else:
             self._failing = False
+        finally:
+            self._written += size
 
 
 def trace_context(metadata: Iterable[tuple[str, str | bytes]] | None) -> dict[str, str]:

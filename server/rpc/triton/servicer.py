@@ -139,7 +139,7 @@ class TritonServicer(pb_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc
         end_with_call(self._tracer, trace, context)
         with trace.answering():
             response = await _only(model, call.request)
-            trace.outputs += response.outputs
+            trace.keep(outputs=response.outputs)
             await call.encode(response, message)
         return message
 
@@ -259,7 +259,7 @@ class TritonServicer(pb_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc
         call = Call(f"{SERVICE_NAME}/{method}", trace_context(context.invocation_metadata()))
         trace = self._tracer.begin(spec.name, spec.version, request.id, call)
         if trace is not None:
-            trace.inputs = tuple(request.inputs.values())
+            trace.keep(inputs=request.inputs.values())
         return trace
 
     def _check_explicit(self) -> None:

@@ -123,7 +123,7 @@ class InferStream:
         if trace is None:
             await self._outgoing.put(outgoing)
             return
-        trace.outputs += response.outputs
+        trace.keep(outputs=response.outputs)
         with trace.sending():
             await self._outgoing.put(outgoing)
             await outgoing.written.wait()

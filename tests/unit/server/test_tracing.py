@@ -1,6 +1,8 @@
 """Traces: which requests get one, what it holds, and the OpenTelemetry spans it becomes."""
 
+import asyncio
 import sys
+import threading
 import time
 from dataclasses import replace
 
@@ -11,14 +13,17 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from server.cli import parser, read_config
 from server.errors import ConfigError
+from server.frontend import tracing
 from server.frontend.statistics import RequestRecord, Spent
 from server.frontend.telemetry import Telemetry
-from server.frontend.tracing import Call, Trace, Tracer
+from server.frontend.tracing import TRACE_BYTES, Call, Trace, Tracer
 from server.requests import Completed, Event, Image, ImageFormat, Progress, Queued, Started, Timings
 from server.settings import TelemetryConfig, TraceLevel, TraceMode, TraceSettings
 from server.tensors import DataType, Tensor, join_strings
 
 ON = TraceSettings(trace_level=frozenset({TraceLevel.TIMESTAMPS}), trace_rate=1, trace_mode=TraceMode.OPENTELEMETRY)
+TENSORS = TraceSettings(frozenset({TraceLevel.TENSORS}), trace_rate=1, trace_file="x")
+PATIENCE = 300.0  # seconds that nothing here takes
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 IMAGE = Image(0, 7, 64, 64, ImageFormat.PNG, b"", decode_ms=20.0, image_encode_ms=10.0)
 DRAWN: tuple[Event, ...] = (
@@ -114,7 +119,7 @@ def test_requests_of_a_model_with_a_rate_of_its_own_are_counted_by_themselves() 
     assert [other for _, (other,) in seen] == [True, False, True, False]
 
 
-def test_traces_that_cannot_be_written_are_said_once_until_one_can_be(caplog: pytest.LogCaptureFixture) -> None:
+async def test_traces_that_cannot_be_written_are_said_once_until_one_can_be(caplog: pytest.LogCaptureFixture) -> None:
     ends = iter([OSError("no space"), OSError("no space"), None, OSError("again")])
     written: list[int] = []
 
@@ -124,11 +129,106 @@ def test_traces_that_cannot_be_written_are_said_once_until_one_can_be(caplog: py
         written.append(trace.id)
 
     tracer = Tracer(ON, write, lambda: None)
-    for _ in range(4):
-        tracer.end(tracer.begin("m", "1", "", Call("m")))
-    tracer.close()
+    end_traces(tracer, 4)
+    await tracer.close()
     assert written == [3]
     assert [r.getMessage().rpartition(": ")[2] for r in caplog.records] == ["no space", "again"]
+
+
+def end_traces(tracer: Tracer, count: int) -> None:
+    for _ in range(count):
+        tracer.end(tracer.begin("m", "1", "", Call("m")))
+
+
+class HeldWriter:
+    """Writes nothing until it is let go."""
+
+    def __init__(self) -> None:
+        self.written: list[int] = []
+        self.begun, self.go = threading.Event(), threading.Event()
+
+    def __call__(self, trace: Trace) -> None:
+        self.begun.set()
+        self.go.wait(PATIENCE)
+        self.written.append(trace.id)
+
+
+async def catch_up(tracer: Tracer) -> None:
+    """Waits until the writer has nothing to do."""
+    await asyncio.wrap_future(tracer._writer.submit(lambda: None))
+
+
+async def test_traces_that_come_faster_than_they_are_written_are_dropped_which_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tracing, "BACKLOG", 3 * TRACE_BYTES, raising=False)
+    write = HeldWriter()
+    tracer = Tracer(ON, write, lambda: None)
+    end_traces(tracer, 6)
+    write.go.set()
+    await catch_up(tracer)
+    end_traces(tracer, 1)
+    await tracer.close()
+    assert write.written == [1, 2, 3, 7]
+    assert [r.getMessage().partition(":")[0] for r in caplog.records] == ["traces come faster than they are written"]
+
+
+async def test_tensors_count_for_what_may_wait_and_a_trace_of_any_size_is_written_where_none_does() -> None:
+    write = HeldWriter()
+    tracer = Tracer(TENSORS, write, lambda: None)
+    for _ in range(2):
+        trace = tracer.begin("m", "1", "", Call("m"))
+        assert trace is not None
+        trace.keep(inputs=[Tensor("t", DataType.UINT8, (tracing.BACKLOG,), bytes(tracing.BACKLOG))])
+        tracer.end(trace)
+    write.go.set()
+    await tracer.close()
+    assert write.written == [1]
+
+
+async def test_the_event_loop_goes_on_while_the_last_traces_are_written() -> None:
+    write, closed = HeldWriter(), threading.Event()
+    tracer = Tracer(ON, write, closed.set)
+    end_traces(tracer, 3)
+    closing = asyncio.create_task(tracer.close())
+    await asyncio.sleep(0)
+    assert not write.written
+    write.go.set()
+    await closing
+    assert write.written == [1, 2, 3]
+    assert closed.is_set()
+
+
+async def test_what_cannot_be_written_in_time_when_the_server_stops_is_dropped(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """But for the one that is being written: half of it would spoil the file."""
+    monkeypatch.setattr(tracing, "CLOSE_WITHIN", 0.01, raising=False)
+    write = HeldWriter()
+    tracer = Tracer(ON, write, lambda: None)
+    end_traces(tracer, 3)
+    await asyncio.to_thread(write.begun.wait, PATIENCE)
+    await tracer.close()
+    write.go.set()
+    tracer._writer.shutdown()
+    assert write.written == [1]
+    assert "not written within 0.01 s" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        (TENSORS, True),
+        (replace(TENSORS, trace_level=frozenset({TraceLevel.TIMESTAMPS})), False),
+        (replace(TENSORS, trace_mode=TraceMode.OPENTELEMETRY), False),
+    ],
+)
+def test_a_trace_keeps_tensors_only_where_they_are_told_of(settings: TraceSettings, kept: bool) -> None:
+    tensor = Tensor("t", DataType.UINT8, (2,), b"ab")
+    trace = Trace(id=1, model="m", version="1", request_id="", settings=settings, call=Call("m"))
+    trace.keep(inputs=[tensor])
+    trace.keep(outputs=[tensor])
+    assert (trace.inputs, trace.outputs) == (([tensor], [tensor]) if kept else ([], []))
 
 
 def test_who_brings_a_trace_context_is_traced_at_any_rate_by_opentelemetry_alone() -> None:
