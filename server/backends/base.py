@@ -1,9 +1,10 @@
 """The seam between Triton's protocol and what answers it: every backend makes a `Model` of a `ModelFolder`."""
 
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from server.config import ServeConfig
 from server.frontend.dispatcher import Dispatcher
@@ -11,6 +12,8 @@ from server.frontend.statistics import Statistics
 from server.frontend.workers import COMMAND
 from server.queue_policy import QueuePolicy
 from server.tensors import InferRequest, InferResponse, ModelSpec, TensorSpec
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -104,11 +107,25 @@ class Model(Protocol):
         """Whether it serves at this moment."""
 
     def infer(self, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
-        """The responses to `request`; closing the generator cancels it.
+        """The responses to `request`; closing the generator cancels it, an error thrown into it makes it a failure.
 
         Raises:
             ZServeError: it cannot be answered.
         """
+
+
+@asynccontextmanager
+async def taking(items: AsyncGenerator[Item, None]) -> AsyncIterator[AsyncGenerator[Item, None]]:
+    """Closes `items` at the end, as `aclosing` does; an error of the body is thrown into it before.
+
+    So a response that cannot be delivered is a failure for whoever counts the request, though the model has made it.
+    """
+    async with aclosing(items):
+        try:
+            yield items
+        except Exception as error:
+            await items.athrow(error)
+            raise
 
 
 Backend = Callable[[ModelFolder, Host], Model]

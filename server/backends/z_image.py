@@ -3,9 +3,8 @@
 import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
 
-from server.backends.base import Host, ModelFolder
+from server.backends.base import Host, ModelFolder, taking
 from server.config import cpu_threads, read_model_config
 from server.errors import EngineLoadError, ModelNotReadyError
 from server.frontend.queue import ModelQueue
@@ -71,7 +70,7 @@ class ZImageModel:
         """See `Model`."""
         wanted = images.decode_request(request, self._config)
         finished: list[Image] = []
-        async with aclosing(self._host.dispatcher.generate_on(self.queue, wanted.generation)) as events:
+        async with taking(self._host.dispatcher.generate_on(self.queue, wanted.generation)) as events:
             async for event in events:
                 match event:
                     case Progress() | Preview() if wanted.progress:

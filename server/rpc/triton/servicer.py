@@ -1,7 +1,6 @@
 """`inference.GRPCInferenceService`: decode, call, encode."""
 
 from collections.abc import AsyncIterator, Iterable
-from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +8,7 @@ import grpc.aio
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc as pb_grpc
 
-from server.backends.base import Model
+from server.backends.base import Model, taking
 from server.config import ControlMode, ServeConfig
 from server.errors import (
     EngineRunError,
@@ -134,13 +133,12 @@ class TritonServicer(pb_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc
         model, call, trace = await self._begin(request, context, Delivery.ONE)
         message = pb.ModelInferResponse()
         if trace is None:
-            await call.encode(await _only(model, call.request), message)
+            await _answer(model, call, message)
             return message
         end_with_call(self._tracer, trace, context)
         with trace.answering():
-            response = await _only(model, call.request)
+            response = await _answer(model, call, message)
             trace.keep(outputs=response.outputs)
-            await call.encode(response, message)
         return message
 
     async def ModelStreamInfer(
@@ -267,12 +265,14 @@ class TritonServicer(pb_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc
             raise UnavailableError("explicit model load / unload is not allowed if polling is enabled")
 
 
-async def _only(model: Model, request: InferRequest) -> InferResponse:
-    """The one response of a model that is not decoupled."""
+async def _answer(model: Model, call: InferCall, message: pb.ModelInferResponse) -> InferResponse:
+    """Writes the one response of a model that is not decoupled into `message`, and returns it."""
     found = None
-    async with aclosing(model.infer(request)) as responses:
+    async with taking(model.infer(call.request)) as responses:
         async for response in responses:
             found = response
+            message.Clear()  # of more than one the last counts
+            await call.encode(response, message)
     if found is None:
         raise EngineRunError(f"model {model.spec.name!r} gave no response")
     return found

@@ -7,14 +7,14 @@ end with it.
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2 as pb
 
-from server.backends.base import Model
+from server.backends.base import Model, taking
 from server.frontend.tracing import Trace
 from server.rpc.interceptors import reported, unreadable
 from server.rpc.triton.errors import translate
@@ -107,7 +107,7 @@ class InferStream:
         self, model: Model, call: InferCall, trace: Trace | None, before: asyncio.Task[None] | None
     ) -> None:
         final = False
-        async with aclosing(model.infer(call.request)) as responses:
+        async with taking(model.infer(call.request)) as responses:
             async for response in responses:
                 if before is not None:
                     await asyncio.wait({before})

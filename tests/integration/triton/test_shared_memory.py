@@ -5,6 +5,7 @@ CUDA shared memory is in tests/unit/server/test_shared_memory.py and tests/gpu/t
 
 import base64
 import os
+import queue
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -12,9 +13,11 @@ import pytest
 import torch
 import tritonclient.grpc as triton
 import tritonclient.utils.shared_memory as shm
+from tritonclient.utils import InferenceServerException
 
-from tests.integration.process import ServerProcess
-from tests.integration.triton.conftest import some_bytes
+from tests.conftest import MODEL
+from tests.integration.process import PATIENCE, ServerProcess
+from tests.integration.triton.conftest import bytes_tensor, some_bytes
 from tests.integration.triton.test_errors import status_of
 
 SIZE = 64
@@ -126,6 +129,54 @@ def test_an_output_that_does_not_fit(triton_client: triton.InferenceServerClient
     found = status_of(lambda: triton_client.infer("identity", [some_bytes(8)], outputs=[result_in(4)]))
     assert found[0] == "INTERNAL"
     assert "should be at least 8 bytes" in found[1]
+
+
+def ends(client: triton.InferenceServerClient, model: str) -> tuple[int, int]:
+    """Requests that have succeeded, and that have failed."""
+    (figures,) = client.get_inference_statistics(model).model_stats
+    return figures.inference_stats.success.count, figures.inference_stats.fail.count
+
+
+def infer(client: triton.InferenceServerClient, model: str, inputs: list, **options: object) -> str:
+    """Asks on a call of its own; returns the error."""
+    return status_of(lambda: client.infer(model, inputs, **options))[1]
+
+
+def stream(client: triton.InferenceServerClient, model: str, inputs: list, **options: object) -> str:
+    answers: queue.Queue[InferenceServerException] = queue.Queue()
+    client.start_stream(lambda result, error: answers.put(error))
+    client.async_stream_infer(model, inputs, **options)
+    error = answers.get(timeout=PATIENCE)
+    client.stop_stream()
+    return str(error)
+
+
+SMALL = {"width": 64, "height": 64, "num_inference_steps": 1}
+ASKED = {
+    "identity": ([some_bytes(8)], "OUTPUT0", {}),
+    MODEL: ([bytes_tensor("PROMPT", "a star")], "IMAGE", {"parameters": SMALL}),
+}
+
+
+@pytest.mark.parametrize("ask", [infer, stream])
+@pytest.mark.parametrize("model", list(ASKED))
+def test_a_request_whose_answer_cannot_be_written_has_failed(
+    triton_server: ServerProcess,
+    triton_client: triton.InferenceServerClient,
+    region: object,
+    model: str,
+    ask: Callable[..., str],
+) -> None:
+    """Whatever the model has made of it: its client has got an error."""
+    inputs, output, options = ASKED[model]
+    succeeded, failed = ends(triton_client, model)
+    internal = triton_server.metric("zserve_requests_total", model=model, outcome="internal")
+    small = triton.InferRequestedOutput(output)
+    small.set_shared_memory("region", 4)
+    assert "should be at least" in ask(triton_client, model, inputs, outputs=[small], **options)
+    assert ends(triton_client, model) == (succeeded, failed + 1)
+    if model == MODEL:
+        assert triton_server.metric("zserve_requests_total", model=model, outcome="internal") == internal + 1
 
 
 def test_memory_that_has_shrunk_is_an_error(triton_client: triton.InferenceServerClient, region: object) -> None:
