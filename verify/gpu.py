@@ -23,12 +23,15 @@ from export.errors import UnsupportedError
 from export.manifest import BINDING_LIBRARIES, Backend, installed_version
 from export.spec import Precision
 from verify.images import psnr_text
+from verify.machine import commit, cpu_name
 
 ON_CUDA = (Backend.TENSORRT, Backend.TENSORRT_RTX, Backend.AOTINDUCTOR)
 ON_CPU = (Backend.ONNXRUNTIME, Backend.AOTINDUCTOR, Backend.TENSORRT_RTX)
 AHEAD_OF_TIME = "sm89,sm120"  # what TensorRT-RTX builds for where there is no GPU
 
 COMPILED = [backend for backend in Backend if backend is not Backend.EAGER]
+STATUSES = f"""exit status: 0 what is possible here is right, or was built for other machines and not run; 1 a backend
+that is possible here is not built, does not run or is past its tolerance; {NOT_POSSIBLE} no backend is possible here"""
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,8 @@ class Verdict:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs all backends; returns 1 if one that is possible here is not built, does not run or is past its tolerance."""
-    parser = argparse.ArgumentParser(prog="zserve verify", description=__doc__)
+    """Runs all backends; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="zserve verify", description=__doc__, epilog=STATUSES)
     parser.add_argument("--checkpoint", default="demo/checkpoint", help="default: %(default)s")
     parser.add_argument("--default-size", default="256x256", help="default: %(default)s; 1024x1024 for the real model")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
@@ -66,9 +69,17 @@ def main(argv: Sequence[str]) -> int:
     backends = arguments.backend or (ON_CUDA if arguments.device.startswith("cuda") else ON_CPU)
     with _repository(arguments.repository) as repository:
         verdicts = [verify(backend, arguments, repository) for backend in backends]
-    write_report(arguments.out, machine(arguments.device), verdicts)
+    settings = {name: getattr(arguments, name) for name in ("checkpoint", "default_size", "images")}
+    write_report(arguments.out, machine(arguments.device), settings, verdicts)
     print(f"report: {arguments.out}.md and {arguments.out}.json")
-    return 1 if any(v.right is False for v in verdicts) else 0
+    return status(verdicts)
+
+
+def status(verdicts: Sequence[Verdict]) -> int:
+    """The exit status, by `STATUSES`."""
+    if any(v.right is False for v in verdicts):
+        return 1
+    return 0 if any(v.built for v in verdicts) else NOT_POSSIBLE
 
 
 @contextmanager
@@ -139,31 +150,36 @@ def machine(device: str) -> dict[str, Any]:
     libraries = {library for names in BINDING_LIBRARIES.values() for library in names}
     return {
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
+        "cpu": cpu_name(),
         "compute_capability": ".".join(map(str, torch.cuda.get_device_capability(device))) if cuda else None,
         "memory_gb": round(torch.cuda.get_device_properties(device).total_memory / 1e9, 1) if cuda else None,
         "cuda": torch.version.cuda,
         "libraries": {name: installed_version(name) for name in sorted(libraries)},
+        "zserve": installed_version("zserve"),
+        "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
-def write_report(out: Path, here: dict[str, Any], verdicts: list[Verdict]) -> None:
-    """Writes `out`.json and `out`.md."""
+def write_report(out: Path, here: dict[str, Any], settings: dict[str, Any], verdicts: list[Verdict]) -> None:
+    """Writes `out`.json and `out`.md; a dot in its name is no suffix."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    whole = {"machine": here, "backends": [asdict(v) for v in verdicts]}
-    out.with_suffix(".json").write_text(json.dumps(whole, indent=2) + "\n", "utf-8")
-    out.with_suffix(".md").write_text(as_markdown(here, verdicts), "utf-8")
+    whole = {"machine": here, "settings": settings, "backends": [asdict(v) for v in verdicts]}
+    out.with_name(f"{out.name}.json").write_text(json.dumps(whole, indent=2) + "\n", "utf-8")
+    out.with_name(f"{out.name}.md").write_text(as_markdown(here, settings, verdicts), "utf-8")
 
 
-def as_markdown(here: dict[str, Any], verdicts: list[Verdict]) -> str:
+def as_markdown(here: dict[str, Any], settings: dict[str, Any], verdicts: list[Verdict]) -> str:
     """The report for people."""
     lines = [f"# zserve on {here['device']}", ""]
     lines += [f"* {key}: {value}" for key, value in here.items() if key not in ("device", "libraries")]
     lines += [f"* {name}: {version or 'not installed'}" for name, version in here["libraries"].items()]
     lines += [
         "",
-        "| backend | built | component | relative error | tolerance | ms | eager ms |",
-        "|---|---|---|---|---|---|---|",
+        f"Checkpoint {settings['checkpoint']}; milliseconds are of one call at {settings['default_size']}, the median.",
+        "",
+        "| backend | built | precision | component | relative error | tolerance | ms | eager ms |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     lines += [row for verdict in verdicts for row in _rows(verdict)]
     lines += ["", *(line for verdict in verdicts for line in _notes(verdict))]
@@ -172,12 +188,13 @@ def as_markdown(here: dict[str, Any], verdicts: list[Verdict]) -> str:
 
 def _rows(verdict: Verdict) -> list[str]:
     built = f"{verdict.export_seconds} s" if verdict.built else "no" if verdict.right is None else "FAILED"
+    start = f"| {verdict.backend} | {built} |" + (f" {verdict.version['precision']} |" if verdict.version else " |")
     if not verdict.parity:
-        return [f"| {verdict.backend} | {built} | | | | | |"]
+        return [f"{start} | | | | |"]
     return [
-        f"| {verdict.backend} | {built} | {c['component']} | not run | | | |"
+        f"{start} {c['component']} | not run | | | |"
         if c["not_run"]
-        else f"| {verdict.backend} | {built} | {c['component']} | {c['relative_error']:.1e} | {c['tolerance']:.0e} | "
+        else f"{start} {c['component']} | {c['relative_error']:.1e} | {c['tolerance']:.0e} | "
         f"{c['milliseconds']:.2f} | {c['eager_milliseconds']:.2f} |"
         for c in verdict.parity["components"]
     ]

@@ -21,7 +21,7 @@ from server.engines.base import Shapes
 from server.engines.onnxruntime import OnnxRuntimeEngine
 from server.errors import EngineRunError
 from tests.conftest import CHECKPOINT, MODEL
-from verify import gpu, images, inspection, parity
+from verify import gpu, images, inspection, machine, parity
 
 
 @pytest.fixture(autouse=True)
@@ -226,6 +226,8 @@ def test_verify_reports_on_every_backend(repository: Path, tensorrt_repository: 
     assert gpu.main([*arguments, *backends, "--out", str(out)]) == 0
     report = json.loads(out.with_suffix(".json").read_text())
     assert report["machine"]["device"] == "cpu"
+    assert report["machine"].keys() >= {"cpu", "zserve", "commit"}
+    assert report["settings"] == {"checkpoint": str(CHECKPOINT), "default_size": "256x256", "images": 1}
     here, elsewhere, nowhere = report["backends"]
     assert (here["built"], here["right"], here["problem"]) == (True, True, "")
     assert [c["component"] for c in here["parity"]["components"]] == list(Component)
@@ -235,16 +237,20 @@ def test_verify_reports_on_every_backend(repository: Path, tensorrt_repository: 
     assert "tensorrt" in nowhere["problem"]
     lines = out.with_suffix(".md").read_text().splitlines()
     for component in Component:
-        (row,) = (line for line in lines if line.startswith("| onnxruntime") and f"| {component} |" in line)
-        assert len(row.split("|")) == 9
+        (row,) = (line for line in lines if line.startswith("| onnxruntime") and f"| fp32 | {component} |" in line)
+        assert len(row.split("|")) == 10
+    assert f"Checkpoint {CHECKPOINT}; milliseconds are of one call at 256x256, the median." in lines
+    assert any(line.startswith("| tensorrt_rtx |") and "| bf16 |" in line for line in lines)
     assert any(line.startswith("| tensorrt_rtx |") and "| no |" not in line for line in lines)
-    assert "| tensorrt | no | | | | | |" in lines
+    assert "| tensorrt | no | | | | | | |" in lines
     assert "* tensorrt_rtx: built for sm89,sm120, and not run, as this machine has no GPU" in lines
     assert any("1 images, PSNR at least" in line for line in lines)
     assert list((kept / "verified-onnxruntime").glob("[0-9]*")) == [kept / "verified-onnxruntime" / "1"], "reused"
 
 
-@pytest.mark.parametrize(("status", "verdict", "row"), [(1, 1, "FAILED"), (-9, 1, "FAILED"), (NOT_POSSIBLE, 0, "no")])
+@pytest.mark.parametrize(
+    ("status", "verdict", "row"), [(1, 1, "FAILED"), (-9, 1, "FAILED"), (NOT_POSSIBLE, NOT_POSSIBLE, "no")]
+)
 def test_verify_fails_where_an_export_does_unless_it_is_not_possible_here(
     status: int, verdict: int, row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,8 +264,44 @@ def test_verify_fails_where_an_export_does_unless_it_is_not_possible_here(
     out = tmp_path / "report"
     assert gpu.main(["--backend", "aotinductor", "--device", "cpu", "--out", str(out)]) == verdict
     (told,) = json.loads(out.with_suffix(".json").read_text())["backends"]
-    assert (told["built"], told["right"]) == (False, False if verdict else None)
-    assert f"| aotinductor | {row} | | | | | |" in out.with_suffix(".md").read_text()
+    assert (told["built"], told["right"]) == (False, False if verdict == 1 else None)
+    assert f"| aotinductor | {row} | | | | | | |" in out.with_suffix(".md").read_text()
+
+
+def test_a_report_names_the_commit_of_its_own_checkout_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installed inside of another project's checkout, zserve has none."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-c", "user.name=a", "-c", "user.email=b@c", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+
+    git("init")
+    (tmp_path / "a.py").touch()
+    git("add", "a.py")
+    git("commit", "-m", "first")
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    assert machine.commit() == git("rev-parse", "HEAD")
+    (tmp_path / "a.py").write_text("changed = True")
+    assert machine.commit() == git("rev-parse", "HEAD") + "+"
+    installed = tmp_path / "site-packages"
+    installed.mkdir()
+    monkeypatch.setattr(machine, "ROOT", installed)
+    assert machine.commit() is None
+
+
+def test_a_report_keeps_its_whole_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That ends like one with a suffix."""
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess([], 1, "", "zserve export: kaput\n")
+
+    monkeypatch.setattr(gpu, "_zserve", run)
+    out = tmp_path / "a-1.0"
+    assert gpu.main(["--backend", "aotinductor", "--device", "cpu", "--out", str(out)]) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"a-1.0.md", "a-1.0.json"}
+    assert f"report: {out}.md and {out}.json" in capsys.readouterr().out
 
 
 def test_verify_fails_where_an_engine_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
