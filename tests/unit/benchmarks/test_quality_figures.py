@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.demo_quality import Share, chosen
 from benchmarks.likeness import likeness, ssim
-from benchmarks.quality import Row, losses
+from benchmarks.quality import Row, faults, losses, variants
 from benchmarks.quality_sheet import TITLE, contact_sheet, magnified
 from benchmarks.record import BenchmarkError
 from server.worker.images import Pixels
@@ -99,3 +99,33 @@ def test_compiling_may_cost_half_a_decibel_in_bf16() -> None:
     (told,) = losses([eager, *others, row("aotinductor bf16", 0.6)])
     assert told == "aotinductor bf16 at 256x256 is 27.5 dB from eager fp32, eager bf16 28.1"
     assert losses(others) == []
+
+
+def test_an_engine_that_draws_another_picture_is_a_fault() -> None:
+    alike = likeness([flat(100)], [flat(101)])
+
+    def row(engine: str, decibels: float | None, against: str = "eager fp32") -> Row:
+        return Row("256x256", engine, against, likeness=replace(alike, worst_psnr=decibels))
+
+    equal = [row("eager fp32", None), row("onnxruntime fp32", None)]
+    assert faults([*equal, row("onnxruntime fp32", 5.0, "9 steps")]) == []
+    assert faults([row("aotinductor fp32", 40.0), row("aotinductor bf16", 20.0), row("aotinductor fp8", 12.0)]) == []
+    assert faults([row("aotinductor fp32", 39.9), row("aotinductor bf16", 19.9)]) == [
+        "aotinductor fp32 at 256x256 is 39.9 dB from eager fp32, 40 are accepted",
+        "aotinductor bf16 at 256x256 is 19.9 dB from eager fp32, 20 are accepted",
+    ]
+
+
+def test_an_engine_that_does_not_run_is_a_fault_where_it_is_possible() -> None:
+    killed = Row("", "aotinductor bf16", "", not_run="its process was killed")
+    assert faults([replace(killed, possible=False)]) == []
+    assert faults([killed, killed]) == ["aotinductor bf16 was not run: its process was killed"]
+
+
+def test_eager_in_bf16_is_drawn_beside_an_engine_in_bf16() -> None:
+    def drawn(*only: str) -> list[str]:
+        return [str(variant) for variant in variants(argparse.Namespace(device="cpu", only=only))]
+
+    assert drawn("aotinductor bf16") == ["eager fp32", "eager bf16", "aotinductor bf16"]
+    assert drawn("onnxruntime fp32") == ["eager fp32", "onnxruntime fp32"]
+    assert drawn() == ["eager fp32", "eager bf16", "onnxruntime fp32", "aotinductor fp32", "aotinductor bf16"]
