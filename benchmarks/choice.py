@@ -1,6 +1,7 @@
 """What a benchmark of the model is run on: the options that those benchmarks share, read once."""
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +63,12 @@ class Choice:
         return {"checkpoint": str(self.checkpoint), "precision": self.precision, "device": self.device}
 
 
+def version_settings(version: Path, device: str) -> dict[str, str]:
+    """The same of a version that is measured as it was exported."""
+    manifest = Manifest.read(version)
+    return {"checkpoint": manifest.checkpoint.path, "precision": manifest.precision, "device": device}
+
+
 def backend_of(row: str) -> Backend:
     """Whose engines the row named so measures."""
     return Backend.AOTINDUCTOR if row == FP8 else Backend(row)
@@ -72,8 +79,8 @@ def precision_on(device: str) -> Precision:
     return Precision.BF16 if device.startswith("cuda") else Precision.FP32
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that `read` reads."""
+def add_arguments(parser: argparse.ArgumentParser, *, only: Backend | None = None) -> None:
+    """The options that `read` reads; where `only` one backend is measured, there is none to choose."""
     from export.devices import default_device
 
     g = parser.add_argument_group("model")
@@ -90,10 +97,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", type=Path, action="append", default=[],
         help="an exported model's folder, such as models/z-image-demo; may be repeated (default: exported when needed)",
     )  # fmt: skip
-    g.add_argument(
-        "--backend", choices=BACKENDS, action="append",
-        help=f"a row; may be repeated (default: diffusers, eager and what is compiled for this device, not {FP8})",
-    )  # fmt: skip
+    if only is None:
+        g.add_argument(
+            "--backend", choices=BACKENDS, action="append",
+            help=f"a row; may be repeated (default: diffusers, eager and what is compiled for this device, not {FP8})",
+        )  # fmt: skip
+    else:
+        parser.set_defaults(backend=[only.value])
     g.add_argument("--repository", type=Path, default=REPOSITORY, help="where engines are built (default: %(default)s)")
     g.add_argument("--device", default=default_device(), help="cpu, cuda, cuda:1 ... (default: %(default)s)")
     g.add_argument(
@@ -105,12 +115,17 @@ def read(options: argparse.Namespace) -> Choice:
     """The choice that `options` make; random weights are written where there are none yet.
 
     Raises:
-        BenchmarkError: a model is missing, or the device cannot run what is asked for.
+        BenchmarkError: a model is missing or would not be measured, or the device cannot run what is asked for.
+        UnsupportedError: there is no such device.
     """
     cuda = options.device.startswith("cuda")
     _check_device(options.device, cuda, options.random_weights)
-    models = {backend: folder for model in options.model for backend, folder in [_newest(model)]}
+    models = _given(options.model, precision_on(options.device))
     chosen = tuple(options.backend or (DIFFUSERS, Backend.EAGER.value, *(models or _compiled(options))))
+    for unused in models.keys() - set(chosen):
+        raise BenchmarkError(
+            f"--model {models[unused]} would be the row {unused}, and the rows are {', '.join(chosen)}"
+        )
     checkpoint = options.checkpoint
     if options.random_weights:
         checkpoint = published.checkpoint(options.repository, options.device, precision_on(options.device))
@@ -126,12 +141,9 @@ def read(options: argparse.Namespace) -> Choice:
 
 
 def _check_device(device: str, cuda: bool, random_weights: bool) -> None:
-    import torch
+    from export.devices import checked_device, use_device
 
-    from export.devices import use_device
-
-    if cuda and not torch.cuda.is_available():
-        raise BenchmarkError(f"--device {device}: this machine has no CUDA device; cpu is accepted")
+    checked_device(device)
     if random_weights and not cuda:
         raise BenchmarkError(
             "--random-weights needs a GPU with 24 GB or more: the published config takes 20.5 GB in bf16. Without it "
@@ -148,7 +160,18 @@ def _compiled(options: argparse.Namespace) -> tuple[str, ...]:
     return (Backend.AOTINDUCTOR.value, *tensorrt)
 
 
-def _newest(model: Path) -> tuple[str, Path]:
+def _given(models: Sequence[Path], precision: Precision) -> dict[str, Path]:
+    """The newest version of each of `models`, by row."""
+    found: dict[str, Path] = {}
+    for model in models:
+        row, folder = _newest(model, precision)
+        if row in found:
+            raise BenchmarkError(f"--model {model}: {found[row]} is the row {row} already; one of them is measured")
+        found[row] = folder
+    return found
+
+
+def _newest(model: Path, precision: Precision) -> tuple[str, Path]:
     """The row and the folder of a model's newest version."""
     numbers = versions(model)
     if not numbers:
@@ -160,6 +183,8 @@ def _newest(model: Path) -> tuple[str, Path]:
         raise BenchmarkError(f"--model {model}: its engines are of several backends ({', '.join(backends)}); one is")
     if manifest.precision is Precision.FP8:
         return FP8, folder
+    if manifest.precision is not precision:
+        raise BenchmarkError(f"--model {model}: its engines are {manifest.precision}; {precision} is measured here")
     return (backends or [Backend.EAGER.value])[0], folder
 
 

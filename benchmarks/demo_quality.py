@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image as Pillow
 
+from benchmarks.choice import version_settings
 from benchmarks.record import BenchmarkError, Row, row
 from benchmarks.serving import add_model, backend_of, repository, server_process
 from benchmarks.traffic import check_answer
@@ -123,8 +124,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         kept = options.images and options.images / identity(options.model)
         drawer = Drawer(client, backend, kept, options.minutes)
         rows = [answer for question in questions if (answer := ask(drawer, question))]
-    settings = {"suite": options.suite, "engine": backend, "pictures_of_earlier_runs": len(drawer.found)}
-    return {"settings": settings, "rows": rows}
+    settings = {"engine": backend, **version_settings(options.model, options.device), "suite": options.suite}
+    return {"settings": {**settings, "pictures_of_earlier_runs": len(drawer.found)}, "rows": rows}
 
 
 def chosen(options: argparse.Namespace) -> list[Question]:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from benchmarks.published import CONFIGS, dimensions
-from benchmarks.record import row
+from benchmarks.record import BenchmarkError, row
 
 STAGES = ("graph", "weights", "plan")
 
@@ -40,10 +40,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Runs the stages of one component up to `--until`."""
+    """Runs the stages of one component up to `--until`.
+
+    Raises:
+        BenchmarkError: the folder is there already.
+    """
     from export.manifest import installed_version
 
-    options.folder.mkdir(parents=True)  # it is deleted at the end, so it must not be anybody's
+    try:
+        options.folder.mkdir(parents=True)
+    except FileExistsError as error:
+        raise BenchmarkError(
+            f"--folder {options.folder} is there; a new one is made, and deleted at the end"
+        ) from error
     try:
         stages = _run(options.component, options.folder, options.until, options.target)
         rows = [row({"component": options.component, "stage": s.pop("stage")}, **s) for s in stages]

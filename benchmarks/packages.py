@@ -68,7 +68,7 @@ class Used:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The benchmark's options."""
-    choice.add_arguments(parser)
+    choice.add_arguments(parser, only=Backend.AOTINDUCTOR)
     parser.add_argument(
         "--component", type=Component, choices=list(Component), action="append", help="may be repeated (default: all)"
     )

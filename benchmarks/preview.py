@@ -2,8 +2,8 @@
 
 Method: the demo model's compiled engines in this process, no server. For each size one sequence; for each of N pairs
 one step and then one preview of it, alternating, so that a drift of the machine's speed meets both. Then the preview is
-encoded as JPEG, which the worker does in a thread pool beside the next step: given for completeness. The denoiser has
-to be the compiled one.
+encoded as JPEG, which the worker does in a thread pool beside the next step: given for completeness. A version without
+engines is refused, and the denoiser has to be the compiled one to the end.
 
 Units: milliseconds; `share` is preview over step, pair by pair.
 """
@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.record import percentiles, print_table, row
-from benchmarks.serving import add_model
+from benchmarks.choice import version_settings
+from benchmarks.record import BenchmarkError, percentiles, print_table, row
+from benchmarks.serving import add_model, backend_of
 from export.devices import default_device
-from export.manifest import Manifest
+from export.manifest import Backend, Manifest
 from export.spec import Component
 from server.config import FallbackPolicy
 from server.engines.eager import EagerModules
@@ -36,17 +37,33 @@ STEPS = 50
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The benchmark's options."""
     add_model(parser)
-    parser.add_argument("-n", type=int, default=30, help="pairs a size, at most 50 (default: %(default)s)")
+    parser.add_argument("-n", type=pairs, default=30, help=f"pairs a size, at most {STEPS} (default: %(default)s)")
+
+
+def pairs(text: str) -> int:
+    """A count from the command line: each pair is another step of the one sequence."""
+    if not text.isdecimal() or not 1 <= int(text) <= STEPS:
+        raise argparse.ArgumentTypeError(f"{text!r}: a whole number from 1 to {STEPS} is accepted")
+    return int(text)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Measures and prints the table."""
-    executor = load(options.model, default_device())
-    rows = [row({"size": f"{size}x{size}"}, **measure(executor, size, options.n)) for size in SIZES]
+    """Measures and prints the table.
+
+    Raises:
+        BenchmarkError: the version is eager, or of several backends, or eager answered in the engine's place.
+        EngineLoadError: an engine cannot be used here.
+    """
+    device, backend = default_device(), Backend(backend_of(options.model))
+    if backend is Backend.EAGER:
+        raise BenchmarkError(f"--model {options.model} has no engines; a compiled version is measured")
+    executor = load(options.model, device)
+    rows = [row({"size": f"{size}x{size}"}, **measure(executor, backend, size, options.n)) for size in SIZES]
     columns = ("step_ms", "preview_ms", "jpeg_ms", "share")
     lines = [[r["case"]["size"], *(r[c]["p50"] for c in columns[:3]), f"{r['share']['p50']:.2%}"] for r in rows]
     print_table(("size", *columns), lines)
-    return {"settings": {"pairs": options.n}, "rows": rows}
+    settings = {"engine": backend, **version_settings(options.model, device), "pairs": options.n}
+    return {"settings": settings, "rows": rows}
 
 
 def load(folder: Path, device: str) -> Executor:
@@ -59,20 +76,22 @@ def load(folder: Path, device: str) -> Executor:
     )
 
 
-def measure(executor: Executor, size: int, pairs: int) -> dict[str, Any]:
+def measure(executor: Executor, backend: Backend, size: int, count: int) -> dict[str, Any]:
     """Steps and previews in turn, at one size."""
     (sequence,) = make_sequences(one_image("", (size, size), STEPS), (PROMPT,), key=0, shift=3.0, now=0.0)
     executor.encode(sequence).result()
     executor.denoise([sequence]).result()
     executor.preview(sequence, 1).result()
     steps, previews, jpegs = [], [], []
-    for done in range(min(pairs, STEPS)):
+    for done in range(count):
         sequence.step = done
         steps.append(timed(lambda: executor.denoise([sequence]).result()))
         pixels = executor.preview(sequence, done + 1).result()
         previews.append(timed(lambda n=done + 1: executor.preview(sequence, n).result()))  # type: ignore[misc]
         jpegs.append(timed(lambda p=pixels: encode_preview(p)))  # type: ignore[misc]
-    assert not sequence.engines[Component.DENOISER].fallback_reason, "the compiled engine is what is measured"
+    used = sequence.engines[Component.DENOISER]
+    if used.backend is not backend:
+        raise BenchmarkError(f"{backend} is to be measured, and {used.backend} answered: {used.fallback_reason}")
     share = [preview / step for preview, step in zip(previews, steps, strict=True)]
     columns = {"step_ms": steps, "preview_ms": previews, "jpeg_ms": jpegs, "share": share}
     return {name: percentiles(values) for name, values in columns.items()}

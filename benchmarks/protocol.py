@@ -25,6 +25,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -37,8 +38,10 @@ from typing import Any
 import grpc
 import tritonclient.grpc as triton
 
+from benchmarks.choice import positive
 from benchmarks.record import Row, print_table, row
 from benchmarks.serving import wait_until
+from export.repository import versions
 
 GRPC, METRICS = 9801, 9802
 PYTRITON = 9811
@@ -79,10 +82,26 @@ Server = tuple[int, tuple[str, ...]]  # its port, and what perf_analyzer needs b
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The benchmark's options."""
-    parser.add_argument("--perf-analyzer", type=Path, required=True)
-    parser.add_argument("--pytriton", type=Path, help="python of an environment with nvidia-pytriton")
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each server and number of clients")
-    parser.add_argument("--model", type=Path, default=Path("models/z-image-demo"), help="an exported image model")
+    parser.add_argument("--perf-analyzer", type=program, required=True)
+    parser.add_argument("--pytriton", type=program, help="python of an environment with nvidia-pytriton")
+    parser.add_argument("--rounds", type=positive, default=5, help="measurements of each server and number of clients")
+    parser.add_argument("--model", type=image_model, default="models/z-image-demo", help="default: %(default)s")
+
+
+def program(text: str) -> Path:
+    """A program from the command line, by its path or by a name that the shell would find."""
+    found = shutil.which(text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no program that can be run")
+    return Path(found)
+
+
+def image_model(text: str) -> Path:
+    """An exported model's folder from the command line."""
+    model = Path(text)
+    if not (model / "config.pbtxt").is_file() or not versions(model):
+        raise argparse.ArgumentTypeError(f"{text} is no exported model; `make export` makes models/z-image-demo")
+    return model
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

@@ -25,6 +25,7 @@ import numpy as np
 import psutil
 import tritonclient.grpc.aio as triton
 
+from benchmarks import choice
 from benchmarks.choice import pixels
 from benchmarks.device_memory import MIB, process_mib, used_mib
 from benchmarks.record import BenchmarkError, percentiles, print_table, row
@@ -32,6 +33,7 @@ from benchmarks.serving import NAME, add_model, backend_of, frontend, repository
 from benchmarks.traffic import check_engines
 from client import AsyncZImageClient
 from client.messages import ImageRequest
+from export.devices import checked_device
 from server.config import ControlMode
 from server.frontend.workers import Worker
 
@@ -146,7 +148,11 @@ async def row_of_equals(client: AsyncZImageClient, size: str, backend: str) -> l
 
 
 async def soak(options: argparse.Namespace, backend: str) -> Life:
-    """One worker's life, from before its model is loaded until it is unloaded."""
+    """One worker's life, from before its model is loaded until it is unloaded.
+
+    Raises:
+        BenchmarkError: the model cannot be loaded, its worker was replaced, or it outlives its model.
+    """
     device = options.device
     before = used_mib(device)
     sizes = ["x".join(map(str, size)) for size in SIZES[device.partition(":")[0]]]
@@ -155,6 +161,8 @@ async def soak(options: argparse.Namespace, backend: str) -> Life:
             frontend(models, device=device, control=ControlMode.EXPLICIT) as (url, server),
             AsyncZImageClient(url) as client,
         ):
+            if not server.queues:
+                raise BenchmarkError(f"--model {options.model} cannot be loaded, for the reason above")
             (worker,) = server.queues[0].workers
             loaded = held(worker, device)
             serving = await mixed(client, worker, options, backend)
@@ -177,8 +185,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The benchmark's options."""
     add_model(parser)
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
-    parser.add_argument("--size", default="128x128", help="of the equal images (default: %(default)s)")
-    parser.add_argument("--rows", type=int, default=12, help="of 50 images (default: %(default)s)")
+    parser.add_argument(
+        "--size", type=choice.size, default="128x128", help="of the equal images (default: %(default)s)"
+    )
+    parser.add_argument("--rows", type=choice.positive, default=12, help="of 50 images (default: %(default)s)")
 
 
 def too_much(life: Life) -> list[str]:
@@ -196,7 +206,13 @@ def too_much(life: Life) -> list[str]:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Runs and prints the figures."""
+    """Runs and prints the figures.
+
+    Raises:
+        BenchmarkError: as `soak`, or another engine answered.
+        UnsupportedError: there is no such device.
+    """
+    checked_device(options.device)
     backend = backend_of(options.model)
     life = asyncio.run(soak(options, backend))
     failed = too_much(life)
@@ -215,11 +231,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     second = percentiles([times[1] for times in latencies])
     return {
         "settings": {
+            "engine": backend,
+            **choice.version_settings(options.model, options.device),
             "requests": REQUESTS,
             "rows": options.rows,
             "row": ROW,
-            "engine": backend,
-            "device": options.device,
             "size": options.size,
             "growth_limit": {"share": GROWTH, "mib": SLACK},
         },

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import demo_quality, soak
+from benchmarks import demo_quality, preview, soak
 from benchmarks.cli import main
 from benchmarks.load import Arrival
 from benchmarks.record import BenchmarkError
@@ -84,7 +84,14 @@ def test_demo_quality_scores_what_the_server_draws_and_keeps_the_pictures(
         return record
 
     first = told()
-    assert first["settings"] == {"suite": "quick", "engine": "onnxruntime", "pictures_of_earlier_runs": 0}
+    assert first["settings"] == {
+        "engine": "onnxruntime",
+        "checkpoint": str(CHECKPOINT),
+        "precision": "fp32",
+        "device": "cpu",
+        "suite": "quick",
+        "pictures_of_earlier_runs": 0,
+    }
     row, other = first["rows"]
     assert row["all_correct"]["right"] == row["all_correct"]["count"] == 4
     assert sum(share["count"] for share in row["languages"].values()) == 4
@@ -109,4 +116,18 @@ def test_soak_watches_the_worker_until_its_model_is_unloaded(
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [held["resident"] > 0 for held in told["memory_mib"]["serving"]] == [True] * 3
     assert told["failed"] == []
+    settings = {"engine": "onnxruntime", "checkpoint": str(CHECKPOINT), "precision": "fp32", "device": "cpu"}
+    assert told["settings"].items() >= settings.items()
     assert told["rows"][0]["p99_over_median"]["n"] == 1
+
+
+def test_preview_says_what_it_measured(
+    repository: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preview, "SIZES", (64,))
+    monkeypatch.setattr(preview, "default_device", lambda: "cpu")
+    assert main(["preview", "--model", str(repository / MODEL), "-n", "2"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    settings = {"engine": "onnxruntime", "checkpoint": str(CHECKPOINT), "precision": "fp32", "device": "cpu"}
+    assert told["settings"] == {**settings, "pairs": 2}
+    assert told["rows"][0]["step_ms"]["n"] == 2

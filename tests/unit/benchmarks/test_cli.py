@@ -10,8 +10,16 @@ import pytest
 
 from benchmarks import cli
 from benchmarks.record import write
+from export.manifest import Backend
 from tests.conftest import ROOT
 from tests.unit.benchmarks.records import components
+from tests.unit.benchmarks.versions import write_version
+
+
+@pytest.fixture
+def version(tmp_path: Path) -> Path:
+    """One without engines."""
+    return write_version(tmp_path / "model", Backend.EAGER)
 
 
 @pytest.mark.parametrize("name", list(cli.BENCHMARKS))
@@ -45,6 +53,8 @@ def test_a_client_install_does_not_load_benchmarks() -> None:
         (["components", "--model", "no/where"], 1, "`zserve export` makes one"),
         (["components", "--random-weights", "--device", "cpu"], 1, "needs a GPU with 24 GB"),
         (["components", "--checkpoint", "no/where", "--backend", "eager"], 1, "no checkpoint folder"),
+        (["components", "--device", "foo"], 1, "--device foo is not on this machine; cpu"),
+        (["quality", "--device", "foo"], 1, "--device foo is not on this machine; cpu"),
         (["planner", "--plot", "a.svg"], 1, "there is no picture of planner"),
         (["image", "--plot", "a.pdf"], 1, ".svg and .png are accepted"),
     ],
@@ -71,6 +81,52 @@ def test_bad_options_are_told_what_is_accepted(
     with pytest.raises(SystemExit) as ended:
         cli.main(["components", *arguments])
     assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["packages", "--backend", "eager"], "unrecognized arguments: --backend"),
+        (["preview", "-n", "51"], "a whole number from 1 to 50"),
+        (["soak", "--size", "foo"], "WIDTHxHEIGHT"),
+        (["protocol", "--perf-analyzer", "no/where"], "'no/where' is no program that can be run"),
+        (["protocol", "--perf-analyzer", sys.executable, "--model", "no/where"], "no/where is no exported model"),
+        (["quality", "--images", "0"], "a whole number from 1 on"),
+    ],
+)
+def test_what_could_only_fail_later_is_refused_at_once(
+    arguments: list[str], said: str, version: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, *options = arguments
+    model = ("--model", str(version)) if name in ("preview", "soak") else ()
+    with pytest.raises(SystemExit) as ended:
+        cli.main([name, *model, *options])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_folder_that_is_there_is_not_built_in_and_not_deleted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["full_size_export", "denoiser", "--folder", str(tmp_path)]) == 1
+    assert f"--folder {tmp_path} is there; a new one is made" in capsys.readouterr().err
+    assert tmp_path.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["preview"], "has no engines; a compiled version is measured"),
+        (["soak", "--device", "foo"], "--device foo is not on this machine; cpu"),
+        (["soak"], "cannot be loaded, for the reason above"),
+    ],
+)
+def test_a_version_that_cannot_be_measured_is_named(
+    arguments: list[str], said: str, version: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is eager, and takes no image as large as those that soak would warm."""
+    assert cli.main([arguments[0], "--model", str(version), *arguments[1:]]) == 1
     assert said in capsys.readouterr().err
 
 
