@@ -6,6 +6,8 @@ from pathlib import Path
 
 from benchmarks.choice import Choice, backend_of
 from benchmarks.record import BenchmarkError
+from export.checkpoint import open_checkpoint
+from export.manifest import Manifest, checkpoint_record
 from export.repository import versions
 
 
@@ -35,3 +37,19 @@ def version_folder(choice: Choice, row: str) -> Path:
     if done.returncode != 0:
         raise BenchmarkError(f"{row} cannot be measured: its export failed, for the reason above")
     return choice.repository / name / str(versions(choice.repository / name)[-1])
+
+
+def checked_version(choice: Choice, row: str) -> tuple[Path, Manifest]:
+    """The version to measure in `row`, and its manifest.
+
+    Raises:
+        BenchmarkError: the export failed, or the version is of another checkpoint or precision than the row.
+    """
+    folder, precision = version_folder(choice, row), choice.precision_of(row)
+    manifest, expected = Manifest.read(folder), checkpoint_record(open_checkpoint(choice.checkpoint))
+    if (manifest.checkpoint.fingerprint, manifest.precision) != (expected.fingerprint, precision):
+        raise BenchmarkError(
+            f"{folder} is {manifest.precision} from {manifest.checkpoint.path}, and is to be recorded as {precision} "
+            f"from {expected.path}: give the --checkpoint that it was exported from, and a --device of its precision"
+        )
+    return folder, manifest

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ import psutil
 import tritonclient.grpc as triton
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from benchmarks.choice import BACKENDS, DIFFUSERS
 from benchmarks.record import BenchmarkError
 from demo.run import free_port
 from export.manifest import FILE_NAME, Backend, Manifest
@@ -29,6 +30,12 @@ from server.settings import GrpcConfig
 
 NAME = "model"
 START_SECONDS = 600
+# All three: the delay before the next attempt grows up to the last, which is how late the answer may be seen.
+EAGER_TO_CONNECT = [
+    ("grpc.min_reconnect_backoff_ms", 10),
+    ("grpc.initial_reconnect_backoff_ms", 10),
+    ("grpc.max_reconnect_backoff_ms", 20),
+]
 CONFIG = """
 max_batch_size: {max_batch}
 instance_group {{ count: {workers} {where} }}
@@ -86,6 +93,20 @@ def backend_of(version: Path) -> str:
     return backends.pop().value
 
 
+def served_rows(backends: Iterable[str]) -> list[str]:
+    """Those of `backends` that a server has engines of.
+
+    Raises:
+        BenchmarkError: there is none.
+    """
+    if not (found := [b for b in backends if b != DIFFUSERS]):
+        others = ", ".join(b for b in BACKENDS if b != DIFFUSERS)
+        raise BenchmarkError(
+            f"--backend: no server has {DIFFUSERS} for an engine, so there is nothing to measure; {others} are accepted"
+        )
+    return found
+
+
 @contextmanager
 def repository(
     version: Path, sizes: Sequence[str], *, workers: int = 1, gpus: int = 1, max_batch: int = 4
@@ -129,9 +150,8 @@ def server_process(models: Path, device: str) -> Iterator[Running]:
 
 def _wait(url: str, process: subprocess.Popen[bytes], began: float, log: IO[str]) -> tuple[float, float]:
     """Milliseconds since `began` until health was answered, and until it was SERVING."""
-    options = [("grpc.min_reconnect_backoff_ms", 10), ("grpc.initial_reconnect_backoff_ms", 10)]
     health_ms = None
-    with grpc.insecure_channel(url, options=options) as channel:
+    with grpc.insecure_channel(url, options=EAGER_TO_CONNECT) as channel:
         listening = grpc.channel_ready_future(channel)
         while process.poll() is None and not _within_a_second(listening):
             pass

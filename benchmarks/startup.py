@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import choice
-from benchmarks.choice import DIFFUSERS, Choice
-from benchmarks.engines import version_folder
+from benchmarks.choice import Choice
+from benchmarks.engines import checked_version
 from benchmarks.record import Row, percentiles, print_table, row
-from benchmarks.serving import repository, server_process
+from benchmarks.serving import repository, served_rows, server_process
 from benchmarks.traffic import check_answer
 from client import ZImageClient
+from export.manifest import Manifest
 
 STEPS = 8
 STAGES = ("health", "ready", "first image")
@@ -31,9 +32,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Measures and prints the table. A row is an engine."""
+    """Measures and prints the table. A row is an engine.
+
+    Raises:
+        BenchmarkError: none was chosen, or a model is not what the record would say.
+    """
     chosen = choice.read(options)
-    measured = [_measure(chosen, backend, options.n) for backend in chosen.backends if backend != DIFFUSERS]
+    versions = {backend: checked_version(chosen, backend) for backend in served_rows(chosen.backends)}
+    measured = [_measure(chosen, backend, *version, options.n) for backend, version in versions.items()]
     print_table(
         ("engine", *(f"{stage}, p50 ms" for stage in STAGES), "p90 of the last"),
         [(r["case"]["engine"], *(r["ms"][s]["p50"] for s in STAGES), r["ms"][STAGES[-1]]["p90"]) for r in measured],
@@ -41,12 +47,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return {"settings": {**chosen.settings(), "size": chosen.sizes[0], "warm_up": 1}, "rows": measured}
 
 
-def _measure(chosen: Choice, backend: str, count: int) -> Row:
-    version = version_folder(chosen, backend)
+def _measure(chosen: Choice, backend: str, version: Path, manifest: Manifest, count: int) -> Row:
     with repository(version, chosen.sizes[:1], max_batch=chosen.max_batch) as models:
         starts = [_start(models, chosen.device, backend) for _ in range(1 + count)][1:]
     return row(
         {"engine": backend, "size": chosen.sizes[0]},
+        precision=manifest.precision,
         ms={stage: percentiles([start[stage] for start in starts]) for stage in STAGES},
     )
 

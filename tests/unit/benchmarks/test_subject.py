@@ -1,5 +1,6 @@
 """Random weights of the published config, shrunken; and engines that are not what they should be."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from benchmarks import published
 from benchmarks.choice import DIFFUSERS, FP8, Choice, backend_of
 from benchmarks.diffusers_row import DiffusersRow
 from benchmarks.engine_row import EngineRow
-from benchmarks.engines import version_folder
+from benchmarks.engines import checked_version, version_folder
 from benchmarks.record import BenchmarkError
 from benchmarks.rows import compare_images
 from benchmarks.subject import Counted, Subject, describe, load_pipeline, open_subject
@@ -17,6 +18,7 @@ from export.checkpoint import open_checkpoint
 from export.manifest import Backend, Manifest
 from export.spec import IMAGE_PSNR, Component, Precision
 from server.engines.served import ServedComponent
+from tests.conftest import CHECKPOINT
 from tests.fakes import FakeEngine
 
 SMALL = {
@@ -77,6 +79,18 @@ def test_engines_of_random_weights_are_exported_once(choice: Choice, capfd: pyte
     folder = version_folder(choice, Backend.EAGER)
     assert Manifest.read(folder).checkpoint.path == str(choice.checkpoint)
     assert version_folder(choice, Backend.EAGER) == folder
+
+
+def test_a_version_is_of_the_checkpoint_and_precision_that_the_record_says(choice: Choice) -> None:
+    folder, manifest = checked_version(choice, Backend.EAGER)
+    assert (folder, manifest) == (version_folder(choice, Backend.EAGER), Manifest.read(folder))
+    models = {Backend.EAGER.value: folder, FP8: folder}
+    given = replace(choice, models=models)
+    assert checked_version(given, Backend.EAGER) == (folder, manifest)
+    with pytest.raises(BenchmarkError, match=r"is fp32 from .*, and is to be recorded as fp8"):
+        checked_version(given, FP8)
+    with pytest.raises(BenchmarkError, match=r"recorded as fp32 from .*demo/checkpoint: give the --checkpoint"):
+        checked_version(replace(given, checkpoint=CHECKPOINT), Backend.EAGER)
 
 
 def test_a_row_in_fp8_stands_beside_the_others(choice: Choice) -> None:
