@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from itertools import groupby
-from math import prod
+from math import nan, prod
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,20 @@ def check_plot(benchmark: str, path: Path) -> None:
 def draw(record: Record, path: Path) -> None:
     """Draws `record` into `path`."""
     figure = PLOTS[record["benchmark"]](record["rows"])
-    machine = record["machine"]
-    where = machine["gpu"] or f"{machine['cores']} cores of {machine['cpu']}"
-    if record["benchmark"] == "simulation":
-        where = "simulated"
-    figure.suptitle(f"{where}, {record['date'][:10]}, {record['commit'][:8]}", fontsize=8)
+    figure.suptitle(f"{_where(record)}, {record['date'][:10]}, {record['commit'][:8]}", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Date": None} if path.suffix == ".svg" else None)
+    _pyplot().close(figure)
+
+
+def _where(record: Record) -> str:
+    """What computed: a machine with a GPU may have been measured without it."""
+    if record["benchmark"] == "simulation":
+        return "simulated"
+    machine = record["machine"]
+    if machine["gpu"] and not record["settings"].get("device", "cuda").startswith("cpu"):
+        return str(machine["gpu"])
+    return f"{machine['cores']} cores of {machine['cpu']}"
 
 
 def _pyplot() -> Foreign:
@@ -78,20 +85,37 @@ def _stages(rows: list[Row]) -> Foreign:
 
 
 def _service(rows: list[Row]) -> Foreign:
-    """Latency over throughput: closed loops by their clients, open ones by their share of the best closed rate."""
+    """Latency over throughput: closed loops by their clients, open ones by their share of the best closed rate.
+
+    A percentile that falls among requests without an answer is not drawn.
+    """
     figure, panel = _pyplot().subplots(figsize=(6, 4))
     loaded = [r for r in rows if "throughput" in r and r["ms"]]
-    for number, ((engine, load), group) in enumerate(_by(loaded, "engine", "load")):
+    for number, ((engine, size, load), group) in enumerate(_by(loaded, "engine", "size", "load")):
         rates, points = [r["throughput"] for r in group], "clients" if load == "closed" else "share"
+        what = f"{engine}, {size}" if size else engine  # older records have one size, and do not say it here
         for percent, style in (("p50", "o-"), ("p95", "o:")):
-            name, values = f"{engine}, {load} loop by {points}, {percent}", [r["ms"][percent] for r in group]
-            panel.plot(rates, values, style, color=f"C{number}", markersize=4, label=name)
+            name, values = f"{what}, {load} loop by {points}, {percent}", [_drawn(r["ms"][percent]) for r in group]
+            panel.plot(rates, values, style, color=f"C{number}", markersize=4, label=name + _of_whom(group[0]))
         for r, rate in zip(group, rates, strict=True):
             place = {"xytext": (3, 3), "textcoords": "offset points", "color": f"C{number}", "fontsize": 7}
-            panel.annotate(r["case"][points], (rate, r["ms"]["p50"]), **place)
+            if r["ms"]["p50"] is not None:
+                panel.annotate(r["case"][points], (rate, r["ms"]["p50"]), **place)
     panel.set(xlabel="images a second", ylabel="latency, ms", xlim=(0, None), ylim=(0, None))
     panel.legend(fontsize=7)
     return figure
+
+
+def _of_whom(r: Row) -> str:
+    """Whose latencies an open loop's percentiles are: of older records, only what was answered."""
+    if r["case"]["load"] == "closed":
+        return ""
+    return " of all requests" if isinstance(r.get("requests"), dict) else " of those answered"
+
+
+def _drawn(milliseconds: float | None) -> float:
+    """For matplotlib, which leaves out what is not a number."""
+    return nan if milliseconds is None else milliseconds
 
 
 def _scaling(rows: list[Row]) -> Foreign:
@@ -119,17 +143,18 @@ def _area(r: Row) -> int:
 
 
 def _simulation(rows: list[Row]) -> Foreign:
-    """p95 latency by kind of client over the load, one panel a number of GPUs."""
+    """p95 latency by kind of client over the load, one panel a number of GPUs; drawn where it is that of an answer."""
     machines = list(_by([r for r in rows if r["case"]["load"] <= 1], "gpus"))
     figure, panels = _pyplot().subplots(1, len(machines), figsize=(4 * len(machines), 4.2), sharey=True, squeeze=False)
     for ((gpus,), group), panel in zip(machines, panels[0], strict=True):
         for ((policy,), mine), style in zip(_by(group, "policy"), ("-", "--"), strict=True):
             for colour, kind in enumerate(mine[0]["by_kind"]):
-                values = [r["by_kind"][kind]["latency_ms"]["p95"] / 1e3 for r in mine]
+                values = [_drawn(r["by_kind"][kind]["latency_ms"]["p95"]) / 1e3 for r in mine]
                 loads = [r["case"]["load"] for r in mine]
                 panel.plot(loads, values, style, color=f"C{colour}", label=f"{kind}, {policy}")
         panel.set(title=f"{gpus} GPU", xlabel="load", yscale="log")
-    panels[0][0].set_ylabel("p95 latency, seconds")
+    whom = " of all requests" if "requests" in rows[0] else " of those answered"  # in older records
+    panels[0][0].set_ylabel(f"p95 latency{whom}, seconds")
     panels[0][0].legend(fontsize=7)
     return figure
 

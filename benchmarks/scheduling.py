@@ -3,13 +3,15 @@
 Method: for each policy one server over the demo model with two workers on the CPU, and for each load the same arrivals:
 10 % interactive (priority 1, in a hurry), 70 % standard, 20 % batch (priority 7, no deadline); half 128x128, half
 256x256, 8 steps. Clients with a deadline send it as the call's. Load 1 is the rate at which a closed loop of 16 clients
-was served just before, by the same server. The FIFO server is the same one with `benchmarks.fifo` as its planner and
-every request of equal priority and without a deadline: its clients wait, and an answer past their patience is not good.
-Every answer must name the compiled engine.
+was served just before, by the same server. What counts comes after a warm-up of twice the longest patience. The FIFO
+server is the same one with `benchmarks.fifo` as its planner and every request of equal priority and without a deadline:
+its clients wait, and an answer past their patience is not good. Every answer must name the compiled engine.
 
-Units: milliseconds, requests a second. `goodput` counts what was answered before its client lost patience. `cpu_ms`:
-processor time of the workers, and of the frontend with the clients in its process, for each good answer: what overload
-wastes, on a machine that does other things too.
+Units: milliseconds, requests a second. `throughput` and `goodput` are the answers, and those that came before their
+client lost patience, while requests came, over that time; percentiles are of all requests, None where they fall among
+those without an answer; `good` is their share that was answered in time, whenever that was. `cpu_ms`: processor time of
+the workers, and of the frontend with the clients in its process, for each good answer, warm-up and drain included: what
+overload wastes, on a machine that does other things too.
 """
 
 import argparse
@@ -21,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.load import CLIENTS, Mix, poisson, summary
+from benchmarks.load import CLIENTS, METHOD, Mix, above_zero, closed_summary, open_summary, poisson
 from benchmarks.record import Row, print_table, row
 from benchmarks.serving import add_model, frontend, repository
 from benchmarks.traffic import Manners, Traffic
@@ -39,19 +41,21 @@ CLOSED_LOOP = 16  # clients
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The benchmark's options."""
     add_model(parser)
-    parser.add_argument("--seconds", type=float, default=40.0, help="of arrivals at each load (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=above_zero, default=40.0, help="of arrivals at each load (default: %(default)s)"
+    )
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measures both policies and prints the table."""
-    planned = asyncio.run(measure(options.model, "planner", options.seconds, None))
-    rate = planned[0]["rate"] / LOADS[0]
-    rows = [*planned, *asyncio.run(measure(options.model, "fifo", options.seconds, rate))]
+    rate, planned = asyncio.run(measure(options.model, "planner", options.seconds, None))
+    _, in_order = asyncio.run(measure(options.model, "fifo", options.seconds, rate))
+    rows = [*planned, *in_order]
     kinds = (f"good, {kind}" for kind in CLIENTS)
     print_table(("policy", "load", "goodput/s", *kinds, "workers' CPU ms"), [_line(r) for r in rows])
     overload = planned[-1]["goodput"] / planned[1]["goodput"]
     print(f"goodput at {LOADS[-1]:g}x over goodput at 1x: {overload:.2f}")
-    return {"settings": {"closed_loop_rate": rate}, "overload_goodput": overload, "rows": rows}
+    return {"settings": {**METHOD, "closed_loop_rate": rate}, "overload_goodput": overload, "rows": rows}
 
 
 def _line(r: Row) -> list[object]:
@@ -60,24 +64,24 @@ def _line(r: Row) -> list[object]:
     return [*r["case"].values(), r["goodput"], *good, r["cpu_ms"]["workers"]]
 
 
-async def measure(engines: Path, policy: str, seconds: float, rate: float | None) -> list[Row]:
-    """All loads on one policy; the first policy says what load 1 is."""
+async def measure(engines: Path, policy: str, seconds: float, rate: float | None) -> tuple[float, list[Row]]:
+    """What load 1 is, which the first policy says, and all loads on one policy."""
     points = []
     with repository(engines, ["256x256", "128x128"], workers=2) as models:
         async with frontend(models, POLICIES[policy]) as (url, server):
             traffic = Traffic(url, Backend.ONNXRUNTIME, ["a red circle"])
             if rate is None:
-                closed = summary(await traffic.closed_loop(CLOSED_LOOP, seconds / 2, list(SIZES)), seconds / 2)
-                rate = closed["throughput"]
+                closed = await traffic.closed_loop(CLOSED_LOOP, seconds / 2, list(SIZES))
+                rate = closed_summary(closed, seconds / 2)["throughput"]
             for load in LOADS:
-                arrivals = list(poisson(load * rate, seconds, Mix(SIZES, unit=2 / rate), seed=11))
+                arrivals = poisson(load * rate, seconds, Mix(SIZES, unit=2 / rate), seed=11)
                 before = cpu_seconds(server)
                 outcomes = await traffic.open_loop(arrivals, MANNERS[policy])
                 good = max(1, sum(o.good for o in outcomes))
                 spent = {who: 1e3 * (s - before[who]) / good for who, s in cpu_seconds(server).items()}
                 case: dict[str, str | float] = {"policy": policy, "load": load}
-                points.append(row(case, rate=load * rate, **summary(outcomes, seconds), cpu_ms=spent))
-    return points
+                points.append(row(case, **open_summary(outcomes, seconds), cpu_ms=spent))
+    return rate, points
 
 
 def cpu_seconds(server: Frontend) -> dict[str, float]:

@@ -4,8 +4,9 @@ Method: for each backend a server in a process of its own, with one worker. One 
 prompts, the server and diffusers' eager pipeline (same checkpoint, in this process) draw the same seed, the one after
 the other in alternating order, so that a drift of the machine's speed meets both; then N others as JPEG.
 Closed loop: so many clients, each of which asks again when it has its answer. Open loop: Poisson arrivals at a share of
-the best closed-loop rate, independent of how the server fares; clients send the deadline as their call's, and give up
-then. Every image of the first part is held against diffusers', every answer has to name the engine and 8 forwards.
+the best closed-loop rate, independent of how the server fares, for a warm-up of twice the deadline and then for the
+seconds that count; clients send the deadline as their call's, and give up then. A failure that is no overload's ends
+the run. Every image of the first part is held against diffusers', every answer has to name the engine and 8 forwards.
 No prompt comes twice (1,500 under load, then from the first again), so the server's prompt cache helps nobody.
 With --gpus K the server has a worker on each of the first K.
 
@@ -13,8 +14,12 @@ Units: milliseconds at the client, from the call to the last event; `overhead` i
 components took, and `overhead_parts` where it went: outside the worker (client, frontend, both connections), waiting
 for the device, encoding the image, and the rest of the worker. Requests a second; `device_share` is the throughput over
 what the GPUs would do at the median that the components took of the JPEG requests, which come one right after the other
-(over 1 where shared steps pay); `goodput` counts what was answered within the deadline; x is how many times as fast as
-diffusers, pair by pair.
+(over 1 where shared steps pay); x is how many times as fast as diffusers, pair by pair.
+
+Of an open loop (`benchmarks.load`): percentiles are of all requests, from the time planned for them; one that falls
+among those without an answer is None, in the table "over" the deadline. `requests` says how many came, were answered,
+and in time; `rate` is what came a second; `throughput` and `goodput` are the answers, and those in time, while requests
+came, over that time.
 """
 
 import argparse
@@ -30,10 +35,10 @@ import torch
 from benchmarks import choice, rows
 from benchmarks.choice import DIFFUSERS, Choice, backend_of, pixels
 from benchmarks.diffusers_row import DiffusersRow
-from benchmarks.engines import version_folder
-from benchmarks.load import Mix, Size, poisson, summary
+from benchmarks.engines import checked_version
+from benchmarks.load import METHOD, Mix, Size, above_zero, closed_summary, open_summary, poisson
 from benchmarks.record import BenchmarkError, Row, percentiles, print_table, ratios, row
-from benchmarks.serving import repository, server_process
+from benchmarks.serving import repository, served_rows, server_process
 from benchmarks.subject import load_pipeline
 from benchmarks.traffic import Manners, Traffic, check_answer
 from client import Drawing, ZImageClient
@@ -52,25 +57,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     choice.add_arguments(parser)
     parser.add_argument("-n", type=choice.positive, default=40, help="prompts one at a time (default: %(default)s)")
     parser.add_argument("--clients", type=choice.positive, action="append", help="may be repeated (default: 1 2 4 8)")
-    parser.add_argument("--load", type=float, action="append", help="may be repeated (default: 0.5 0.8 0.95 1.2)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each load (default: %(default)s)")
+    parser.add_argument("--load", type=above_zero, action="append", help="may be repeated (default: 0.5 0.8 0.95 1.2)")
+    parser.add_argument("--seconds", type=above_zero, default=10.0, help="of each load (default: %(default)s)")
     parser.add_argument("--gpus", type=choice.positive, default=1, help="that serve (default: the one of --device)")
-    parser.add_argument("--deadline", type=float, help="seconds (default: 5 times the median of one at a time)")
+    parser.add_argument("--deadline", type=above_zero, help="seconds (default: 5 times the median of one at a time)")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Measures and prints the tables. A row is a load and an engine."""
+    """Measures and prints the tables. A row is a load and an engine.
+
+    Raises:
+        BenchmarkError: nothing would be measured, or a model is not what the record would say.
+    """
     chosen = choice.read(options)
     _check_gpus(options.gpus, chosen.device)
+    versions = {backend: checked_version(chosen, backend) for backend in _served(chosen, options)}
     pipeline = load_pipeline(chosen)
     measured: list[Row] = []
-    for backend in _served(chosen, options):
-        versions = version_folder(chosen, backend)
+    for backend, (version, manifest) in versions.items():
         with (
-            repository(versions, chosen.sizes, gpus=options.gpus, max_batch=chosen.max_batch) as models,
+            repository(version, chosen.sizes, gpus=options.gpus, max_batch=chosen.max_batch) as models,
             server_process(models, chosen.device) as server,
         ):
-            service = Service(chosen, options, backend, server.url)
+            service = Service(chosen, options, backend, manifest.precision, server.url)
             measured += service.one_at_a_time(DiffusersRow(pipeline, pipeline.device))
             measured += asyncio.run(service.under_load(measured[-1]))
     _show(measured)
@@ -80,7 +89,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "seconds": options.seconds,
         "gpus": options.gpus,
     }
-    return {"settings": {**chosen.settings(), **sizes, "steps": STEPS, "warm_up": WARM_UP}, "rows": measured}
+    return {"settings": {**chosen.settings(), **METHOD, **sizes, "steps": STEPS, "warm_up": WARM_UP}, "rows": measured}
 
 
 def _check_gpus(gpus: int, device: str) -> None:
@@ -93,7 +102,7 @@ def _check_gpus(gpus: int, device: str) -> None:
 def _served(chosen: Choice, options: argparse.Namespace) -> Sequence[str]:
     """Without a choice, the compiled engine that `zserve export` would make here."""
     if options.backend or options.model:
-        return [b for b in chosen.backends if b != DIFFUSERS and (options.backend or b in chosen.models)]
+        return served_rows(b for b in chosen.backends if options.backend or b in chosen.models)
     return [Backend.AOTINDUCTOR if chosen.device.startswith("cuda") else Backend.ONNXRUNTIME]
 
 
@@ -104,6 +113,7 @@ class Service:
     chosen: Choice
     options: argparse.Namespace
     backend: str
+    precision: str  # of the version that is served
     url: str
 
     @property
@@ -120,11 +130,13 @@ class Service:
             pairs = [self._pair(client, diffusers, prompt, number) for number, prompt in enumerate(paired)]
             jpegs = [self._call(client, prompt, 1000 + number, "jpeg") for number, prompt in enumerate(others)]
         kept = {name: [pair[name] for pair in pairs[WARM_UP:]] for name in pairs[0]}
-        case: dict[str, str | int] = {"load": "one at a time", "clients": 1}
+        case: dict[str, str | int] = {"load": "one at a time", "clients": 1, "size": self.chosen.sizes[0]}
+        in_process = {"precision": self.chosen.precision, "ms": percentiles(kept[DIFFUSERS])}
         return [
-            row({**case, "engine": DIFFUSERS}, ms=percentiles(kept[DIFFUSERS]), forwards=STEPS),
+            row({**case, "engine": DIFFUSERS}, **in_process, forwards=STEPS),
             row(
                 {**case, "engine": self.backend},
+                precision=self.precision,
                 ms=percentiles(kept["server"]),
                 overhead_ms=percentiles(kept["overhead"]),
                 stages_ms={stage: percentiles(kept[stage]) for stage in ("encode", "denoise", "decode")},
@@ -150,25 +162,28 @@ class Service:
         closed = []
         for clients in self.options.clients or (1, 2, 4, 8):
             outcomes = await traffic.closed_loop(clients, seconds, sizes)
-            figures = _figures(summary(outcomes, seconds))
+            figures = _figures(closed_summary(outcomes, seconds))
             if len(sizes) == 1:
                 busy = figures["throughput"] * alone["jpeg_device_ms"]["p50"] / 1e3
                 figures["device_share"] = busy / self.options.gpus
-            closed.append(row({"load": "closed", "clients": clients, "engine": self.backend}, **figures))
+            closed.append(row(self._case("closed", clients=clients), precision=self.precision, **figures))
         best = max(r["throughput"] for r in closed)
         deadline = self.options.deadline or PATIENCE * alone["ms"]["p50"] / 1e3
         return [*closed, *[await self._open(traffic, load, best, sizes, deadline) for load in self._loads()]]
+
+    def _case(self, load: str, **point: float) -> dict[str, str | float]:
+        return {"load": load, **point, "size": "+".join(self.chosen.sizes), "engine": self.backend}
 
     def _loads(self) -> Sequence[float]:
         return self.options.load or (0.5, 0.8, 0.95, 1.2)
 
     async def _open(self, traffic: Traffic, load: float, best: float, sizes: list[Size], deadline: float) -> Row:
         mix = Mix(dict.fromkeys(sizes, 1.0), unit=deadline, clients={"all": (1.0, 0, 1.0)})
-        arrivals = list(poisson(load * best, self.options.seconds, mix, seed=11))
+        arrivals = poisson(load * best, self.options.seconds, mix, seed=11)
         outcomes = await traffic.open_loop(arrivals, Manners.TELL)
-        figures = _figures(summary(outcomes, self.options.seconds))
-        case: dict[str, str | float] = {"load": "open", "share": load, "engine": self.backend}
-        return row(case, **figures, rate=load * best, deadline_ms=1e3 * deadline)
+        figures = _figures(open_summary(outcomes, self.options.seconds))
+        told = {"precision": self.precision, "deadline_ms": 1e3 * deadline}
+        return row(self._case("open", share=load), **figures, **told)
 
     def _pair(self, client: ZImageClient, diffusers: DiffusersRow, prompt: str, number: int) -> dict[str, float]:
         """Both draw one prompt; who begins alternates."""
@@ -225,7 +240,8 @@ def _overhead_parts(milliseconds: float, drawing: Drawing) -> dict[str, float]:
 
 
 def _figures(outcome: dict[str, Any]) -> dict[str, Any]:
-    return {"ms": outcome["latency_ms"], **{k: outcome[k] for k in ("throughput", "goodput", "requests", "seconds")}}
+    """Without what is by kind of client: here is one."""
+    return {"ms": outcome["latency_ms"], **{k: v for k, v in outcome.items() if k not in ("latency_ms", "by_kind")}}
 
 
 def _show(measured: list[Row]) -> None:
@@ -238,6 +254,7 @@ def _show(measured: list[Row]) -> None:
         "p99 ms",
         "images/s",
         "goodput/s",
+        "in time",
         "device share",
         "overhead",
         "x diffusers",
@@ -246,14 +263,21 @@ def _show(measured: list[Row]) -> None:
 
 
 def _line(r: Row) -> list[object]:
-    case, ms = r["case"], r["ms"] or {}
+    case, requests = r["case"], r.get("requests")
     overhead, faster = r.get("overhead_ms"), r.get("speedup")
     return [
         case["load"],
         case.get("clients", case.get("share")),
         case["engine"],
-        *(ms.get(p) for p in ("p50", "p90", "p99")),
-        *(r.get(key) for key in ("throughput", "goodput", "device_share")),
+        *(_shown(r["ms"][p], r) for p in ("p50", "p90", "p99")),
+        *(r.get(key) for key in ("throughput", "goodput")),
+        f"{requests['good']} of {requests['offered']}" if isinstance(requests, dict) else None,
+        r.get("device_share"),
         overhead and overhead["p50"],
         faster and faster[DIFFUSERS]["p50"],
     ]
+
+
+def _shown(milliseconds: float | None, r: Row) -> float | str:
+    """A percentile; where it falls among requests without an answer, what is known of it."""
+    return f"over {r['deadline_ms']:.0f}" if milliseconds is None else milliseconds

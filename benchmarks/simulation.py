@@ -4,9 +4,12 @@ Method: the server's own `ModelQueue` and `Planner`, a clock that jumps from eve
 long as the cost table says. The table was measured on one H200 with the real model's shapes in bf16 (1024x1024: 93.5 ms
 a step, 94.5 ms an image in pairs; 512x512: 24.2, 21.9 in fours; decoding 34.8 ms; a prompt 26 ms); batches of four at
 1024x1024 and pairs at 512x512 are interpolated. Against it `FifoPlanner`: request-level batching by arrival, without
-priorities and deadlines. Load 1 is one image after the other on every GPU. 30 % of the images are 512x512.
+priorities and deadlines. Load 1 is one image after the other on every GPU. 30 % of the images are 512x512. 3,000
+requests count, those that come after a warm-up of twice the longest patience.
 
-Units: milliseconds, requests a second. `goodput` counts what was answered before its client lost patience.
+Units: milliseconds, requests a second. `throughput` and `goodput` are the answers, and those that came before their
+client lost patience, while requests came, over that time; percentiles are of all requests, None where they fall among
+those without an answer; `good` is their share that was answered in time, whenever that was.
 """
 
 import argparse
@@ -18,12 +21,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from benchmarks.fifo import FifoPlanner
-from benchmarks.load import Arrival, Mix, Outcome, poisson, summary
+from benchmarks.load import METHOD, Arrival, Mix, Outcome, open_summary, poisson
 from benchmarks.record import Row, row
 from export.spec import Component
 from server.config import ModelConfig
 from server.costs import CostTable
-from server.errors import ZServeError
+from server.errors import DeadlinePassedError, ZServeError
 from server.frontend.assignment import Place
 from server.frontend.queue import ModelQueue
 from server.frontend.workers import WorkerState
@@ -90,8 +93,8 @@ class Simulation:
     def _arrive(self, arrival: Arrival) -> None:
         try:
             place = self._queue.enter(self._request(arrival))
-        except ZServeError:
-            self.outcomes.append(Outcome(arrival, None))
+        except ZServeError as error:
+            self.outcomes.append(Outcome(arrival, None, error.status.name))
         else:
             self._waiting[place] = arrival
             patience = self._queue.patience(place)
@@ -112,8 +115,8 @@ class Simulation:
     def _give_up(self, place: Place) -> None:
         try:
             self._queue.time_out(place)
-        except ZServeError:
-            self.outcomes.append(Outcome(self._waiting.pop(place), None))
+        except ZServeError as error:
+            self.outcomes.append(Outcome(self._waiting.pop(place), None, error.status.name))
             self._queue.leave(place)
 
     def _submit(self, place: Place, arrival: Arrival) -> None:
@@ -128,7 +131,7 @@ class Simulation:
     def _begin(self, gpu: Gpu) -> None:
         for late in gpu.planner.hopeless(self.now):
             gpu.planner.remove(late.key, self.now)
-            self._end(late.key, None)
+            self._end(late.key, None, DeadlinePassedError.status.name)
         plan = gpu.planner.plan(self.now)
         if isinstance(plan, Plan):
             gpu.running = plan
@@ -145,9 +148,9 @@ class Simulation:
             if plan.stage is Stage.DECODE:
                 self._end(sequence.key, self.now - arrival.at)
 
-    def _end(self, key: int, latency: float | None) -> None:
+    def _end(self, key: int, latency: float | None, status: str = "OK") -> None:
         place, arrival = self._running.pop(key)
-        self.outcomes.append(Outcome(arrival, latency))
+        self.outcomes.append(Outcome(arrival, latency, status))
         self._queue.leave(place)
 
     def _request(self, arrival: Arrival) -> GenerationRequest:
@@ -159,10 +162,10 @@ async def simulate(policy: str, gpus: int, load: float) -> Row:
     """One point; the queue wants an event loop, though nothing here waits."""
     rate = load * gpus / MEAN_SECONDS
     seconds = REQUESTS / rate
-    arrivals = list(poisson(rate, seconds, Mix(SIZES, unit=IMAGE_SECONDS[1024, 1024]), seed=7))
+    arrivals = poisson(rate, seconds, Mix(SIZES, unit=IMAGE_SECONDS[1024, 1024]), seed=7)
     outcomes = Simulation(POLICIES[policy], gpus).run(arrivals)
     assert len(outcomes) == len(arrivals), "every request ends once"
-    return row({"gpus": gpus, "load": load, "policy": policy}, rate=rate, **summary(outcomes, seconds))
+    return row({"gpus": gpus, "load": load, "policy": policy}, **open_summary(outcomes, seconds))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -176,4 +179,4 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         case = point["case"]
         good = "  ".join(f"{kind} {values['good']:6.1%}" for kind, values in point["by_kind"].items())
         print(f"{case['gpus']} GPU {case['load']:4} {case['policy']:8} goodput {point['goodput']:6.2f}/s  {good}")
-    return {"settings": {"step_seconds": {str(k): v for k, v in STEP_SECONDS.items()}}, "rows": rows}
+    return {"settings": {**METHOD, "step_seconds": {str(k): v for k, v in STEP_SECONDS.items()}}, "rows": rows}

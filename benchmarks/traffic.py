@@ -7,11 +7,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+import grpc
+
 from benchmarks.load import Arrival, Outcome, Size
 from benchmarks.record import BenchmarkError
 from client import AsyncZImageClient, GenerationFailedError
 from client.messages import ImageRequest
 from protos.zserve.v1 import image_generation_pb2 as pb
+
+# What a server that has too much to do may answer. Not UNAVAILABLE: it says so where a request passes its queue timeout
+# too, but no model of a benchmark has one, and else it is a worker or a server that is gone.
+TOO_MUCH = {grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED}
 
 
 class Manners(Enum):
@@ -50,19 +56,27 @@ class Traffic:
         return outcomes
 
     async def open_loop(self, arrivals: Sequence[Arrival], manners: Manners) -> list[Outcome]:
-        """Every request at its time, whatever has become of those before."""
-        began = time.monotonic()
+        """Every request at its time, whatever has become of those before; `arrivals` in their order.
+
+        Raises:
+            GenerationFailedError: the server failed otherwise than by having too much to do.
+        """
+        began = time.monotonic() - min(0.0, arrivals[0].at)
         tell = manners is Manners.TELL
 
         async def one(arrival: Arrival) -> Outcome:
-            await asyncio.sleep(began + arrival.at - time.monotonic())
-            started = time.monotonic()
-            async with AsyncZImageClient(self.url, timeout=arrival.patience if tell else None) as client:
+            planned = began + arrival.at
+            await asyncio.sleep(planned - time.monotonic())
+            # Whoever comes late has waited for that long already.
+            left = None if arrival.patience is None else max(0.0, planned + arrival.patience - time.monotonic())
+            async with AsyncZImageClient(self.url, timeout=left if tell else None) as client:
                 try:
                     await self._ask(client, arrival.size, arrival.priority if tell else 0)
-                except GenerationFailedError:
-                    return Outcome(arrival, None)
-            return Outcome(arrival, time.monotonic() - started)
+                except GenerationFailedError as error:
+                    if error.code not in TOO_MUCH:
+                        raise
+                    return Outcome(arrival, None, error.code.name)
+            return Outcome(arrival, time.monotonic() - planned)
 
         return await asyncio.gather(*(one(arrival) for arrival in arrivals))
 

@@ -1,6 +1,7 @@
 """`zserve bench` on the demo model: what is measured is what is named."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,43 @@ def test_image_draws_what_diffusers_draws(repository: Path, capsys: pytest.Captu
         assert all(stages[component] > 0 for component in Component)
         assert sum(stages.values()) == pytest.approx(row["ms"]["p50"], rel=1e-3)
     assert plot.read_text().startswith("<?xml")
+
+
+def test_service_says_what_came_and_what_of_it_was_answered(
+    repository: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    options = ("--size", "64x64", "--clients", "1", "--load", "0.5", "--seconds", "1", "-n", "1", "--deadline", "1")
+    plot = tmp_path / "service.svg"
+    model = ("--model", str(repository / MODEL), "--checkpoint", str(CHECKPOINT), "--device", "cpu")
+    assert main(["service", *model, *options, "--plot", str(plot)]) == 0
+    table, last = capsys.readouterr().out.rsplit("\n", 2)[:2]
+    told = json.loads(last)
+    cases = [tuple(r["case"].values()) for r in told["rows"]]
+    assert cases == [
+        ("one at a time", 1, "64x64", "diffusers"),
+        ("one at a time", 1, "64x64", "onnxruntime"),
+        ("closed", 1, "64x64", "onnxruntime"),
+        ("open", 0.5, "64x64", "onnxruntime"),
+    ]
+    assert [r["precision"] for r in told["rows"]] == ["fp32"] * 4
+    closed, opened = told["rows"][2:]
+    requests = opened["requests"]
+    assert requests["offered"] == max(1, round(0.5 * closed["throughput"])) == opened["rate"] == opened["ms"]["n"]
+    assert sum(opened["statuses"].values()) == requests["offered"] >= requests["answered"] >= requests["good"]
+    assert f"{requests['good']} of {requests['offered']}" in table
+    assert plot.read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize("name", ["service", "startup"])
+def test_a_model_of_another_checkpoint_is_not_recorded_under_this_ones_name(
+    name: str, repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(CHECKPOINT, tmp_path / "other")
+    config = other / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"shift": 2.5}))
+    model = ("--model", str(repository / MODEL), "--checkpoint", str(other), "--device", "cpu", "--size", "64x64")
+    assert main([name, *model, "--backend", "onnxruntime", "-n", "1"]) == 1
+    assert "give the --checkpoint that it was exported from" in capsys.readouterr().err
 
 
 async def test_traffic_is_answered_and_checks_who_answered(server: ServerProcess) -> None:

@@ -55,6 +55,16 @@ def test_a_client_install_does_not_load_benchmarks() -> None:
         (["components", "--checkpoint", "no/where", "--backend", "eager"], 1, "no checkpoint folder"),
         (["components", "--device", "foo"], 1, "--device foo is not on this machine; cpu"),
         (["quality", "--device", "foo"], 1, "--device foo is not on this machine; cpu"),
+        (
+            ["service", "--backend", "diffusers", "--device", "cpu"],
+            1,
+            "aotinductor, eager, aotinductor-fp8 are accepted",
+        ),
+        (
+            ["startup", "--backend", "diffusers", "--device", "cpu"],
+            1,
+            "aotinductor, eager, aotinductor-fp8 are accepted",
+        ),
         (["planner", "--plot", "a.svg"], 1, "there is no picture of planner"),
         (["image", "--plot", "a.pdf"], 1, ".svg and .png are accepted"),
     ],
@@ -128,6 +138,18 @@ def test_a_version_that_cannot_be_measured_is_named(
     """It is eager, and takes no image as large as those that soak would warm."""
     assert cli.main([arguments[0], "--model", str(version), *arguments[1:]]) == 1
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("service", "--load"), ("service", "--seconds"), ("service", "--deadline"), ("scheduling", "--seconds")],
+)
+@pytest.mark.parametrize("value", ["0", "-1"])
+def test_a_load_of_nothing_is_refused(name: str, option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([name, option, value])
+    assert ended.value.code == 2
+    assert f"argument {option}: {value!r}: a number above 0 is accepted" in capsys.readouterr().err
 
 
 def test_output_and_last_line_are_the_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

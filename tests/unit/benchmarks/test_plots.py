@@ -1,30 +1,43 @@
 """Every picture is drawn, from records that are made up."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib import pyplot
 
 from benchmarks.cli import PLOTTED
 from benchmarks.plots import PLOTS, draw
 from benchmarks.record import Record, percentiles
+from tests.conftest import ROOT
 from tests.unit.benchmarks.records import components, engine_row, record
 
 LATENCY = percentiles([1.0, 2.0])
 
 
-def loaded(load: str, **point: float) -> dict[str, Any]:
+UNANSWERED = LATENCY | {"p95": None, "p99": None}
+
+
+def loaded(load: str, **point: Any) -> dict[str, Any]:
     return {"case": {"load": load, "engine": "onnxruntime", **point}, "ms": LATENCY, "throughput": 3.0, "goodput": 2.0}
 
 
 def point(policy: str, load: float) -> dict[str, Any]:
-    return {"case": {"gpus": 1, "load": load, "policy": policy}, "by_kind": {"batch": {"latency_ms": LATENCY}}}
+    return {"case": {"gpus": 1, "load": load, "policy": policy}, "by_kind": {"batch": {"latency_ms": UNANSWERED}}}
 
 
 RECORDS = {
     "components": components(),
     "image": record("image", *(engine_row(e, 3.0, batch=b) for b in (1, 2) for e in ("diffusers", "onnxruntime"))),
     "service": record(
+        "service",
+        {"case": {"load": "one at a time", "size": "64x64", "engine": "onnxruntime"}, "ms": LATENCY},
+        loaded("closed", clients=1, size="64x64") | {"requests": 3},
+        loaded("open", share=0.8, size="64x64") | {"ms": UNANSWERED, "requests": {"offered": 3}},
+        loaded("open", share=2.0, size="64x64") | {"ms": dict.fromkeys(LATENCY), "requests": {"offered": 3}},
+    ),
+    "older service": record(
         "service",
         {"case": {"load": "one at a time", "engine": "onnxruntime"}, "ms": LATENCY},
         *(loaded("closed", clients=clients) for clients in (1, 2)),
@@ -39,9 +52,9 @@ def test_the_help_names_every_picture_there_is() -> None:
     assert set(PLOTTED) == set(PLOTS)
 
 
-@pytest.mark.parametrize("benchmark", list(PLOTS))
-def test_every_picture_is_drawn(benchmark: str, tmp_path: Path) -> None:
-    drawn: Record = RECORDS[benchmark]
+@pytest.mark.parametrize("name", list(RECORDS))
+def test_every_picture_is_drawn(name: str, tmp_path: Path) -> None:
+    drawn: Record = RECORDS[name]
     draw(drawn, tmp_path / "new" / "a.svg")
     draw(drawn, tmp_path / "a.png")
     text = (tmp_path / "new" / "a.svg").read_text()
@@ -49,3 +62,41 @@ def test_every_picture_is_drawn(benchmark: str, tmp_path: Path) -> None:
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     draw(drawn, tmp_path / "again.svg")
     assert (tmp_path / "again.svg").read_text() == text
+
+
+def legend(name: str) -> list[str]:
+    figure = PLOTS["service"](RECORDS[name]["rows"])
+    (panel,) = figure.axes
+    pyplot.close(figure)
+    return [text.get_text() for text in panel.get_legend().get_texts()]
+
+
+def test_a_percentile_says_whose_it_is() -> None:
+    assert "onnxruntime, 64x64, closed loop by clients, p50" in legend("service")
+    assert "onnxruntime, 64x64, open loop by share, p95 of all requests" in legend("service")
+    assert "onnxruntime, open loop by share, p95 of those answered" in legend("older service")
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "where"),
+    [
+        ("older service", "cuda:1", "an H100, 2026"),
+        ("older service", None, "an H100, 2026"),
+        ("older service", "cpu", "2 cores of one, 2026"),
+        ("simulation", None, "simulated, 2026"),
+    ],
+)
+def test_the_title_names_what_computed(name: str, device: str | None, where: str, tmp_path: Path) -> None:
+    """A machine with a GPU may be measured without it; older records do not all say."""
+    drawn = RECORDS[name]
+    settings = {} if device is None else {"device": device}
+    titled = drawn | {"machine": drawn["machine"] | {"gpu": "an H100"}, "settings": settings}
+    draw(titled, tmp_path / "a.svg")
+    assert f"<!-- {where}" in (tmp_path / "a.svg").read_text()
+
+
+def test_every_record_that_is_kept_can_be_drawn(tmp_path: Path) -> None:
+    kept = [json.loads(path.read_text()) for path in (ROOT / "benchmarks" / "results").glob("service_*.json")]
+    assert kept
+    for number, old in enumerate(kept):
+        draw(old, tmp_path / f"{number}.svg")

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.load import CLIENTS, Arrival, Mix, Outcome, poisson, summary
 from benchmarks.record import BenchmarkError, figures, percentiles, provenance, ratios, read, row, write
 from tests.unit.benchmarks.records import components
 
@@ -49,22 +48,3 @@ def test_a_record_says_where_it_comes_from() -> None:
     assert told["machine"]["cores"] >= 1
     assert told["versions"]["torch"]
     assert set(told) == {"machine", "versions", "commit", "date"}
-
-
-def test_arrivals_are_the_same_for_every_policy_and_keep_their_rate() -> None:
-    mix = Mix({(128, 128): 1.0, (256, 256): 1.0}, unit=2.0)
-    arrivals = list(poisson(20.0, 50.0, mix, seed=3))
-    assert arrivals == list(poisson(20.0, 50.0, mix, seed=3))
-    assert 900 < len(arrivals) < 1100
-    assert {a.kind for a in arrivals} == set(CLIENTS)
-    assert {a.patience for a in arrivals} == {16.0, 80.0, None}
-
-
-def test_goodput_counts_what_came_in_time() -> None:
-    arrival = Arrival(at=0.0, kind="all", size=(64, 64), priority=0, patience=1.0)
-    told = summary([Outcome(arrival, 0.5), Outcome(arrival, 3.0), Outcome(arrival, None)], seconds=2.0)
-    assert (told["requests"], told["seconds"]) == (3, 3.0)  # the last answer came after the last arrival
-    assert told["throughput"] == pytest.approx(2 / 3)
-    assert told["goodput"] == pytest.approx(1 / 3)
-    assert told["latency_ms"]["n"] == 2
-    assert told["by_kind"]["all"]["good"] == pytest.approx(1 / 3)
