@@ -15,6 +15,7 @@ ZServeError                INTERNAL            also the answer to anything unfor
 ├── UnavailableError       UNAVAILABLE         try again later, or elsewhere
 │   ├── ModelNotReadyError                     the model is still loading, or failed to
 │   ├── ShuttingDownError                      the server is going away
+│   ├── OvertakenError                         the model was unloaded before it was loaded
 │   ├── QueueTimeoutError                      no worker took the request within its queue timeout
 │   └── WorkerLostError                        the worker process ended while it had the request
 ├── ConfigError            FAILED_PRECONDITION a config file or option is wrong
@@ -120,6 +121,10 @@ class ModelNotReadyError(UnavailableError):
 
 class ShuttingDownError(UnavailableError):
     """The server is going away."""
+
+
+class OvertakenError(UnavailableError):
+    """The model was unloaded before it was loaded."""
 
 
 class QueueTimeoutError(UnavailableError):

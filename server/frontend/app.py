@@ -13,7 +13,7 @@ import grpc.aio
 from protos.zserve.v1 import image_generation_pb2_grpc as pb_grpc
 from server.backends.base import Host, Model
 from server.config import ControlMode, FallbackPolicy, ServeConfig
-from server.errors import ConfigError, ModelNotFoundError, ZServeError
+from server.errors import ConfigError, ModelNotFoundError, OvertakenError, ZServeError
 from server.frontend.dispatcher import Dispatcher
 from server.frontend.gauges import CpuGauges, Gauges, GpuGauges, Source
 from server.frontend.gpus import open_gpus
@@ -158,7 +158,7 @@ class Frontend:
             log.error("cannot load model %s: it has no folder in %s", name, self._config.model_repository)
         self._started.set()
         self._changed.set()
-        failures = [r for r in results if isinstance(r, BaseException)]
+        failures = [r for r in results if isinstance(r, BaseException) and not isinstance(r, OvertakenError)]
         strict = self._config.exit_on_error or self._config.fallback is FallbackPolicy.REFUSE
         if not failures or (len(failures) < len(names) and not strict):
             return False

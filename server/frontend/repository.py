@@ -20,10 +20,12 @@ from server.errors import (
     EngineLoadError,
     ModelNotFoundError,
     ModelNotReadyError,
+    OvertakenError,
     ShuttingDownError,
     ZServeError,
 )
 from server.frontend.versions import (
+    UNLOADED,
     Entry,
     IndexEntry,
     ModelState,
@@ -45,7 +47,7 @@ class Repository:
     def __init__(self, path: Path, host: Host, backends: Callable[[str], Backend] = find_backend) -> None:
         self._path, self._host, self._backends = path, host, backends
         self._entries: dict[str, Entry] = {}  # by name; only of folders that are there, or were
-        self._live: set[Version] = set()  # with a model, also those that have been replaced and not gone yet
+        self._live: set[Version] = set()  # with a model, also those that are replaced and have not gone yet
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
 
@@ -83,7 +85,7 @@ class Repository:
 
     @property
     def live(self) -> list[Model]:
-        """The models that may have requests: those that serve, and those that are going."""
+        """The models that may have requests: those that serve, and those that are coming or going."""
         return [v.model for v in self._live if v.model is not None]
 
     def index(self) -> list[IndexEntry]:
@@ -117,6 +119,7 @@ class Repository:
         Raises:
             ModelNotFoundError: it has no folder.
             EngineLoadError: it cannot be loaded; what served before still does.
+            OvertakenError: it is unloaded before it is loaded.
             ShuttingDownError: the server ends before it is loaded.
         """
         present = [p.name for p in self._folders()]
@@ -139,15 +142,11 @@ class Repository:
     def unload_soon(self, name: str) -> None:
         """Begins to unload `name`, and takes no more requests for it; requests under way may finish.
 
-        Raises:
-            ModelNotFoundError: it is not loaded, nor has it failed to.
+        Loads of it that are under way come to nothing. A model that is not loaded, or not there, is no error in Triton.
         """
         entry = self._entries.get(name)
-        if entry is None or not (entry.error or entry.active):
-            raise ModelNotFoundError(self._unknown(name))
-        for version in entry.versions.values():
-            version.retire()
-        self._own(self._unload(entry))
+        if entry is not None:
+            self._begin_unload(entry)
 
     async def poll(self) -> None:
         """Brings what is loaded into line with the folders: new, changed and removed ones.
@@ -163,7 +162,7 @@ class Repository:
         gone = self._entries.keys() - present
         loads = await asyncio.gather(*(self.load(name) for name in changed), return_exceptions=True)
         drops = await asyncio.gather(
-            *(self._own(self._unload(self._entries[name])) for name in gone), return_exceptions=True
+            *(self._begin_unload(self._entries[name]) for name in gone), return_exceptions=True
         )
         for name in gone:
             del self._entries[name]
@@ -192,6 +191,8 @@ class Repository:
             try:
                 await self._load(self._path / name, entry, override)
             except (ZServeError, OSError) as error:
+                if entry.unloads:
+                    raise OvertakenError(f"'{name}' was unloaded before it was loaded") from error
                 log.error("cannot load model %s: %s", name, error)
                 if not entry.active:
                     entry.error = str(error)
@@ -215,12 +216,17 @@ class Repository:
 
     async def _replace(self, entry: Entry, folders: list[ModelFolder]) -> None:
         """Loads `folders`, and only then drops the versions that were there before."""
+        if entry.unloads:
+            raise ConfigError("it is to be unloaded")
         entry.error = ""
-        served, fresh = entry.versions, [Version(folder) for folder in folders]
+        entry.fresh = fresh = [Version(folder) for folder in folders]
+        served = entry.versions
         for version in fresh:
             served.setdefault(version.folder.version, version)
-        await _together(self._start(v) for v in fresh)
-        failures = [f"version {v.folder.version}: {v.reason}" for v in fresh if v.model is None]
+        async with asyncio.TaskGroup() as group:
+            for version in fresh:
+                version.loading = group.create_task(self._start(version))
+        failures = [f"version {v.folder.version}: {v.reason or v.state.lower()}" for v in fresh if v.model is None]
         loaded = {v.folder.version: v for v in fresh if v.model is not None}
         old = [v for v in served.values() if v not in fresh and (v.folder.version in loaded or not failures)]
         served.update(loaded)
@@ -233,30 +239,33 @@ class Repository:
         began = time.monotonic()
         folder = version.folder
         try:
-            model = self._backends(folder.file.backend)(folder, self._host)
-            await self._load_model(model)
+            version.model = model = self._backends(folder.file.backend)(folder, self._host)
+            self._live.add(version)
+            await model.load()
+        except asyncio.CancelledError:  # it is unloaded, or the server shuts down
+            await model.unload()
+            self._rest(version)
+            raise
         except ZServeError as error:
-            version.rest(str(error))
+            self._rest(version, str(error))
             return
         except Exception as error:
             log.exception("backend %s failed to load %s", folder.file.backend, folder.file.name)
-            version.rest(f"{type(error).__name__}: {error}")
+            self._rest(version, f"{type(error).__name__}: {error}")
             return
         model.statistics.load_seconds = time.monotonic() - began
-        version.model, version.state, version.reason = model, ModelState.READY, ""
-        self._live.add(version)
+        version.state = ModelState.READY
         self._host.changed()  # now: what it replaces may take long to go
         log.info("model %s version %s is ready", folder.file.name, folder.version)
 
-    async def _load_model(self, model: Model) -> None:
-        try:
-            await model.load()
-        except asyncio.CancelledError:  # the server shuts down
-            await model.unload()
-            raise
+    def _begin_unload(self, entry: Entry) -> "asyncio.Future[None]":
+        entry.unloads += 1
+        entry.retire()
+        return self._own(self._unload(entry))
 
     async def _unload(self, entry: Entry) -> None:
-        async with entry.lock:
+        async with entry.lock:  # whoever waits longest gets it next: loads that were asked for before have ended
+            entry.unloads -= 1
             entry.error, entry.loaded_mark = "", None
             await _together(self._drop(v) for v in entry.versions.values())
             await self._tidy(entry)
@@ -271,9 +280,12 @@ class Repository:
             except TimeoutError:
                 log.warning("model %s is unloaded with requests under way", model.spec.name)
             await model.unload()
-            self._live.discard(version)
-        version.rest()
+        self._rest(version)
         self._host.changed()
+
+    def _rest(self, version: Version, reason: str = UNLOADED) -> None:
+        version.rest(reason)
+        self._live.discard(version)
 
     async def _tidy(self, entry: Entry) -> None:
         """Removes what came with load requests and is not served any more; a worker that is replaced reads it again."""

@@ -30,9 +30,10 @@ class Version:
     """One version of a model as it stands now."""
 
     folder: ModelFolder
-    model: Model | None = None  # while it is loaded
+    model: Model | None = None  # from the moment it is loaded to the end of its unloading
     state: ModelState = ModelState.LOADING
     reason: str = ""
+    loading: "asyncio.Task[None] | None" = None  # what loads it, also when that has ended
 
     @property
     def serving(self) -> Model | None:
@@ -47,10 +48,14 @@ class Version:
         return wanted and self.serving is None
 
     def retire(self) -> None:
-        """Takes no more requests; those under way go on."""
-        if self.model is not None:
-            self.state = ModelState.UNLOADING
+        """Takes no more requests; those under way go on, but loading it does not."""
+        if self.state is ModelState.UNAVAILABLE:
+            return
+        if self.state is ModelState.LOADING and self.loading is not None:
+            self.loading.cancel()
+        elif self.model is not None:
             self.model.retire()
+        self.state = ModelState.UNLOADING
 
     def rest(self, reason: str = UNLOADED) -> None:
         """Nothing of it is loaded any more, and why."""
@@ -74,6 +79,8 @@ class Entry:
     versions: dict[str, Version] = field(default_factory=dict)
     error: str = ""  # why its folder cannot be read
     loaded_mark: object = None  # of the folder as it was loaded; None after anything else than a success with it
+    fresh: list[Version] = field(default_factory=list)  # that the last load has begun with
+    unloads: int = 0  # asked for and not done yet; loads that were asked for before them come to nothing
     tried_mark: object = None  # of the folder at the last attempt: polling is to try again only when it has changed
     scratch: set[Path] = field(default_factory=set)  # folders that hold what came with load requests
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # held by who loads or unloads
@@ -82,6 +89,11 @@ class Entry:
     def active(self) -> bool:
         """Whether any version is loaded, is being loaded or could not be."""
         return any(v.model is not None or v.missing for v in self.versions.values())
+
+    def retire(self) -> None:
+        """No version takes any more requests, nor will one that is being loaded."""
+        for version in {*self.versions.values(), *self.fresh}:
+            version.retire()
 
     def newest(self, name: str) -> Model:
         """The newest version that serves.

@@ -15,9 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from client import GenerationFailedError
 from client.messages import ImageRequest
 from server.config import ControlMode, FallbackPolicy
-from server.errors import EngineLoadError, WorkerLostError
+from server.errors import EngineLoadError, OvertakenError, WorkerLostError
 from server.frontend import workers
 from server.frontend.exposition import render
 from server.frontend.metrics import Metrics
@@ -228,6 +229,28 @@ async def test_a_version_that_is_half_loaded_takes_nothing_from_one_that_serves(
         failing.touch()
         with pytest.raises(EngineLoadError, match="light-1: exited with status 1"):
             await loading
+        gate.touch()
+        assert (await drawing).kinds[-1] == "completed"
+
+
+async def test_an_unload_ends_workers_that_are_starting(tmp_path: Path) -> None:
+    """They would take requests as soon as they are there, though nobody wants them any more."""
+    gate = tmp_path / "gate"
+    models = light_repository(tmp_path / "models")
+    options = {"model_control_mode": ControlMode.EXPLICIT, "load_model": ("light",)}
+    async with serving(models, LIGHT, **options) as server:
+        drawing = asyncio.create_task(draw(server.client, ImageRequest(str(gate))))
+        await server.until(lambda: server.queue.running == 1)
+        (models / "light" / "config.pbtxt").write_text("# changed")
+        loading = asyncio.create_task(server.frontend._repository.load("light"))
+        await server.until(lambda: server.frontend.queues[-1] is not server.queue)
+        (starting,) = server.frontend.queues[-1].workers
+        server.frontend._repository.unload_soon("light")
+        with pytest.raises(OvertakenError):
+            await loading
+        assert starting.state is WorkerState.STOPPED
+        with pytest.raises(GenerationFailedError, match="this server has: none"):
+            await draw(server.client, ImageRequest("x"))
         gate.touch()
         assert (await drawing).kinds[-1] == "completed"
 

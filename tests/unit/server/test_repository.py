@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from server.backends.base import Host
-from server.errors import EngineLoadError, InvalidRequestError, ModelNotFoundError, ShuttingDownError
+from server.errors import (
+    EngineLoadError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    ModelNotReadyError,
+    OvertakenError,
+    ShuttingDownError,
+)
 from server.frontend import repository as module
 from server.frontend.repository import Repository
 from server.frontend.versions import Override, folder_mark
@@ -114,6 +121,56 @@ async def test_closing_frees_what_has_been_replaced_and_still_answers(setup: Set
     await asyncio.gather(reload, return_exceptions=True)
 
 
+async def test_an_unload_ends_a_load_that_is_under_way(setup: Setup) -> None:
+    """And one that waits for its turn; what is asked for later is loaded."""
+    model = setup.write()
+    await setup.repository.load("m")
+    old = await setup.backend.loading.get()
+    touch(model)
+    with old.statistics.request():
+        load = await setup.begin()
+        waiting = asyncio.create_task(setup.repository.load("m"))
+        await asyncio.sleep(0)
+        setup.repository.unload_soon("m")
+        assert old.retired.is_set()
+        with pytest.raises(ModelNotReadyError, match="unloading"):
+            setup.repository.find("m")
+        later = asyncio.create_task(setup.repository.load("m"))
+        for overtaken in (load, waiting):
+            with pytest.raises(OvertakenError, match="'m' was unloaded before it was loaded"):
+                await overtaken
+        assert setup.unloaded == [False, True]
+        assert setup.repository.loaded() == []
+        assert setup.repository.ready  # nothing has failed
+    setup.backend.go.set()
+    await later
+    assert setup.repository.find("m") is setup.backend.made[2]
+
+
+async def test_an_unload_retires_a_version_whose_sibling_is_still_loading(setup: Setup) -> None:
+    model = setup.write(ALL, ("1", "2"))
+    await setup.repository.load("m")
+    touch(model)
+    setup.backend.stuck = {"2"}
+    reload = asyncio.create_task(setup.repository.load("m"))
+    await setup.until(lambda: len(setup.backend.made) == 4 and setup.backend.made[2].ready)
+    setup.repository.unload_soon("m")
+    with pytest.raises(OvertakenError):
+        await reload
+    await setup.until(lambda: all(setup.unloaded))
+    assert setup.repository.loaded() == []
+
+
+async def test_an_unload_ends_a_first_load_before_it_has_looked_at_the_folder(setup: Setup) -> None:
+    setup.write()
+    load = asyncio.create_task(setup.repository.load("m"))
+    await asyncio.sleep(0)
+    setup.repository.unload_soon("m")
+    with pytest.raises(OvertakenError):
+        await load
+    assert setup.backend.made == []
+
+
 async def test_requests_get_their_time_and_no_more(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "DRAIN_SECONDS", 0.01)
     setup.write()
@@ -132,8 +189,7 @@ async def test_a_name_without_a_folder_is_refused_and_forgotten(setup: Setup, na
     before = setup.repository.index()
     with pytest.raises(ModelNotFoundError, match="it has no folder of that name; there are: m"):
         await setup.repository.load(name)
-    with pytest.raises(ModelNotFoundError):
-        setup.repository.unload_soon(name)
+    setup.repository.unload_soon(name)
     assert setup.repository.ready
     assert setup.repository.index() == before
 
