@@ -104,7 +104,7 @@ class Model(Protocol):
 
     @property
     def ready(self) -> bool:
-        """Whether it serves at this moment."""
+        """Whether it serves at this moment. Where no version does, requests come all the same: they wait, or fail."""
 
     def infer(self, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
         """The responses to `request`; closing the generator cancels it, an error thrown into it makes it a failure.

@@ -49,15 +49,16 @@ class Repository:
         self._entries: dict[str, Entry] = {}  # by name; only of folders that are there, or were
         self._live: set[Version] = set()  # with a model, also those that are replaced and have not gone yet
         self._tasks: set[asyncio.Task[None]] = set()
+        self._left_out: set[str] = set()  # folders of which the log has it that they are
         self._closing = False
 
     def find(self, name: str, version: str = "") -> Model:
-        """The model that serves `version`, or the newest one that is ready.
+        """The model that takes requests for `version`, or for the newest one that is ready.
 
         Raises:
             InvalidRequestError: `version` is not one.
             ModelNotFoundError: there is no such model or version.
-            ModelNotReadyError: the version is there, but does not serve.
+            ModelNotReadyError: the version is there, but takes no requests.
         """
         entry = self._entries.get(name)
         if entry is None or not entry.versions:
@@ -68,11 +69,11 @@ class Repository:
         if version not in entry.versions:
             raise ModelNotFoundError(f"Request for unknown model: '{name}' version {version} is not found")
         found = entry.versions[version]
-        if found.serving is None:
+        if found.accepting is None:
             raise ModelNotReadyError(
-                f"Request for unknown model: '{name}' version {version} is not at ready state ({found.reason})"
+                f"Request for unknown model: '{name}' version {version} is not at ready state ({found.standing})"
             )
-        return found.serving
+        return found.accepting
 
     def file(self, model: Model) -> ModelFile:
         """The config that `model` was loaded with."""
@@ -226,7 +227,7 @@ class Repository:
         async with asyncio.TaskGroup() as group:
             for version in fresh:
                 version.loading = group.create_task(self._start(version))
-        failures = [f"version {v.folder.version}: {v.reason or v.state.lower()}" for v in fresh if v.model is None]
+        failures = [f"version {v.folder.version}: {v.standing}" for v in fresh if v.model is None]
         loaded = {v.folder.version: v for v in fresh if v.model is not None}
         old = [v for v in served.values() if v not in fresh and (v.folder.version in loaded or not failures)]
         served.update(loaded)
@@ -307,7 +308,25 @@ class Repository:
     def _folders(self) -> list[Path]:
         if not self._path.is_dir():
             return []
-        return sorted(p for p in self._path.iterdir() if p.is_dir() and not p.name.startswith("."))
+        return sorted(
+            p for p in self._path.iterdir() if p.is_dir() and not p.name.startswith(".") and self._can_be_named(p.name)
+        )
+
+    def _can_be_named(self, folder: str) -> bool:
+        """Whether the protocol can say it; where not that is logged, once."""
+        named = _is_unicode(folder)
+        if not named and folder not in self._left_out:
+            self._left_out.add(folder)
+            log.warning("the folder %a is left out: its name is not UTF-8", folder)
+        return named
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 async def _together(works: Iterable[Coroutine[Any, Any, None]]) -> None:

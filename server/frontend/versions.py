@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -36,16 +35,20 @@ class Version:
     loading: "asyncio.Task[None] | None" = None  # what loads it, also when that has ended
 
     @property
-    def serving(self) -> Model | None:
-        """The model, while it answers requests."""
-        ready = self.model is not None and self.state is ModelState.READY and self.model.ready
-        return self.model if ready else None
+    def accepting(self) -> Model | None:
+        """The model, while it takes requests; they wait where it is not ready just now, as when its workers restart."""
+        return self.model if self.state is ModelState.READY else None
 
     @property
     def missing(self) -> bool:
         """Whether it is to be served and is not."""
         wanted = self.state is not ModelState.UNLOADING and self.reason != UNLOADED
-        return wanted and self.serving is None
+        return wanted and (self.accepting is None or not self.accepting.ready)
+
+    @property
+    def standing(self) -> str:
+        """Why it takes no requests."""
+        return self.reason or self.state.lower()
 
     def retire(self) -> None:
         """Takes no more requests; those under way go on, but loading it does not."""
@@ -96,16 +99,17 @@ class Entry:
             version.retire()
 
     def newest(self, name: str) -> Model:
-        """The newest version that serves.
+        """The newest version that is ready; where none is at this moment, the newest that takes requests.
 
         Raises:
             ModelNotFoundError: none is loaded.
-            ModelNotReadyError: none serves at this moment.
+            ModelNotReadyError: none takes requests.
         """
-        serving = {int(number): model for number, v in self.versions.items() if (model := v.serving) is not None}
-        if serving:
-            return serving[max(serving)]
-        reasons = "; ".join(v.reason or v.state.lower() for v in self.versions.values())
+        accepting = {int(number): model for number, v in self.versions.items() if (model := v.accepting) is not None}
+        if accepting:
+            ready = [number for number, model in accepting.items() if model.ready]
+            return accepting[max(ready or accepting)]
+        reasons = "; ".join(v.standing for v in self.versions.values())
         if all(v.state is ModelState.UNAVAILABLE for v in self.versions.values()):
             raise ModelNotFoundError(f"Request for unknown model: '{name}' has no available versions ({reasons})")
         raise ModelNotReadyError(f"Request for unknown model: '{name}' is not at ready state ({reasons})")
@@ -126,7 +130,7 @@ class Override:
         InvalidRequestError: a file has no name, or would lie outside the model's folder.
     """
 
-    config: str = ""  # the text of a config.pbtxt
+    config: str  # the text of a config.pbtxt; empty, it is one that leaves everything to the defaults
     files: dict[str, bytes] = field(default_factory=dict)  # by their path in the model's folder
 
     def __post_init__(self) -> None:
@@ -149,10 +153,7 @@ class Override:
                 (shadow / name).write_bytes(data)
             for version in () if self.files else version_folders(model):
                 (shadow / version.name).symlink_to(version.resolve())
-            if self.config:
-                (shadow / "config.pbtxt").write_text(self.config, "utf-8")
-            else:
-                shutil.copy(model / "config.pbtxt", shadow)
+            (shadow / "config.pbtxt").write_text(self.config, "utf-8")
         except (OSError, ValueError) as error:
             raise ConfigError(f"what the load request brings cannot be written: {error}") from error
         return shadow

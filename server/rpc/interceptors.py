@@ -136,9 +136,12 @@ def retry_advice(error: ZServeError) -> Trailers:
 
 
 def _text(error: ZServeError) -> str:
-    """What it says, as far as it fits twice, in the details too: a client does not read longer trailers."""
-    data = str(error).encode()
-    return str(error) if len(data) <= MOST_TEXT else data[:MOST_TEXT].decode(errors="ignore") + " ..."
+    """What it says, as far as it fits twice, in the details too: a client does not read longer trailers.
+
+    It may speak of a file whose name is not UTF-8.
+    """
+    data = str(error).encode(errors="replace")
+    return data.decode() if len(data) <= MOST_TEXT else data[:MOST_TEXT].decode(errors="ignore") + " ..."
 
 
 async def abort(error: Exception, context: Context, translate: Translate = unchanged) -> None:

@@ -97,6 +97,13 @@ async def test_a_text_without_end_is_cut_and_its_status_kept(running: tuple[Fail
             assert text.endswith(" ...")
 
 
+async def test_a_text_that_is_no_unicode_arrives_as_far_as_it_is(running: tuple[FailingService, str]) -> None:
+    """A file's name may be in it."""
+    service, url = running
+    service.error = errors.UnavailableError("cannot read caf\udce9", retry_after=1.0)
+    assert await answers(url) == [(grpc.StatusCode.UNAVAILABLE, "cannot read caf?")] * 3
+
+
 async def test_what_was_not_foreseen_keeps_its_detail_in_the_log(
     running: tuple[FailingService, str], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -12,8 +12,10 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+import tritonclient.grpc.aio as triton
 
 from client import GenerationFailedError
 from client.messages import ImageRequest
@@ -130,6 +132,18 @@ async def test_a_slow_reader_whose_worker_was_replaced_does_not_end_the_next(ser
     (tmp_path / "gate").touch()
     assert [e.attempt async for e in slow if isinstance(e, Started)] == [2]
     assert (worker.pid, worker.state, worker.restarts) == (pid, WorkerState.READY, 1)
+
+
+async def test_tritons_requests_wait_too_while_the_only_worker_is_replaced(server: Running) -> None:
+    (worker,) = server.workers
+    prompt = triton.InferInput("PROMPT", [1], "BYTES").set_data_from_numpy(np.array([b"x"], dtype=object))
+    async with triton.InferenceServerClient(server.url) as client:
+        os.kill(worker.pid or 0, signal.SIGKILL)
+        await server.until(lambda: worker.state is WorkerState.RESTARTING)
+        assert not await client.is_model_ready("light")
+        image = await client.infer("light", [prompt], parameters={"width": 64, "height": 64})
+        assert image.as_numpy("IMAGE").shape == (64, 64, 3)
+        assert await client.is_model_ready("light")
 
 
 async def test_a_worker_that_cannot_be_started_again_is_tried_until_it_can(tmp_path: Path) -> None:

@@ -94,10 +94,10 @@ class TritonServicer(pb_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc
 
     async def ModelReady(self, request: pb.ModelReadyRequest, context: Context) -> pb.ModelReadyResponse:
         try:
-            self._repository.find(request.name, request.version)
+            model = self._repository.find(request.name, request.version)
         except ModelNotReadyError:
             return pb.ModelReadyResponse(ready=False)
-        return pb.ModelReadyResponse(ready=True)
+        return pb.ModelReadyResponse(ready=model.ready)
 
     async def ServerMetadata(self, request: pb.ServerMetadataRequest, context: Context) -> pb.ServerMetadataResponse:
         extensions = [*EXTENSIONS, *await self._memory.extensions()]

@@ -48,7 +48,7 @@ def decode_override(wire: Mapping[str, Any]) -> Override | None:
     """What a load request brings instead of the repository's files, if anything.
 
     Raises:
-        InvalidRequestError: an unknown parameter, or files without a config.
+        InvalidRequestError: an unknown parameter, no model config, or files without one.
     """
     files = {name.removeprefix(FILE): p.bytes_param for name, p in wire.items() if name.startswith(FILE)}
     for name in wire:
@@ -58,7 +58,10 @@ def decode_override(wire: Mapping[str, Any]) -> Override | None:
         if files:
             raise InvalidRequestError("override files need the parameter 'config' beside them")
         return None
-    return Override(config_text(wire["config"].string_param), files)
+    config = wire["config"].string_param
+    if not config.lstrip().startswith("{"):  # protobuf's parser would take an empty list for an empty message
+        raise InvalidRequestError.of("config", config[:32], "the JSON form of a ModelConfig, an object, is")
+    return Override(config_text(config), files)
 
 
 def _log_value(name: str, value: Any) -> Any:

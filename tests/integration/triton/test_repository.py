@@ -165,7 +165,8 @@ def test_a_config_given_with_the_load(identity_server: Start) -> None:
         values = np.array([1, 2], dtype=np.float32)
         assert client.infer("identity", [tensor("A", values, "FP32")]).as_numpy("B").tolist() == [1, 2]
         assert client.get_model_config("identity").config.input[0].name == "A"
-        assert status_of(lambda: client.load_model("identity", config="{"))[0] == "INVALID_ARGUMENT"
+        for bad in ("{", "[]", "null", "1", '"x"', " "):
+            assert status_of(lambda c=bad: client.load_model("identity", config=c))[0] == "INVALID_ARGUMENT"
         files = {"file:7/model.bin": b"weights"}
         client.load_model("identity", config=json.dumps(config), files=files)
         assert states(client) == {("identity", "7"): "READY", ("identity", "1"): "UNAVAILABLE"}

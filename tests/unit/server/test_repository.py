@@ -204,6 +204,30 @@ async def test_a_model_that_cannot_be_loaded_is_forgotten_when_it_is_unloaded(se
         await setup.until(lambda: setup.repository.ready)
 
 
+async def test_a_folder_whose_name_is_not_unicode_is_left_out(setup: Setup, caplog: pytest.LogCaptureFixture) -> None:
+    """The protocol's text is UTF-8: it could not be said, and nothing else with it."""
+    setup.write()
+    (setup.models / os.fsdecode(b"\xff")).mkdir()
+    await setup.repository.poll()
+    assert [entry.name for entry in setup.repository.index()] == setup.repository.names() == ["m"]
+    assert [r.message for r in caplog.records if r.levelname == "WARNING"] == [
+        r"the folder '\udcff' is left out: its name is not UTF-8"
+    ]
+
+
+async def test_requests_wait_for_a_version_that_is_not_ready_just_now_where_no_other_is(setup: Setup) -> None:
+    setup.write(ALL, ("1", "2"))
+    await setup.repository.load("m")
+    first, second = sorted(setup.backend.made, key=lambda m: m.spec.version)
+    assert setup.repository.find("m") is second
+    second.ready = False
+    assert setup.repository.find("m") is first
+    assert setup.repository.find("m", "2") is second
+    first.ready = False
+    assert setup.repository.find("m") is second
+    assert not setup.repository.ready
+
+
 async def test_a_failed_load_is_tried_again(setup: Setup) -> None:
     model = setup.write()
     await setup.repository.load("m")
@@ -233,6 +257,12 @@ async def test_a_plain_load_undoes_an_override_and_nothing_is_left_of_it(setup: 
     assert [m.spec.version for m in setup.repository.loaded()] == ["2"]
     assert setup.backend.made[-1].folder.path == setup.models / "m"
     assert not list(setup.scratch.iterdir())
+
+
+async def test_an_empty_config_is_one_too(setup: Setup) -> None:
+    setup.write(FAILS)
+    await setup.repository.load("m", Override(""))
+    assert setup.repository.find("m") is setup.backend.made[0]
 
 
 async def test_an_override_goes_with_the_model_and_when_it_fails(setup: Setup) -> None:
