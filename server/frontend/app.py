@@ -81,7 +81,7 @@ class Frontend:
         """Serves until SIGTERM or Ctrl-C; returns the exit status."""
         names = self._names_at_start()
         server = await self._listen()
-        self._metrics.watch(self._dispatcher.queues)
+        self._metrics.watch(self._dispatcher.queues, self._readiness)
         try:
             stop_metrics = await self._serve_metrics()
         except ConfigError:
@@ -187,7 +187,7 @@ class Frontend:
         announced = False
         while True:
             self._absent -= {model.spec.name for model in self._repository.loaded()}
-            complete = self._started.is_set() and self._repository.ready and not self._absent
+            complete = self._started.is_set() and all(self._readiness().values())
             self._state.ready = complete or not self._config.strict_readiness
             await self._health.set(serving=self._state.ready)
             if self._state.ready and not announced:
@@ -195,6 +195,10 @@ class Frontend:
                 log.info("ready: %s", ", ".join(model.spec.name for model in self._repository.loaded()))
             await self._changed.wait()
             self._changed.clear()
+
+    def _readiness(self) -> dict[str, bool]:
+        """Of each model that is to be served, whether it is."""
+        return {**dict.fromkeys(self._absent, False), **self._repository.readiness()}
 
     async def _shut_down(self, server: grpc.aio.Server) -> None:
         self._state.stopping, self._state.ready = True, False

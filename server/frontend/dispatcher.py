@@ -31,6 +31,7 @@ class Dispatcher:
     def add(self, queue: ModelQueue) -> None:
         """Serves another model, or another version of one."""
         self._queues.setdefault(queue.config.name, []).append(queue)
+        self._metrics.expect(queue)
 
     def remove(self, queue: ModelQueue) -> None:
         """Takes no more requests for `queue`; those under way go on."""

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,10 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 STEP_SECONDS = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5)
 
 BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 32)
+
+# Of a request that has come to a queue.
+OUTCOMES = ("ok", "cancelled", "invalid_argument", "resource_exhausted", "deadline_exceeded", "unavailable", "internal")
+LOOKUPS = ("hit", "miss")
 
 
 class Metrics:
@@ -77,9 +81,21 @@ class Metrics:
         log.info("metrics on %s:%d", address, bound)
         return stop
 
-    def watch(self, queues: Callable[[], Iterable["ModelQueue"]]) -> None:
-        """Also reports the queues and workers as they are at the moment of each scrape."""
-        self.registry.register(_QueueCollector(queues))
+    def watch(self, queues: Callable[[], Iterable["ModelQueue"]], readiness: Callable[[], Mapping[str, bool]]) -> None:
+        """Also reports the queues, their workers and which models are ready, as it is at the moment of each scrape."""
+        self.registry.register(_StateCollector(queues, readiness))
+
+    def expect(self, queue: "ModelQueue") -> None:
+        """Shows the counters of a model at 0: of one that comes with its first event Prometheus sees no increase."""
+        model = queue.config.name
+        for counter in (self.images, self.previews, self.retries, self.poisoned):
+            counter.labels(model)
+        for outcome in OUTCOMES:
+            self.requests.labels(model, outcome)
+        for result in LOOKUPS:
+            self.prompt_cache.labels(model, result)
+            if queue.config.response_cache:
+                self.response_cache.labels(model, result)
 
     @contextmanager
     def request(self, queue: "ModelQueue") -> Iterator["RequestRecord"]:
@@ -172,30 +188,43 @@ def _spent(timings: Timings) -> Spent:
     )
 
 
-class _QueueCollector(Collector):
+class _StateCollector(Collector):
     """Reads the state at the moment of the scrape, so nothing has to be kept in step with it."""
 
-    def __init__(self, queues: Callable[[], Iterable["ModelQueue"]]) -> None:
-        self._queues = queues
+    def __init__(
+        self, queues: Callable[[], Iterable["ModelQueue"]], readiness: Callable[[], Mapping[str, bool]]
+    ) -> None:
+        self._queues, self._readiness = queues, readiness
 
     def collect(self) -> Iterator[Metric]:
+        """All families."""
+        yield self._models()
+        yield from self._workers()
+
+    def _models(self) -> Metric:
+        ready = GaugeMetricFamily("zserve_model_ready", "1 when all of the model serves that is to", labels=["model"])
+        for name, value in self._readiness().items():
+            ready.add_metric([name], float(value))
+        return ready
+
+    def _workers(self) -> Iterator[Metric]:
         waiting = GaugeMetricFamily(
             "zserve_queue_depth", "Requests waiting for a worker", labels=["model", "version", "priority"]
         )
         running = GaugeMetricFamily("zserve_running_requests", "Requests a worker has", labels=["model", "version"])
         ready = GaugeMetricFamily(
-            "zserve_worker_ready", "1 when the worker serves", labels=["model", "version", "instance"]
+            "zserve_worker_ready", "1 when the worker serves", labels=["model", "version", "worker"]
         )
         restarts = GaugeMetricFamily(
-            "zserve_worker_restarts", "Times the worker was replaced", labels=["model", "version", "instance"]
+            "zserve_worker_restarts", "Times the worker was replaced", labels=["model", "version", "worker"]
         )
         engines = GaugeMetricFamily(
             "zserve_engine_info",
             "The engine in use of each component; fallback_reason is empty where it is the one asked for",
-            labels=["model", "version", "instance", "component", "backend", "fallback_reason"],
+            labels=["model", "version", "worker", "component", "backend", "fallback_reason"],
         )
         memory = GaugeMetricFamily(
-            "zserve_worker_memory_bytes", "Worker memory by stage", labels=["model", "version", "instance", "stage"]
+            "zserve_worker_memory_bytes", "Worker memory by stage", labels=["model", "version", "worker", "stage"]
         )
         for queue in self._shown():
             version = [queue.config.name, queue.version]

@@ -80,7 +80,7 @@ class Repository:
         return self._entries[model.spec.name].versions[model.spec.version].folder.file
 
     def loaded(self, name: str = "") -> list[Model]:
-        """The models that serve, by name and version; all of them, or those called `name`."""
+        """The models that serve, by name and version; all of them, or those called `name`. Safe from any thread."""
         found = [v.model for v in self._each(name) if v.model is not None and v.state is ModelState.READY]
         return sorted(found, key=lambda m: (m.spec.name, int(m.spec.version)))
 
@@ -98,7 +98,12 @@ class Repository:
     @property
     def ready(self) -> bool:
         """Whether all that is to be served is."""
-        return not any(e.error for e in self._entries.values()) and not any(v.missing for v in self._each())
+        return all(self.readiness().values())
+
+    def readiness(self) -> dict[str, bool]:
+        """Of each model that is to be served, whether all of it is; safe from any thread."""
+        states = {name: entry.ready for name, entry in list(self._entries.items())}
+        return {name: ready for name, ready in states.items() if ready is not None}
 
     def names(self) -> list[str]:
         """The models that have a folder, by name.
@@ -303,7 +308,7 @@ class Repository:
 
     def _each(self, name: str = "") -> list[Version]:
         entries: Iterable[Entry] = [self._entries.get(name, Entry())] if name else self._entries.values()
-        return [version for entry in entries for version in entry.versions.values()]
+        return [version for entry in list(entries) for version in list(entry.versions.values())]
 
     def _folders(self) -> list[Path]:
         if not self._path.is_dir():

@@ -40,10 +40,15 @@ class Version:
         return self.model if self.state is ModelState.READY else None
 
     @property
-    def missing(self) -> bool:
-        """Whether it is to be served and is not."""
-        wanted = self.state is not ModelState.UNLOADING and self.reason != UNLOADED
-        return wanted and (self.accepting is None or not self.accepting.ready)
+    def wanted(self) -> bool:
+        """Whether it is to be served."""
+        return self.state is not ModelState.UNLOADING and self.reason != UNLOADED
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is served at this moment."""
+        model = self.accepting
+        return model is not None and model.ready
 
     @property
     def standing(self) -> str:
@@ -91,7 +96,15 @@ class Entry:
     @property
     def active(self) -> bool:
         """Whether any version is loaded, is being loaded or could not be."""
-        return any(v.model is not None or v.missing for v in self.versions.values())
+        return any(v.model is not None or v.wanted for v in self.versions.values())
+
+    @property
+    def ready(self) -> bool | None:
+        """Whether all of it serves that is to; None where nothing is to."""
+        wanted = [v for v in list(self.versions.values()) if v.wanted]
+        if not wanted and not self.error:
+            return None
+        return not self.error and all(v.ready for v in wanted)
 
     def retire(self) -> None:
         """No version takes any more requests, nor will one that is being loaded."""

@@ -269,6 +269,20 @@ async def test_an_unload_ends_workers_that_are_starting(tmp_path: Path) -> None:
         assert (await drawing).kinds[-1] == "completed"
 
 
+async def test_the_counters_of_rare_events_are_there_before_the_first(server: Running) -> None:
+    """What begins with 1 is no increase to Prometheus."""
+    text = await asyncio.to_thread(render, server.frontend._metrics.registry)
+    for name in (
+        'zserve_request_retries_total{model="light"}',
+        'zserve_poison_requests_total{model="light"}',
+        'zserve_previews_total{model="light"}',
+        'zserve_requests_total{model="light",outcome="internal"}',
+        'zserve_prompt_cache_lookups_total{model="light",result="hit"}',
+    ):
+        assert f"\n{name} 0\n" in text
+    assert "zserve_response_cache_lookups_total{" not in text  # it has none
+
+
 async def test_no_series_is_told_twice(tmp_path: Path) -> None:
     """Of what is there more than once in an answer, Prometheus keeps one."""
     models = light_repository(tmp_path / "models", "version_policy { all {} }")

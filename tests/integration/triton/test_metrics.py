@@ -15,6 +15,7 @@ from tests.integration.triton.conftest import bytes_tensor, pending, some_bytes,
 
 Start = Callable[..., ServerProcess]
 NAME = re.compile(r"\b(?:zserve|nv)_[a-z_]+\b")
+DASHBOARD = ROOT / "deploy" / "grafana-dashboard.json"
 PARTS = re.compile(r"_(bucket|sum|count)$")  # of histograms and summaries
 
 
@@ -25,10 +26,22 @@ def exported(server: ServerProcess) -> set[str]:
 
 def test_the_dashboard_asks_only_for_what_is_exported(triton_server: ServerProcess) -> None:
     known = exported(triton_server)
-    text = (ROOT / "deploy" / "grafana-dashboard.json").read_text()
-    asked = set(NAME.findall(text))
+    asked = set(NAME.findall(DASHBOARD.read_text()))
     assert len(asked) > 15
     assert {name for name in asked if name not in known and PARTS.sub("", name) not in known} == set()
+
+
+def test_the_dashboard_names_series_by_labels_that_they_have(triton_server: ServerProcess) -> None:
+    text = triton_server.metrics()
+    known = {"gpu_uuid", *re.findall(r'[{,](\w+)="', text)}
+    asked = set(re.findall(r"{{(\w+)}}", DASHBOARD.read_text()))
+    assert {"worker", "priority"} <= asked <= known
+    assert not known & {"instance", "job"}  # Prometheus' own, and ours would be renamed
+
+
+def test_the_dashboard_leaves_the_windows_of_its_rates_to_grafana() -> None:
+    """A window as short as the scrape interval has one sample, and no rate."""
+    assert set(re.findall(r"\[(\S+?)\]\)", DASHBOARD.read_text())) == {"$__rate_interval"}
 
 
 def test_the_documents_name_every_metric_of_ours_and_no_other(triton_server: ServerProcess) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import queue
+import re
 import shutil
 import tempfile
 import threading
@@ -33,6 +34,12 @@ def states(client: triton.InferenceServerClient) -> dict[tuple[str, str], str]:
     return {(m.name, m.version): m.state for m in client.get_model_repository_index().models}
 
 
+def readiness(server: ServerProcess) -> dict[str, int]:
+    """`zserve_model_ready` of each model that has it."""
+    found = re.findall(r'^zserve_model_ready{model="(.*)"} (\d)$', server.metrics(), re.MULTILINE)
+    return {name: int(value) for name, value in found}
+
+
 def test_load_and_unload(identity_server: Start, tmp_path: Path) -> None:
     server = identity_server("--model-control-mode", "explicit")
     with triton.InferenceServerClient(server.url) as client:
@@ -41,8 +48,10 @@ def test_load_and_unload(identity_server: Start, tmp_path: Path) -> None:
         client.load_model("identity")
         assert states(client) == {("identity", "1"): "READY"}
         assert client.is_model_ready("identity")
+        assert readiness(server) == {"identity": 1}
         client.unload_model("identity")
         wait_for(lambda: states(client) == {("identity", "1"): "UNAVAILABLE"})
+        assert readiness(server) == {}
         assert status_of(lambda: client.infer("identity", [some_bytes()]))[0] == "NOT_FOUND"
         client.load_model("identity")
         assert client.infer("identity", [some_bytes()]).as_numpy("OUTPUT0").size == 5
@@ -242,6 +251,7 @@ def test_a_broken_model_is_named_and_the_others_serve(identity_server: Start, tm
         wait_for(lambda: client.is_model_ready("identity") or None)
         (entry,) = [m for m in client.get_model_repository_index().models if m.name == "broken"]
         assert entry.state == "UNAVAILABLE"
+        assert readiness(server) == {"broken": 0, "identity": 1}
         assert "nothing" in entry.reason or "config.pbtxt cannot be read" in entry.reason
         assert client.infer("identity", [some_bytes()]).as_numpy("OUTPUT0").size == 5
         assert [m.name for m in client.get_model_repository_index().models] == ["broken", "identity"]
@@ -254,6 +264,7 @@ def test_a_name_at_the_start_that_has_no_folder_is_waited_for(identity_server: S
         wait_for(lambda: "cannot load model later: it has no folder" in server.log)
         wait_for(lambda: client.is_model_ready("identity") or None)
         assert not client.is_server_ready()
+        assert readiness(server) == {"identity": 1, "later": 0}
         write_model(tmp_path / "models", "later", IDENTITIES["identity"])
         client.load_model("later")
         wait_for(client.is_server_ready)
