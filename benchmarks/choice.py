@@ -119,7 +119,7 @@ def read(options: argparse.Namespace) -> Choice:
         UnsupportedError: there is no such device.
     """
     cuda = options.device.startswith("cuda")
-    _check_device(options.device, cuda, options.random_weights)
+    _use_device(options.device, cuda, options.random_weights)
     models = _given(options.model, precision_on(options.device))
     chosen = tuple(options.backend or (DIFFUSERS, Backend.EAGER.value, *(models or _compiled(options))))
     for unused in models.keys() - set(chosen):
@@ -140,10 +140,9 @@ def read(options: argparse.Namespace) -> Choice:
     )
 
 
-def _check_device(device: str, cuda: bool, random_weights: bool) -> None:
-    from export.devices import checked_device, use_device
+def _use_device(device: str, cuda: bool, random_weights: bool) -> None:
+    from export.devices import use_device
 
-    checked_device(device)
     if random_weights and not cuda:
         raise BenchmarkError(
             "--random-weights needs a GPU with 24 GB or more: the published config takes 20.5 GB in bf16. Without it "

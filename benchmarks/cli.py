@@ -1,17 +1,20 @@
 """`zserve bench NAME`: one question a benchmark. `zserve bench NAME --help` states it, and how it is answered.
 
-A table for people comes first; the last line is the whole record as one JSON object.
+A table for people comes first; the last line is the whole record as one JSON object, printed before it is written or
+drawn anywhere.
 """
 
 import argparse
 import importlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from benchmarks.record import BenchmarkError, provenance, write
+from benchmarks.plots import PLOTS, check_plot, draw
+from benchmarks.record import BenchmarkError, Record, check_writable, provenance, write
 from client import GenerationFailedError
 from export.errors import ExportError
 from server.errors import ZServeError
@@ -40,9 +43,6 @@ BENCHMARKS = {
 }
 
 
-PLOTTED = ("components", "image", "service", "simulation")  # those that there is a picture of
-
-
 def main(argv: Sequence[str]) -> int:
     """Runs one benchmark; returns the exit status."""
     if not argv or argv[0] in ("-h", "--help"):
@@ -64,22 +64,41 @@ def _run(name: str, module: ModuleType, arguments: Sequence[str]) -> int:
     )
     module.add_arguments(parser)
     parser.add_argument("--output", type=Path, help="write the record here too")
-    parser.add_argument("--plot", type=Path, help=f"draw it into this .svg or .png: {', '.join(PLOTTED)}")
+    parser.add_argument("--plot", type=Path, help=f"draw it into this .svg or .png: {', '.join(PLOTS)}")
     options = parser.parse_args(arguments)
     try:
-        if options.plot:
-            from benchmarks.plots import check_plot
-
-            check_plot(name, options.plot)
-        record = {"benchmark": name, **provenance(), **module.run(options)}
+        _check(name, options)
+        record = _measure(name, module, options)
     except (BenchmarkError, ExportError, ZServeError, GenerationFailedError) as error:
         print(f"zserve bench {name}: {error}", file=sys.stderr)
         return 1
+    print(json.dumps(record, ensure_ascii=False), flush=True)
     if options.output:
         write(options.output, record)
     if options.plot:
-        from benchmarks.plots import draw
-
         draw(record, options.plot)
-    print(json.dumps(record, ensure_ascii=False))
     return 1 if record.get("failed") else 0
+
+
+def _check(name: str, options: argparse.Namespace) -> None:
+    """What would be noticed late, or not in words: files, and the device of whichever benchmark has one.
+
+    Raises:
+        BenchmarkError, UnsupportedError: see `check_writable`, `check_plot` and `checked_device`.
+    """
+    if options.output:
+        check_writable("--output", options.output)
+    if options.plot:
+        check_plot(name, options.plot)
+        check_writable("--plot", options.plot)
+    if "device" in options:
+        from export.devices import checked_device
+
+        checked_device(options.device)
+
+
+def _measure(name: str, module: ModuleType, options: argparse.Namespace) -> Record:
+    origin, before = provenance(), os.getloadavg()
+    measured = module.run(options)
+    load = {"before": before, "after": os.getloadavg()}
+    return {"benchmark": name, **origin, "load_average": load, **measured}

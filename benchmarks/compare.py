@@ -1,7 +1,8 @@
 """How do two records of one benchmark differ, row by row?
 
-Method: rows with the same case are set side by side; of percentiles the p50 is taken. Records of different benchmarks
-are refused; of different machines or settings they are compared, and that is said.
+Method: rows with the same case are set side by side; of percentiles the p50 is taken. Rows that only one record has are
+listed below. Records of different benchmarks are refused; of different machines or settings they are compared, and that
+is said.
 
 Units: those of the records; ratio is B over A, so of milliseconds under 1 is faster.
 """
@@ -10,7 +11,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import BenchmarkError, Record, case_name, figures, print_table, read, row
+from benchmarks.record import BenchmarkError, Record, case_name, difference, figures, print_table, read, row
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,11 +25,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     a, b = read(options.a), read(options.b)
     rows = compare(a, b)
     for key in ("machine", "versions", "settings"):
-        if a.get(key) != b.get(key):
-            print(f"{key} differ: {_difference(a.get(key), b.get(key))}")
+        if differ := difference(a.get(key), b.get(key)):
+            print(f"{key} differ: {differ}")
     lines = [(case_name(r["case"]), name, *values) for r in rows for name, values in r["figures"].items()]
     print_table(("row", "figure", "A", "B", "B / A"), lines)
-    return {"compared": [str(options.a), str(options.b)], "rows": rows, "missing": missing(a, b)}
+    alone = {"A": only(a, b), "B": only(b, a)}
+    for name, cases in alone.items():
+        for case in cases:
+            print(f"only in {name}: {case}")
+    return {"compared": [str(options.a), str(options.b)], "rows": rows, "only_in": alone}
 
 
 def compare(a: Record, b: Record) -> list[dict[str, Any]]:
@@ -53,13 +58,7 @@ def compare(a: Record, b: Record) -> list[dict[str, Any]]:
     return rows
 
 
-def missing(a: Record, b: Record) -> list[str]:
-    """The cases that only one has."""
-    names = [{case_name(r["case"]) for r in record["rows"]} for record in (a, b)]
-    return sorted(names[0] ^ names[1])
-
-
-def _difference(a: Any, b: Any) -> str:
-    if not (isinstance(a, dict) and isinstance(b, dict)):
-        return f"{a} and {b}"
-    return ", ".join(f"{k}: {a.get(k)} and {b.get(k)}" for k in {**a, **b} if a.get(k) != b.get(k))
+def only(a: Record, b: Record) -> list[str]:
+    """The cases that `a` has and `b` has not."""
+    theirs = {case_name(r["case"]) for r in b["rows"]}
+    return [name for r in a["rows"] if (name := case_name(r["case"])) not in theirs]

@@ -1,6 +1,7 @@
 """What a benchmark leaves behind: rows of figures, and where they came from.
 
-A record is one JSON object: `benchmark`, machine, versions, commit, date, the benchmark's own `settings`, and `rows`.
+A record is one JSON object: `benchmark`, machine, versions, commit, date, the machine's load averages over 1, 5 and 15
+minutes before and after, the benchmark's own `settings`, and `rows`.
 A row's `case` says what was measured; percentiles and numbers beside it are figures, texts are facts about them.
 """
 
@@ -19,7 +20,10 @@ import numpy as np
 Row = dict[str, Any]
 Record = dict[str, Any]
 
-LIBRARIES = ("torch", "diffusers", "transformers", "onnxruntime", "tensorrt", "tensorrt_rtx", "grpcio", "zserve")
+LIBRARIES = (
+    *("torch", "triton", "fa3_fwd", "diffusers", "transformers"),
+    *("onnxruntime", "tensorrt", "tensorrt_rtx", "grpcio", "zserve"),
+)
 PERCENTS = (10, 50, 90, 95, 99)
 
 
@@ -49,11 +53,13 @@ def _cpu_name() -> str:
 
 
 def provenance() -> dict[str, Any]:
-    """Machine, library versions, commit (with "+" when files were changed since) and date."""
+    """Machine, versions of the libraries, CUDA and driver, commit ("+": files were changed since) and date."""
+    import torch
+
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/*.py", ":/*.toml")  # of the whole project
     return {
         "machine": machine(),
-        "versions": {name: _version(name) for name in LIBRARIES},
+        "versions": {name: _version(name) for name in LIBRARIES} | {"cuda": torch.version.cuda, "driver": _driver()},
         "commit": _git("rev-parse", "HEAD") + ("+" if changed else ""),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
@@ -63,6 +69,17 @@ def _version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    """NVIDIA's, where there is one."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    except pynvml.NVMLError:
         return None
 
 
@@ -114,6 +131,32 @@ def _figures(name: str, value: Any) -> Iterator[tuple[str, float]]:
         yield name, float(value)
 
 
+def difference(a: Any, b: Any, *, but: Sequence[str] = ()) -> str:
+    """What differs between the same part of two records, in words, keys in `but` left out; empty if nothing does."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        differ = [key for key in {**a, **b} if key not in but and a.get(key) != b.get(key)]
+        return ", ".join(f"{key}: {a.get(key)} and {b.get(key)}" for key in differ)
+    return "" if a == b else f"{a} and {b}"
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Called before anything is measured; makes the folder.
+
+    Raises:
+        BenchmarkError: `path`, which `option` gives, cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = not path.exists()
+        path.open("a").close()
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise BenchmarkError(
+            f"{option} {path} cannot be written ({error.strerror}); give a file that can be"
+        ) from error
+
+
 def write(path: Path, record: Record) -> None:
     """Writes a record for `read`, and for people."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,7 +164,7 @@ def write(path: Path, record: Record) -> None:
 
 
 def read(path: Path) -> Record:
-    """A record with rows.
+    """A record with rows, each with the `case` that was measured.
 
     Raises:
         BenchmarkError: no such file, or it is no such record.
@@ -130,9 +173,15 @@ def read(path: Path) -> Record:
         record = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise BenchmarkError(f"{path} cannot be read ({error}); give a file that --output wrote") from error
-    if not isinstance(record, dict) or not record.get("benchmark") or not isinstance(record.get("rows"), list):
-        raise BenchmarkError(f"{path} is no record with rows; give a file that `zserve bench NAME --output` wrote")
+    if not (isinstance(record, dict) and record.get("benchmark") and _are_rows(record.get("rows"))):
+        raise BenchmarkError(
+            f"{path} is no record with rows, each with its case; give a file that `zserve bench NAME --output` wrote"
+        )
     return record
+
+
+def _are_rows(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(r, dict) and isinstance(r.get("case"), dict) for r in value)
 
 
 def print_table(header: Sequence[str], lines: Iterable[Sequence[object]]) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cli
-from benchmarks.record import write
+from benchmarks import cli, plots, simulation
+from benchmarks.record import check_writable, write
 from export.manifest import Backend
 from tests.conftest import ROOT
 from tests.unit.benchmarks.records import components
@@ -65,6 +65,10 @@ def test_a_client_install_does_not_load_benchmarks() -> None:
             1,
             "aotinductor, eager, aotinductor-fp8 are accepted",
         ),
+        (["quality", "--device", "cuda:99"], 1, "--device cuda:99 is not on this machine; cpu"),
+        (["planner", "--output", "."], 1, "--output . cannot be written (Is a directory)"),
+        (["planner", "--output", "/proc/none/a.json"], 1, "--output /proc/none/a.json cannot be written"),
+        (["simulation", "--plot", "/dev/null/a.svg"], 1, "--plot /dev/null/a.svg cannot be written"),
         (["planner", "--plot", "a.svg"], 1, "there is no picture of planner"),
         (["image", "--plot", "a.pdf"], 1, ".svg and .png are accepted"),
     ],
@@ -159,3 +163,34 @@ def test_output_and_last_line_are_the_record(tmp_path: Path, capsys: pytest.Capt
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last == json.loads(output.read_text())
     assert last["benchmark"] == "compare"
+    assert [len(last["load_average"][when]) for when in ("before", "after")] == [3, 3]
+
+
+def test_a_measurement_outlives_its_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No disk can be full, and no picture fail, before the record is printed."""
+
+    def fail(*_: object) -> None:
+        raise OSError("no space left")
+
+    output = tmp_path / "a.json"
+    monkeypatch.setattr(simulation, "run", lambda options: {"rows": []})
+    monkeypatch.setattr(plots, "draw", fail)
+    monkeypatch.setattr(cli, "draw", fail, raising=False)
+    with pytest.raises(OSError, match="no space"):
+        cli.main(["simulation", "--output", str(output), "--plot", str(tmp_path / "a.svg")])
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert json.loads(output.read_text()) == printed
+    monkeypatch.setattr(cli, "write", fail)
+    with pytest.raises(OSError, match="no space"):
+        cli.main(["simulation", "--output", str(output)])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["benchmark"] == "simulation"
+
+
+def test_a_path_is_tried_without_a_trace(tmp_path: Path) -> None:
+    check_writable("--output", tmp_path / "new" / "a.json")
+    assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "old.json").write_text("kept")
+    check_writable("--output", tmp_path / "old.json")
+    assert (tmp_path / "old.json").read_text() == "kept"

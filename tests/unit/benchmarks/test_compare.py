@@ -18,7 +18,7 @@ def run(tmp_path: Path, command: str, a: Record, b: Record, *more: str) -> int:
 
 def test_compare_sets_equal_cases_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     slower = components(compiled_ms=75.0) | {"versions": {"torch": "2.14.0"}}
-    slower["rows"].append(engine_row("tensorrt", 10.0))
+    slower["rows"] += [engine_row("tensorrt", 10.0)]
     assert run(tmp_path, "compare", components(), slower) == 0
     printed = capsys.readouterr().out
     assert "versions differ: torch: 2.13.0 and 2.14.0" in printed
@@ -26,7 +26,9 @@ def test_compare_sets_equal_cases_side_by_side(tmp_path: Path, capsys: pytest.Ca
     compiled = next(r for r in told["rows"] if r["case"]["engine"] == "onnxruntime")
     assert compiled["figures"]["ms"] == [50.0, 75.0, 1.5]
     assert compiled["figures"]["speedup.eager"][2] == pytest.approx(2 / 3, rel=1e-3)
-    assert told["missing"] == ["component denoiser, size 256x256, batch 1, engine tensorrt"]
+    alone = "component denoiser, size 256x256, batch 1, engine tensorrt"
+    assert told["only_in"] == {"A": [], "B": [alone]}
+    assert f"\nonly in B: {alone}\n" in printed
 
 
 def test_compare_refuses_what_has_nothing_in_common(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,17 +44,66 @@ def test_check_fails_on_a_lost_speed_up(
 ) -> None:
     """A tenth of the speed-up at 50 ms is gone at 55.6 ms."""
     assert run(tmp_path, "check", components(compiled_ms), components()) == status
-    said = capsys.readouterr()
-    assert ("lost over 10 %" in said.err) == bool(status)
-    assert "engine onnxruntime, over eager" in said.out
+    said = capsys.readouterr().out
+    assert ("lost over 10 %" in said) == bool(status)
+    assert "engine onnxruntime, over eager" in said
+    lost = json.loads(said.splitlines()[-1])["failed"]
+    assert [name.rpartition(" over ")[2] for name in lost] == ["diffusers", "eager"] * status
 
 
-def test_check_looks_at_ratios_alone(tmp_path: Path) -> None:
-    """All of the machine is half as fast today."""
+@pytest.mark.parametrize(("eager_ms", "moved"), [(180.0, 2.0), (110.0, None), (45.0, 0.5)])
+def test_check_looks_at_ratios_alone_and_warns_of_another_speed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], eager_ms: float, moved: float | None
+) -> None:
+    """All of the machine is half as fast today, or twice."""
     today = record(
-        "components", engine_row("eager", 180.0), engine_row("onnxruntime", 100.0, diffusers=2.0, eager=1.8)
+        "components", engine_row("eager", eager_ms), engine_row("onnxruntime", 100.0, diffusers=2.0, eager=1.8)
     )  # fmt: skip
     assert run(tmp_path, "check", today, components()) == 0
+    said = capsys.readouterr().out
+    name = "component denoiser, size 256x256, batch 1, engine eager"
+    assert json.loads(said.splitlines()[-1])["moved"] == ({name: moved} if moved else {})
+    assert (f"{name}: {moved:.2f} times" if moved else "") in said
+    assert ("warning: " in said) == (moved is not None)
+
+
+def test_check_refuses_what_was_measured_in_another_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """How often does not matter."""
+    today = components() | {"settings": {"device": "cpu", "size": "512x512", "repetitions": 3, "warm_up": 1}}
+    committed = components() | {"settings": {"device": "cpu", "size": "256x256", "repetitions": 10}}
+    assert run(tmp_path, "check", today, committed) == 1
+    assert "the settings differ: size: 512x512 and 256x256; run the benchmark" in capsys.readouterr().err
+    today["settings"]["size"] = "256x256"
+    assert run(tmp_path, "check", today, committed) == 0
+
+
+@pytest.mark.parametrize(
+    "speedup",
+    [
+        None,
+        1.5,
+        *({"eager": values} for values in (None, {}, {"p50": None}, {"p50": "fast"}, {"p50": 0.0}, {"p50": -1})),
+    ],
+)
+def test_check_says_which_speed_up_is_no_number(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], speedup: object
+) -> None:
+    damaged = components()
+    damaged["rows"][2]["speedup"] = speedup
+    for pair in ((damaged, components()), (components(), damaged)):
+        assert run(tmp_path, "check", *pair) == 1
+        assert "batch 1, engine onnxruntime: its speed-ups are" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ms", [None, 0.0, "fast", {}, {"p50": None}, {"p50": 0.0}])
+def test_check_needs_neither_a_machine_nor_the_baselines_times(tmp_path: Path, ms: object) -> None:
+    """Old records, or damaged ones: their speed-ups are there."""
+    damaged = components()
+    del damaged["machine"]
+    damaged["rows"][1]["ms"] = ms
+    for pair in ((damaged, components()), (components(), damaged)):
+        assert run(tmp_path, "check", *pair) == 0
+        assert run(tmp_path, "compare", *pair) == 0
 
 
 def test_check_fails_where_nothing_was_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

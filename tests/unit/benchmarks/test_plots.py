@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from matplotlib import pyplot
 
-from benchmarks.cli import PLOTTED
 from benchmarks.plots import PLOTS, draw
 from benchmarks.record import Record, percentiles
 from tests.conftest import ROOT
@@ -46,10 +45,6 @@ RECORDS = {
     ),
     "simulation": record("simulation", *(point(policy, load) for load in (0.5, 3.0) for policy in ("planner", "fifo"))),
 }
-
-
-def test_the_help_names_every_picture_there_is() -> None:
-    assert set(PLOTTED) == set(PLOTS)
 
 
 @pytest.mark.parametrize("name", list(RECORDS))

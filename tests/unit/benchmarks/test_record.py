@@ -1,7 +1,9 @@
 """Percentiles, rows and the files they are kept in."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -34,7 +36,13 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert read(tmp_path / "new" / "a.json") == components()
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"benchmark": "x"}', json.dumps({"rows": []})])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", '{"benchmark": "x"}', *(json.dumps({"rows": []} | more) for more in (
+        {}, {"benchmark": "x", "rows": ["text"]}, {"benchmark": "x", "rows": [{}]},
+        {"benchmark": "x", "rows": [{"case": ["engine", "eager"]}]},
+    ))],
+)  # fmt: skip
 def test_what_is_no_record_is_told_so(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(BenchmarkError, match=r"a\.json .*--output"):
@@ -48,3 +56,18 @@ def test_a_record_says_where_it_comes_from() -> None:
     assert told["machine"]["cores"] >= 1
     assert told["versions"]["torch"]
     assert set(told) == {"machine", "versions", "commit", "date"}
+    assert {"triton", "fa3_fwd", "cuda", "driver"} < set(told["versions"])
+
+
+def test_a_record_says_which_driver_the_gpu_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = SimpleNamespace(
+        nvmlInit=lambda: None, nvmlSystemGetDriverVersion=lambda: "580.159", NVMLError=RuntimeError
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    assert provenance()["versions"]["driver"] == "580.159"
+
+    def missing() -> None:
+        raise nvml.NVMLError
+
+    nvml.nvmlInit = missing
+    assert provenance()["versions"]["driver"] is None
