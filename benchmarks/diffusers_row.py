@@ -1,7 +1,7 @@
 """diffusers' eager pipeline as a row: called as its users call it, its forwards counted and its stages seen."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -48,9 +48,14 @@ class DiffusersRow:
             case Component.PROMPT_ENCODER:
                 return lambda: torch.cat(self._embeddings(prompts))
             case Component.DENOISER:
-                return self._velocity(inputs, self._embeddings(prompts))
+                return self.velocity(inputs, self._embeddings(prompts))
             case Component.IMAGE_DECODER:
                 return lambda: self._image(inputs["latents"])
+
+    @staticmethod
+    def calls_of(images: int, steps: int) -> dict[Component, int]:
+        """What a call of `draw` runs: all of it is shared by the images."""
+        return {Component.PROMPT_ENCODER: 1, Component.DENOISER: steps, Component.IMAGE_DECODER: 1}
 
     def draw(self, prompts: list[str], *, size: str, steps: int, seed: int) -> tuple[list[Pixels], dict[str, float]]:
         """An image a prompt, uint8 [H, W, 3], from seed, seed + 1 ...; and milliseconds by component."""
@@ -72,14 +77,14 @@ class DiffusersRow:
             made, _ = self._pipeline.encode_prompt(list(prompts), self._device, do_classifier_free_guidance=False)
         return list(made)
 
-    def _velocity(self, inputs: Mapping[str, Tensor], embeddings: list[Tensor]) -> Callable[[], Tensor]:
+    def velocity(self, inputs: Mapping[str, Tensor], embeddings: Sequence[Tensor]) -> Callable[[], Tensor]:
         """As the pipeline's loop calls the transformer, negated like there."""
         transformer = self._pipeline.transformer
         latents = list(inputs["latents"].to(transformer.dtype).unsqueeze(2).unbind(0))
 
         def call() -> Tensor:
             with torch.inference_mode():
-                output = transformer(latents, inputs["timestep"], embeddings, return_dict=False)[0]
+                output = transformer(latents, inputs["timestep"], list(embeddings), return_dict=False)[0]
                 return -torch.stack(list(output)).squeeze(2).float()
 
         return call

@@ -13,13 +13,12 @@ class EngineRow:
     """The server's executor over one backend's engines."""
 
     def __init__(self, subject: Subject, backend: str) -> None:
-        # A cache of one: the images of a call share the prompt's encoding, as in the server, and calls do not.
         self._painter = Painter(
             subject.manifest,
             subject.served(backend),
             str(subject.device),
             tokenizer=subject.tokenizer,
-            prompt_cache_size=1,
+            prompt_cache_size=0,  # diffusers has none
         )
         self._engines = subject.engines[backend]
         self.after: Callable[[Component], object] = lambda _: None  # called after each component's part
@@ -30,6 +29,11 @@ class EngineRow:
         """How often each engine has run."""
         return {component: engine.calls for component, engine in self._engines.items()}
 
+    @staticmethod
+    def calls_of(images: int, steps: int) -> dict[Component, int]:
+        """What a call of `draw` runs: like the server, one prompt and one image after the other, steps together."""
+        return {Component.PROMPT_ENCODER: images, Component.DENOISER: steps, Component.IMAGE_DECODER: images}
+
     @property
     def backends(self) -> dict[str, str]:
         """Which backend serves each component."""
@@ -39,6 +43,6 @@ class EngineRow:
         self.after(component)
 
     def draw(self, prompts: list[str], *, size: str, steps: int, seed: int) -> tuple[list[Pixels], dict[str, float]]:
-        """One image a prompt, all of them sharing each step, as `DiffusersRow.draw`."""
+        """One image a prompt, as `DiffusersRow.draw`; those of one padded length share each step."""
         painted = self._painter.draw(prompts, pixels(size), steps=steps, seed=seed, at_once=len(prompts))
         return painted.pictures, {c: 1e3 * seconds for c, seconds in painted.seconds.items()}

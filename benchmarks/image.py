@@ -2,9 +2,9 @@
 
 Method: `diffusers` is its own eager pipeline called as in its documentation; the other rows are the server's own
 executor over their engines: encode, 8 steps, decode, pixels in host memory. All draw the same prompts from the same
-seeds, another prompt in every repetition so that no cache helps, one row after the other in each repetition and each
-repetition beginning with another. Every image is held against diffusers' own, the first before anything is timed;
-every engine is named and its forwards are counted. With --batch k, k images share every step.
+seeds, no prompt twice so that no cache helps, one row after the other in each repetition and each repetition beginning
+with another. Every image is held against diffusers' own, the first before anything is timed; every engine is named and
+the calls of every component are counted. With --batch k, k images of k prompts of one padded length share every step.
 
 Units: milliseconds from the prompt to the pixels of all images, by the host's clock; stages on the device (CUDA events
 for diffusers; the executor waits after every step anyway); `other` is what no stage took. x is how many times as fast,
@@ -13,7 +13,10 @@ repetition by repetition. PSNR in dB.
 
 import argparse
 import time
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from benchmarks import choice, rows
@@ -23,8 +26,10 @@ from benchmarks.engine_row import EngineRow
 from benchmarks.record import Row, percentiles, print_table, row
 from benchmarks.subject import Subject, open_subject
 from export.manifest import Backend
-from export.spec import Component
+from export.spec import CAPTION_MULTIPLE, MAX_PROMPT_TOKENS, Component
+from server.requests import LongPrompt
 from server.worker.images import Pixels
+from server.worker.prompts import PromptTokenizer, padded_length
 
 STEPS = 8
 OTHER = "other"
@@ -62,6 +67,7 @@ class Images:
     def __init__(self, subject: Subject, diffusers: DiffusersRow, options: argparse.Namespace) -> None:
         self._least_psnr, self._options = subject.choice.least_psnr, options
         self._diffusers = diffusers  # the reference, a row or not
+        self._tokenizer = PromptTokenizer(subject.tokenizer)
         self._rows: dict[str, DiffusersRow | EngineRow] = {
             backend: diffusers if backend == DIFFUSERS else EngineRow(subject, backend)
             for backend in subject.choice.backends
@@ -72,8 +78,8 @@ class Images:
         drawn: dict[str, list[Drawn]] = {name: [] for name in self._rows}
         closeness: dict[str, list[dict[str, Any]]] = {name: [] for name in self._rows}
         names = list(self._rows)
-        for number, prompt in enumerate(rows.prompts(self._options.warm_up + self._options.repetitions)):
-            first, what = number % len(names), ([prompt] * batch, size, number)
+        for number, prompts in enumerate(self._prompts(batch)):
+            first, what = number % len(names), (prompts, size, number)
             made = {name: self._draw(self._rows[name], *what) for name in names[first:] + names[:first]}
             expected = made.get(DIFFUSERS) or self._draw(self._diffusers, *what)
             for name, one in made.items():
@@ -81,6 +87,15 @@ class Images:
                 drawn[name].append(one)
         kept = {name: every[self._options.warm_up :] for name, every in drawn.items()}
         return [self._row({"size": size, "batch": batch, "engine": n}, kept, closeness[n]) for n in names]
+
+    def _prompts(self, batch: int) -> Iterator[list[str]]:
+        """Of every repetition."""
+        calls = self._options.warm_up + self._options.repetitions
+        enough = rows.prompts(batch * (calls + MAX_PROMPT_TOKENS // CAPTION_MULTIPLE))  # some of each length are left
+        return islice(rows.alike(enough, self._length, batch), calls)
+
+    def _length(self, prompt: str) -> int:
+        return padded_length(self._tokenizer.encode("prompt", prompt, LongPrompt.REFUSE))
 
     def _row(self, case: dict[str, Any], drawn: dict[str, list[Drawn]], closeness: list[dict[str, Any]]) -> Row:
         name = case["engine"]
@@ -104,10 +119,11 @@ class Images:
         return drawer.backends
 
     def _draw(self, drawer: DiffusersRow | EngineRow, prompts: list[str], size: str, seed: int) -> Drawn:
-        before, began = drawer.calls[Component.DENOISER], time.perf_counter()
+        before, began = Counter(drawer.calls), time.perf_counter()
         images, stages = drawer.draw(prompts, size=size, steps=self._options.steps, seed=seed)
         milliseconds = 1e3 * (time.perf_counter() - began)
-        rows.check_count("the denoiser", drawer.calls[Component.DENOISER] - before, self._options.steps)
+        for component, expected in drawer.calls_of(len(prompts), self._options.steps).items():
+            rows.check_count(f"the {component}", drawer.calls[component] - before[component], expected)
         return Drawn(images, milliseconds, {**stages, OTHER: milliseconds - sum(stages.values())})
 
 

@@ -1,7 +1,7 @@
 """What `components` and `image` share: their options, and how rows are held against each other."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,16 @@ def settings(chosen: Choice, options: argparse.Namespace) -> dict[str, Any]:
 def prompts(count: int) -> list[str]:
     """Different prompts, so that no cache can help."""
     return list(dict.fromkeys(scene.prompt for scene in sample_scenes(2 * count + 8, seed=99)))[:count]
+
+
+def alike(texts: Iterable[str], length: Callable[[str], int], count: int) -> Iterator[list[str]]:
+    """`texts` in groups of `count` of one length, each as soon as it is full."""
+    waiting: dict[int, list[str]] = {}
+    for text in texts:
+        group = waiting.setdefault(length(text), [])
+        group.append(text)
+        if len(group) == count:
+            yield waiting.pop(length(text))
 
 
 def speedups(taken: Mapping[str, Sequence[float]], backend: str) -> dict[str, dict[str, float]]:

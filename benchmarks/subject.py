@@ -56,7 +56,8 @@ class Counted:
 
     def _check(self, backend: Backend, reason: str) -> None:
         if backend is not self.backend or reason:
-            raise BenchmarkError(f"{self.backend} is to be measured, and {backend} answers: {reason or 'no engine'}")
+            component, why = self._served.use.component, reason or f"there is no engine of {self.backend}"
+            raise BenchmarkError(f"{component}: {self.backend} is to be measured, and {backend} answers: {why}")
 
 
 class SharedModules(EagerModules):
@@ -159,8 +160,9 @@ def load_pipeline(choice: Choice) -> "ZImagePipeline":
 
 
 def _load_row(choice: Choice, model: Manifest, modules: EagerModules, row: str) -> Engines:
-    if backend_of(row) is Backend.EAGER:
-        return _load(Path(), model, modules)
+    backend = backend_of(row)
+    if backend is Backend.EAGER:
+        return _load(Path(), model, modules, backend)
     folder, precision = version_folder(choice, row), choice.precision_of(row)
     manifest = Manifest.read(folder)
     if (manifest.checkpoint.fingerprint, manifest.precision) != (model.checkpoint.fingerprint, precision):
@@ -168,14 +170,13 @@ def _load_row(choice: Choice, model: Manifest, modules: EagerModules, row: str) 
             f"{folder} is {manifest.precision} from {manifest.checkpoint.path}, and is to be compared with "
             f"{precision} from {model.checkpoint.path}: give the --checkpoint that it was exported from"
         )
-    return _load(folder, manifest, modules)
+    return _load(folder, manifest, modules, backend)
 
 
-def _load(folder: Path, manifest: Manifest, modules: EagerModules) -> Engines:
+def _load(folder: Path, manifest: Manifest, modules: EagerModules, backend: Backend) -> Engines:
     target = current_target(str(modules.device))
     loader = EngineLoader(folder, manifest, target, modules, cpu_threads(1), FallbackPolicy.REFUSE)
-    records = {record.component: record.backend for record in manifest.engines}
-    return {c: Counted(served, records.get(c, Backend.EAGER)) for c, served in loader.load_all().items()}
+    return {component: Counted(served, backend) for component, served in loader.load_all().items()}
 
 
 def _no_fallback() -> NoReturn:

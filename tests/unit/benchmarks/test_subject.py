@@ -43,16 +43,21 @@ def choice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Choice:
 def test_random_weights_draw_the_same_through_both_rows(choice: Choice) -> None:
     subject, pipeline = open_subject(choice)
     rows = DiffusersRow(pipeline, subject.device), EngineRow(subject, Backend.EAGER)
-    drawn = [row.draw(["a cat"] * 2, size="64x96", steps=2, seed=5) for row in rows]
+    drawn = [row.draw(["a cat", "a dog"], size="64x96", steps=2, seed=5) for row in rows]
     (expected, _), (images, stages) = drawn
     assert compare_images(images, expected, IMAGE_PSNR[Precision.FP32])["largest_difference"] <= 1
     assert images[0].shape == (96, 64, 3)
     assert len({image.tobytes() for image in images}) == 2  # each from its own seed
     assert images[0].std() > 1
     assert set(stages) == set(Component)
-    for row in rows:
-        assert row.calls[Component.DENOISER] == 2
-    assert rows[1].calls == {Component.PROMPT_ENCODER: 1, Component.DENOISER: 2, Component.IMAGE_DECODER: 2}
+    assert [dict(row.calls) for row in rows] == [row.calls_of(images=2, steps=2) for row in rows]
+
+
+def test_a_prompt_is_encoded_for_every_image_as_diffusers_does(choice: Choice) -> None:
+    subject, _ = open_subject(choice)
+    row = EngineRow(subject, Backend.EAGER)
+    row.draw(["a cat"] * 2, size="64x96", steps=2, seed=5)
+    assert row.calls == row.calls_of(images=2, steps=2)
 
 
 def test_random_weights_are_the_same_every_time_and_make_a_whole_checkpoint(choice: Choice) -> None:
@@ -91,6 +96,12 @@ def test_a_version_is_of_the_checkpoint_and_precision_that_the_record_says(choic
         checked_version(given, FP8)
     with pytest.raises(BenchmarkError, match=r"recorded as fp32 from .*demo/checkpoint: give the --checkpoint"):
         checked_version(replace(given, checkpoint=CHECKPOINT), Backend.EAGER)
+
+
+def test_a_model_that_lacks_an_engine_is_not_measured_on_eager_in_its_name(choice: Choice, tmp_path: Path) -> None:
+    describe(choice).write(tmp_path)
+    with pytest.raises(BenchmarkError, match="prompt_encoder: onnxruntime is to be measured, and eager answers: there"):
+        open_subject(replace(choice, backends=("eager", "onnxruntime"), models={"onnxruntime": tmp_path}))
 
 
 def test_a_row_in_fp8_stands_beside_the_others(choice: Choice) -> None:
