@@ -3,11 +3,11 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
-Call = Callable[[], object]
+T = TypeVar("T")
 
 
 class Stopwatch(Protocol):
@@ -75,21 +75,22 @@ class Stages:
 
 
 def side_by_side(
-    calls: Mapping[str, Call], *, warm_up: int, repetitions: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Milliseconds of every call in every repetition.
+    calls: Mapping[str, Callable[[], T]], *, warm_up: int, repetitions: int, device: torch.device
+) -> tuple[dict[str, list[float]], dict[str, T]]:
+    """Milliseconds of every call in every repetition, and what each call returned last.
 
     Each repetition makes all calls, and each begins with another, so that a drift of the machine's speed meets all.
     """
     watch = stopwatch(device)
     names = list(calls)
     taken: dict[str, list[float]] = {name: [] for name in names}
+    last: dict[str, T] = {}
     for repetition in range(-warm_up, repetitions):
         first = repetition % len(names)
         for name in names[first:] + names[:first]:
             begin = watch.mark()
-            calls[name]()
+            last[name] = calls[name]()
             milliseconds = watch.milliseconds(begin, watch.mark())
             if repetition >= 0:
                 taken[name].append(milliseconds)
-    return taken
+    return taken, last

@@ -34,13 +34,15 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def test_rows_take_turns_and_warm_up_does_not_count(clock: Clock) -> None:
     order: list[str] = []
 
-    def call(name: str, takes: float) -> None:
+    def call(name: str, takes: float) -> int:
         order.append(name)
         clock.now += takes
+        return len(order)
 
     calls = {"a": lambda: call("a", 5.0), "b": lambda: call("b", 7.0)}
-    taken = side_by_side(calls, warm_up=1, repetitions=2, device=CPU)
+    taken, last = side_by_side(calls, warm_up=1, repetitions=2, device=CPU)
     assert taken == {"a": [5.0, 5.0], "b": [7.0, 7.0]}
+    assert last == {"a": 6, "b": 5}  # what the last calls returned
     assert Counter(order) == {"a": 3, "b": 3}
     assert order[2:] == ["a", "b", "b", "a"]  # each repetition begins with another
 
