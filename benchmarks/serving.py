@@ -213,7 +213,9 @@ async def frontend(
         )
         running = Frontend(config, Path(sockets), command)
         ended = asyncio.create_task(running.run())
-        await running.until_ready()
-        yield f"127.0.0.1:{running.port}", running
-        running.stop()
-        await ended
+        try:
+            await running.until_ready()
+            yield f"127.0.0.1:{running.port}", running
+        finally:
+            running.stop()
+            await ended

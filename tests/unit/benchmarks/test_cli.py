@@ -4,6 +4,7 @@ import importlib
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,7 @@ def test_a_version_that_cannot_be_measured_is_named(
     """It is eager, and takes no image as large as those that soak would warm."""
     assert cli.main([arguments[0], "--model", str(version), *arguments[1:]]) == 1
     assert said in capsys.readouterr().err
+    assert "gauges" not in [thread.name for thread in threading.enumerate()]  # the frontend's, which has ended with it
 
 
 @pytest.mark.parametrize(
