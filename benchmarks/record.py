@@ -10,12 +10,13 @@ import importlib.metadata
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from verify.machine import commit, cpu_name
 
 Row = dict[str, Any]
 Record = dict[str, Any]
@@ -37,7 +38,7 @@ def machine() -> dict[str, Any]:
 
     cuda = torch.cuda.is_available()
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "system": platform.platform(),
@@ -45,22 +46,14 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
-
-
 def provenance() -> dict[str, Any]:
     """Machine, versions of the libraries, CUDA and driver, commit ("+": files were changed since) and date."""
     import torch
 
-    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/*.py", ":/*.toml")  # of the whole project
     return {
         "machine": machine(),
         "versions": {name: _version(name) for name in LIBRARIES} | {"cuda": torch.version.cuda, "driver": _driver()},
-        "commit": _git("rev-parse", "HEAD") + ("+" if changed else ""),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
@@ -81,11 +74,6 @@ def _driver() -> str | None:
         return str(pynvml.nvmlSystemGetDriverVersion())
     except pynvml.NVMLError:
         return None
-
-
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
-    return done.stdout.strip()
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:

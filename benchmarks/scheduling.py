@@ -23,9 +23,10 @@ from typing import Any
 
 import psutil
 
+from benchmarks.choice import version_settings
 from benchmarks.load import CLIENTS, METHOD, Mix, above_zero, closed_summary, open_summary, poisson
 from benchmarks.record import Row, print_table, row
-from benchmarks.serving import add_model, frontend, repository
+from benchmarks.serving import add_model, backend_of, frontend, repository
 from benchmarks.traffic import Manners, Traffic
 from export.manifest import Backend
 from server.frontend.app import Frontend
@@ -55,7 +56,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     print_table(("policy", "load", "goodput/s", *kinds, "workers' CPU ms"), [_line(r) for r in rows])
     overload = planned[-1]["goodput"] / planned[1]["goodput"]
     print(f"goodput at {LOADS[-1]:g}x over goodput at 1x: {overload:.2f}")
-    return {"settings": {**METHOD, "closed_loop_rate": rate}, "overload_goodput": overload, "rows": rows}
+    settings = {"engine": backend_of(options.model), **version_settings(options.model, "cpu"), **METHOD}
+    settings |= {"seconds": options.seconds, "closed_loop_rate": rate}
+    return {"settings": settings, "overload_goodput": overload, "rows": rows}
 
 
 def _line(r: Row) -> list[object]:

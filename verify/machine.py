@@ -10,7 +10,8 @@ ROOT = Path(__file__).parent.parent
 
 def cpu_name() -> str:
     """As the processor calls itself; where it does not tell, its architecture."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
+    told = Path("/proc/cpuinfo")
+    for line in told.read_text().splitlines() if told.exists() else ():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.machine()

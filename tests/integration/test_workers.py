@@ -174,6 +174,7 @@ async def test_a_worker_is_replaced_though_its_child_holds_its_standard_output(t
     os.kill(alone.worker.pid or 0, signal.SIGKILL)
     await alone.until(WorkerState.RESTARTING, "was ended by SIGKILL")
     await alone.until(WorkerState.READY)
+    assert alone.worker.restarts == 1
     await alone.worker.stop()
 
 
