@@ -56,8 +56,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     print_table(("policy", "load", "goodput/s", *kinds, "workers' CPU ms"), [_line(r) for r in rows])
     overload = planned[-1]["goodput"] / planned[1]["goodput"]
     print(f"goodput at {LOADS[-1]:g}x over goodput at 1x: {overload:.2f}")
-    settings = {"engine": backend_of(options.model), **version_settings(options.model, "cpu"), **METHOD}
-    settings |= {"seconds": options.seconds, "closed_loop_rate": rate}
+    version = {"engine": backend_of(options.model), **version_settings(options.model, "cpu")}
+    settings = {**version, **METHOD, "seconds": options.seconds, "closed_loop_rate": rate}
     return {"settings": settings, "overload_goodput": overload, "rows": rows}
 
 
