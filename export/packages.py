@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from export.modules.denoiser import Denoiser
 from export.modules.merged import merge_projections
+from export.modules.prompt_encoder import PromptEncoder
 from export.modules.quantized import quantize_projections
 
 if TYPE_CHECKING:
@@ -44,10 +45,12 @@ def open_package(path: Path, module: nn.Module) -> "AOTICompiledModel":
 def _held(module: nn.Module, wanted: set[str]) -> dict[str, Tensor]:
     """The weights of `module`, in the form that was compiled: with merged projections, and with those in FP8."""
     held = _weights(module)
-    for prepare in (merge_projections, quantize_projections):
-        if isinstance(module, Denoiser) and not held.keys() >= wanted:
-            prepare(module)
-            held = _weights(module)
+    if isinstance(module, Denoiser | PromptEncoder) and not held.keys() >= wanted:
+        merge_projections(module)
+        held = _weights(module)
+    if isinstance(module, Denoiser) and not held.keys() >= wanted:
+        quantize_projections(module)
+        held = _weights(module)
     return held
 
 

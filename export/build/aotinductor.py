@@ -17,7 +17,9 @@ from export.manifest import FLASH_ATTENTION
 from export.modules.denoiser import Denoiser
 from export.modules.fused import fused
 from export.modules.fused_decoder import fused_decoder
+from export.modules.fused_encoder import fused_encoder
 from export.modules.image_decoder import ImageDecoder
+from export.modules.prompt_encoder import PromptEncoder
 from export.packages import open_package
 from export.profiles import tuning_example
 from export.spec import Component, ComponentSpec, Precision
@@ -85,6 +87,8 @@ def _prepared(inputs: BuildInputs, module: nn.Module, device: torch.device) -> t
     if device.type != "cuda":
         return inputs.program(module), CONFIGS
     match module:
+        case PromptEncoder():
+            module = fused_encoder(module)
         case Denoiser():
             module = fused(module, inputs.source.precision)
         case ImageDecoder():

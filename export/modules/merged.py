@@ -1,29 +1,36 @@
-"""The denoiser's projections of the same input as one matrix product each."""
+"""Projections of the same input as one matrix product each."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
+from export.modules.blocks import Foreign
 from export.modules.denoiser import Denoiser
+from export.modules.prompt_encoder import PromptEncoder
 
 
-def merge_projections(denoiser: Denoiser) -> None:
+def merge_projections(component: Denoiser | PromptEncoder) -> None:
     """Lays the weights of projections of the same input behind one another, as one parameter more.
 
     The parameters that there were become views of it, so nothing is in memory twice, and whatever computes with them
-    still does. Does nothing the second time.
+    still does. Does nothing the second time, and leaves projections with a bias alone.
     """
-    for block in (*denoiser.noise_refiner, *denoiser.layers):
-        _merge(block.attention, "qkv", ("to_q", "to_k", "to_v"))
-        _merge(block.feed_forward, "w13", ("w1", "w3"))
+    match component:
+        case Denoiser():
+            for block in (*component.noise_refiner, *component.layers):
+                _merge(block.attention, "qkv", ("to_q", "to_k", "to_v"))
+                _merge(block.feed_forward, "w13", ("w1", "w3"))
+        case PromptEncoder():
+            for layer in component.layers:
+                _merge(layer.self_attn, "qkv", ("q_proj", "k_proj", "v_proj"))
+                _merge(layer.mlp, "gate_up", ("gate_proj", "up_proj"))
 
 
-def _merge(owner: nn.Module, name: str, parts: Sequence[str]) -> None:
-    if hasattr(owner, name):
-        return
+def _merge(owner: Foreign, name: str, parts: Sequence[str]) -> None:
     linears = [getattr(owner, part) for part in parts]
-    assert all(linear.bias is None for linear in linears), "Z-Image's projections have no bias"
+    if hasattr(owner, name) or any(linear.bias is not None for linear in linears):
+        return
     merged = torch.cat([linear.weight for linear in linears])
     owner.register_parameter(name, nn.Parameter(merged, requires_grad=False))
     weights = torch.split(merged, [linear.out_features for linear in linears])

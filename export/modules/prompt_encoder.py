@@ -1,5 +1,7 @@
 """Everything about the prompt that does not depend on the timestep, so it runs once a prompt and can be cached."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +28,7 @@ class PromptEncoder(nn.Module):
         self.cap_pad_token = transformer.cap_pad_token
         self.context_refiner = transformer.context_refiner
         self.rope = RotaryTables(config.axes_dims, config.axes_lens, config.rope_theta)
+        self.run_layers = run_layers  # or that of `export.modules.fused_encoder`
 
     def forward(self, input_ids: Tensor, caption_length: Tensor) -> Tensor:
         hidden = self._read(input_ids)
@@ -43,7 +46,17 @@ class PromptEncoder(nn.Module):
         hidden: Tensor = self.embed_tokens(input_ids)
         # Expanded to the batch: ONNX's rotary node wants tables as large as its input.
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0).expand(input_ids.shape)
-        rotation = self.rotary_emb(hidden, positions)
-        for layer in self.layers:
-            hidden = layer(hidden, attention_mask=None, position_embeddings=rotation, position_ids=positions)
-        return hidden
+        return self.run_layers(self.layers, hidden, positions, self.rotary_emb(hidden, positions))
+
+
+def run_layers(layers: Iterable[Foreign], hidden: Tensor, positions: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """`hidden` [B, T, width] through all of Qwen3's `layers`; `rotation`: cosines and sines [B, T, head_dim]."""
+    for layer in layers:
+        hidden = run_layer(layer, hidden, positions, rotation)
+    return hidden
+
+
+def run_layer(layer: Foreign, hidden: Tensor, positions: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """One of them, as transformers has it."""
+    output: Tensor = layer(hidden, attention_mask=None, position_embeddings=rotation, position_ids=positions)
+    return output

@@ -1,4 +1,4 @@
-"""The denoiser's fused form, and what stands in for operators on CUDA, against what they replace."""
+"""The components' fused forms, and what stands in for operators on CUDA, against what they replace."""
 
 import json
 import subprocess
@@ -10,10 +10,13 @@ import torch
 from export.checkpoint import open_checkpoint
 from export.kernels import attention
 from export.modules import load_components
+from export.modules.blocks import Foreign
 from export.modules.denoiser import Denoiser
 from export.modules.fused_decoder import fused_decoder
+from export.modules.fused_encoder import fused_encoder
 from export.modules.image_decoder import ImageDecoder
 from export.modules.merged import merge_projections
+from export.modules.prompt_encoder import PromptEncoder
 from export.onnx import GraphLimits, export_program
 from export.spec import Component, Precision, component_specs
 from tests.conftest import CHECKPOINT, ROOT
@@ -36,22 +39,55 @@ def test_the_kernels_compute_what_their_references_say() -> None:
     assert {name: e for name, e in errors.items() if not e <= accepted[name]} == {}
 
 
-def test_merged_projections_share_memory_with_those_they_replace() -> None:
-    modules = load_components(CHECKPOINT, precision=Precision.FP32, device="cpu", wanted=[Component.DENOISER])
-    denoiser = modules[Component.DENOISER]
-    assert isinstance(denoiser, Denoiser)
-    before = {name: p.clone() for name, p in denoiser.named_parameters()}
-    merge_projections(denoiser)
-    merge_projections(denoiser)
-    after = dict(denoiser.named_parameters())
+@pytest.mark.parametrize("component", [Component.PROMPT_ENCODER, Component.DENOISER])
+def test_merged_projections_share_memory_with_those_they_replace(component: Component) -> None:
+    (module,) = load_components(CHECKPOINT, precision=Precision.FP32, device="cpu", wanted=[component]).values()
+    assert isinstance(module, PromptEncoder | Denoiser)
+    before = {name: p.clone() for name, p in module.named_parameters()}
+    merge_projections(module)
+    merge_projections(module)
+    after = dict(module.named_parameters())
     assert all(torch.equal(after[name], p) for name, p in before.items())
-    added = after.keys() - before.keys()
-    assert len(added) == 2 * (len(denoiser.layers) + len(denoiser.noise_refiner))
-    attention = denoiser.layers[0].attention  # type: ignore[union-attr]
-    attention.qkv[0, 0] = 7.0
-    assert attention.to_q.weight[0, 0] == 7.0
+    blocks = module.layers if isinstance(module, PromptEncoder) else [*module.layers, *module.noise_refiner]  # type: ignore[misc]
+    assert len(after.keys() - before.keys()) == 2 * len(blocks)
+    for block in blocks:
+        encodes = component is Component.PROMPT_ENCODER
+        attention, first = (block.self_attn, "q_proj") if encodes else (block.attention, "to_q")
+        attention.qkv[0, 0] = 7.0
+        assert getattr(attention, first).weight[0, 0] == 7.0
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in after.values()}
     assert sum(storages.values()) == sum(p.nbytes for p in before.values())
+
+
+def test_the_fused_prompt_encoder_computes_the_same_over_the_same_weights() -> None:
+    modules = load_components(CHECKPOINT, precision=Precision.FP32, device="cpu", wanted=[Component.PROMPT_ENCODER])
+    encoder = modules[Component.PROMPT_ENCODER]
+    assert isinstance(encoder, PromptEncoder)
+    dimensions = open_checkpoint(CHECKPOINT).dimensions
+    ids = torch.randint(0, dimensions.vocabulary, (2, 64), generator=torch.Generator().manual_seed(1))
+    lengths = torch.tensor([40, 64])
+    with torch.inference_mode():
+        expected = encoder(ids, lengths)
+        form = fused_encoder(encoder)
+        assert torch.equal(encoder(ids, lengths), expected)
+        assert float((form(ids, lengths) - expected).norm() / expected.norm()) < 1e-6
+    spec = component_specs(dimensions)[Component.PROMPT_ENCODER]
+    used = set(export_program(form, spec, dimensions, GraphLimits(max_rows=4, max_size=512)).state_dict)
+    merged = {name for name in used if name.endswith((".qkv", ".gate_up"))}
+    assert len(merged) == 2 * len(encoder.layers)
+
+
+def test_a_prompt_encoders_layer_with_a_bias_stays_as_it_is() -> None:
+    modules = load_components(CHECKPOINT, precision=Precision.FP32, device="cpu", wanted=[Component.PROMPT_ENCODER])
+    encoder = modules[Component.PROMPT_ENCODER]
+    assert isinstance(encoder, PromptEncoder)
+    projection: Foreign = encoder.layers[0].self_attn.q_proj  # type: ignore[union-attr]
+    projection.bias = torch.nn.Parameter(torch.ones(projection.out_features), requires_grad=False)
+    ids, lengths = torch.arange(64).unsqueeze(0), torch.tensor([64])
+    with torch.inference_mode():
+        expected = encoder(ids, lengths)
+        got = fused_encoder(encoder)(ids, lengths)
+    assert float((got - expected).norm() / expected.norm()) < 1e-6
 
 
 @pytest.mark.parametrize(
