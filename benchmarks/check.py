@@ -24,7 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Both records, and what is tolerated."""
     parser.add_argument("measured", type=Path, help="the record of a run just made")
     parser.add_argument("committed", type=Path, help="the record to hold it against")
-    parser.add_argument("--tolerance", type=float, default=10.0, help="%% of a speed-up (default: %(default)s)")
+    parser.add_argument(
+        "--tolerance", type=_percent, default=10.0, help="%% of a speed-up, 0 to 100 (default: %(default)s)"
+    )
+
+
+def _percent(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is not a percentage from 0 to 100")
+    return value
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def checked_version(choice: Choice, row: str) -> tuple[Path, Manifest]:
     manifest, expected = Manifest.read(folder), checkpoint_record(open_checkpoint(choice.checkpoint))
     if (manifest.checkpoint.fingerprint, manifest.precision) != (expected.fingerprint, precision):
         raise BenchmarkError(
-            f"{folder} is {manifest.precision} from {manifest.checkpoint.path}, and is to be recorded as {precision} "
+            f"{folder} is {manifest.precision} from {manifest.checkpoint.path}, and is to be measured as {precision} "
             f"from {expected.path}: give the --checkpoint that it was exported from, and a --device of its precision"
         )
     return folder, manifest

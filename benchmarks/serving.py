@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequenc
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import grpc
 import psutil
@@ -201,7 +201,11 @@ async def frontend(
     device: str = "cpu",
     control: ControlMode = ControlMode.NONE,
 ) -> AsyncIterator[tuple[str, Frontend]]:
-    """A frontend in this process whose workers are ready on `device`, and its address; `command` starts a worker."""
+    """A frontend in this process whose workers are ready on `device`, and its address; `command` starts a worker.
+
+    Raises:
+        BenchmarkError: it ended before it was done with, as SIGTERM and Ctrl-C make it.
+    """
     with tempfile.TemporaryDirectory() as sockets:
         config = ServeConfig(
             models,
@@ -213,9 +217,28 @@ async def frontend(
         )
         running = Frontend(config, Path(sockets), command)
         ended = asyncio.create_task(running.run())
+        user = asyncio.current_task()
+        assert user is not None, "coroutines run in tasks"
+        watch = asyncio.create_task(_cancel_at_its_end(user, running, ended))
         try:
             await running.until_ready()
             yield f"127.0.0.1:{running.port}", running
+        except asyncio.CancelledError:
+            if not watch.done():
+                raise
+            user.uncancel()
+            await ended  # it may say why
+            raise BenchmarkError("the server was stopped while it was measured") from None
         finally:
+            watch.cancel()
             running.stop()
             await ended
+
+
+async def _cancel_at_its_end(user: asyncio.Task[Any], running: Frontend, ended: asyncio.Task[int]) -> None:
+    stopping = asyncio.create_task(running.until_stopping())
+    try:
+        await asyncio.wait((ended, stopping), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopping.cancel()
+    user.cancel()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.choice import Choice, backend_of
-from benchmarks.engines import version_folder
+from benchmarks.engines import checked_version
 from benchmarks.record import BenchmarkError
 from export.checkpoint import open_checkpoint
 from export.devices import current_target
@@ -163,13 +163,7 @@ def _load_row(choice: Choice, model: Manifest, modules: EagerModules, row: str) 
     backend = backend_of(row)
     if backend is Backend.EAGER:
         return _load(Path(), model, modules, backend)
-    folder, precision = version_folder(choice, row), choice.precision_of(row)
-    manifest = Manifest.read(folder)
-    if (manifest.checkpoint.fingerprint, manifest.precision) != (model.checkpoint.fingerprint, precision):
-        raise BenchmarkError(
-            f"{folder} is {manifest.precision} from {manifest.checkpoint.path}, and is to be compared with "
-            f"{precision} from {model.checkpoint.path}: give the --checkpoint that it was exported from"
-        )
+    folder, manifest = checked_version(choice, row)
     return _load(folder, manifest, modules, backend)
 
 

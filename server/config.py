@@ -107,6 +107,7 @@ SUPPORTED_FIELDS = {
     "model_warmup",
     "response_cache",
 }
+MAX_WORKERS = 256  # of a model on one machine
 INSTANCE_KINDS = {"KIND_AUTO": "auto", "KIND_GPU": "cuda", "KIND_CPU": "cpu"}
 
 
@@ -157,8 +158,13 @@ def _devices(groups: Iterable[Any], path: Path) -> tuple[str, ...]:
                 "and gpus only with the first two"
             )
         gpus = list(group.gpus) or (_visible_gpus() if kind == "KIND_GPU" else [])
-        places = [f"cuda:{gpu}" for gpu in gpus] or [INSTANCE_KINDS[kind]]
-        devices += places * (group.count or 1)
+        places, count = [f"cuda:{gpu}" for gpu in gpus] or [INSTANCE_KINDS[kind]], group.count or 1
+        if len(devices) + len(places) * count > MAX_WORKERS:
+            raise ConfigError(
+                f"{path}: instance_group count {count} would make over {MAX_WORKERS} workers, each a process with the "
+                "whole model; one a GPU is usual"
+            )
+        devices += places * count
     return tuple(devices) or ("auto",)
 
 

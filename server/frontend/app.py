@@ -59,7 +59,7 @@ class Frontend:
         self._absent: set[str] = set()  # models that were to be loaded at the start, have no folder, and are not loaded
         self._state = ServerState()
         self._memory = SharedMemory(allowed=config.allow_client_shm)
-        self._tracer = _tracer(config)
+        self._tracer = _tracer(config, self._metrics)
         host = Host(config, self._dispatcher, sockets, self._changed.set, worker_command)
         self._repository = Repository(config.model_repository, host)
 
@@ -76,6 +76,10 @@ class Frontend:
         """Returns when every model that is to be loaded at the start has been."""
         await self._started.wait()
         await asyncio.gather(*(queue.until_ready() for queue in self.queues))
+
+    async def until_stopping(self) -> None:
+        """Returns when it has been told to stop, by `stop` or a signal."""
+        await self._stop.wait()
 
     async def run(self) -> int:
         """Serves until SIGTERM or Ctrl-C; returns the exit status."""
@@ -215,11 +219,11 @@ class Frontend:
         await self._memory.close()
 
 
-def _tracer(config: ServeConfig) -> Tracer:
+def _tracer(config: ServeConfig, metrics: Metrics) -> Tracer:
     if config.trace.trace_mode is TraceMode.TRITON:
-        return Tracer(config.trace, append_trace, lambda: None)
+        return Tracer(config.trace, append_trace, lambda: None, metrics.traces_lost.inc)
     telemetry = Telemetry(config.telemetry)
-    return Tracer(config.trace, telemetry.write, telemetry.close)
+    return Tracer(config.trace, telemetry.write, telemetry.close, metrics.traces_lost.inc)
 
 
 async def _idle(model: Model, seconds: float) -> bool:

@@ -69,6 +69,12 @@ class Metrics:
             *("component", "backend", "reason"),
         )
 
+        self.traces_lost = Counter(
+            "zserve_traces_lost",
+            "Traces that could not be written, or were dropped as they came faster than that",
+            registry=self.registry,
+        )
+
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, ("model", *labels), registry=self.registry)
 

@@ -131,14 +131,21 @@ class Tracer:
     """Chooses the requests to trace, and has them written, by a thread of its own.
 
     A model has the settings of all but for those that were set for it; `trace_count` is counted down where it was set.
+    `lost` hears of each trace that is dropped or cannot be written, on the event loop or the writer's thread.
     """
 
-    def __init__(self, settings: TraceSettings, write: Callable[[Trace], None], close: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        settings: TraceSettings,
+        write: Callable[[Trace], None],
+        close: Callable[[], None],
+        lost: Callable[[], None] = lambda: None,
+    ) -> None:
         self._start = self._global = settings
         self._own: dict[str, dict[str, Any]] = {}  # by model, the settings that are its own
         self._seen: Counter[str] = Counter()  # by model with settings of its own, "" for all others together
         self._made = 0
-        self._write, self._close = write, close
+        self._write, self._close, self._lost = write, close, lost
         self._failing = False  # whether the last trace could not be written
         self._dropping = False  # whether one was dropped since the writer had nothing to do
         self._handed = self._written = 0  # bytes, by the event loop and by the writer; what lies between them waits
@@ -192,6 +199,7 @@ class Tracer:
             self._writer.shutdown(wait=False, cancel_futures=True)
 
     def _drop(self, waiting: int) -> None:
+        self._lost()
         if not self._dropping:
             log.error(
                 "traces come faster than they are written: %d MiB wait, and what comes is lost until there is room",
@@ -225,6 +233,7 @@ class Tracer:
         try:
             self._write(trace)
         except Exception as error:  # noqa: BLE001 - the thread's boundary: a trace is nobody's request
+            self._lost()
             if not self._failing:
                 log.error("traces cannot be written, and are lost until they can be: %s", error)
             self._failing = True

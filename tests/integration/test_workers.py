@@ -29,6 +29,7 @@ from server.frontend.workers import KEPT_BYTES, Worker, WorkerState, _end_of
 from server.launch import WorkerConfig
 from server.requests import GenerationRequest, Started
 from server.rpc.images import ImageGenerationClient
+from server.settings import TraceLevel, TraceSettings
 from tests.fakes import a_request
 from tests.integration.frontend import Running, draw, light_repository, serving
 from tests.integration.light_worker import LIGHT
@@ -277,11 +278,21 @@ async def test_the_counters_of_rare_events_are_there_before_the_first(server: Ru
         'zserve_request_retries_total{model="light"}',
         'zserve_poison_requests_total{model="light"}',
         'zserve_previews_total{model="light"}',
+        "zserve_traces_lost_total",
         'zserve_requests_total{model="light",outcome="internal"}',
         'zserve_prompt_cache_lookups_total{model="light",result="hit"}',
     ):
         assert f"\n{name} 0\n" in text
     assert "zserve_response_cache_lookups_total{" not in text  # it has none
+
+
+async def test_traces_that_are_lost_are_counted(tmp_path: Path) -> None:
+    level = frozenset({TraceLevel.TIMESTAMPS})
+    trace = TraceSettings(level, trace_rate=1, trace_file=str(tmp_path))  # a folder
+    async with serving(light_repository(tmp_path / "models"), LIGHT, trace=trace) as server:
+        await draw(server.client, ImageRequest("x"))
+        registry = server.frontend._metrics.registry
+        await asyncio.to_thread(wait_for, lambda: "\nzserve_traces_lost_total 1" in render(registry))
 
 
 async def test_no_series_is_told_twice(tmp_path: Path) -> None:

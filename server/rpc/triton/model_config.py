@@ -91,13 +91,17 @@ def complete_config(file: ModelFile, spec: ModelSpec) -> pb.ModelConfig:
 
 
 def _check_numbers(config: Any, where: str) -> None:
-    tensors = (*config.input, *config.output)
-    numbers = [("max_batch_size", config.max_batch_size, 0, "0 or more is")]
-    numbers += [("instance_group count", group.count, 0, "0 or more is") for group in config.instance_group]
-    numbers += [(f"dims of {t.name!r}:", size, -1, "a size is, or -1 for any") for t in tensors for size in t.dims]
-    for what, number, least, accepted in numbers:
-        if number < least:
-            raise ConfigError(f"{where}: {what} {number} is not accepted; {accepted}")
+    numbers = [("max_batch_size", config.max_batch_size)]
+    numbers += [("instance_group count", group.count) for group in config.instance_group]
+    for what, number in numbers:
+        if number < 0:
+            raise ConfigError(f"{where}: {what} {number} is not accepted; 0 or more is")
+    for tensor in (*config.input, *config.output):
+        for size in tensor.dims:
+            if size < 1 and size != -1:
+                raise ConfigError(
+                    f"{where}: dims of {tensor.name!r}: {size} is not accepted; a size from 1 on is, or -1 for any"
+                )
 
 
 def _check_names(config: Any, where: str) -> None:

@@ -117,3 +117,6 @@ def test_check_fails_where_nothing_was_checked(tmp_path: Path, capsys: pytest.Ca
 
 def test_check_takes_another_tolerance(tmp_path: Path) -> None:
     assert run(tmp_path, "check", components(57.0), components(), "--tolerance", "20") == 0
+    for wrong in ("-1", "101", "nan", "much"):
+        with pytest.raises(SystemExit):
+            run(tmp_path, "check", components(), components(), f"--tolerance={wrong}")

@@ -92,7 +92,7 @@ def test_a_version_is_of_the_checkpoint_and_precision_that_the_record_says(choic
     models = {Backend.EAGER.value: folder, FP8: folder}
     given = replace(choice, models=models)
     assert checked_version(given, Backend.EAGER) == (folder, manifest)
-    with pytest.raises(BenchmarkError, match=r"is fp32 from .*, and is to be recorded as fp8"):
+    with pytest.raises(BenchmarkError, match=r"is fp32 from .*, and is to be measured as fp8"):
         checked_version(given, FP8)
     with pytest.raises(BenchmarkError, match=r"recorded as fp32 from .*demo/checkpoint: give the --checkpoint"):
         checked_version(replace(given, checkpoint=CHECKPOINT), Backend.EAGER)

@@ -159,7 +159,8 @@ TENSOR = "{kind} {{ name: 'A' data_type: TYPE_UINT8 dims: [ {dims} ] }}"
     [
         ("max_batch_size: -3", "max_batch_size -3 is not accepted; 0 or more is"),
         ("instance_group { count: 2 } instance_group { count: -2 }", "instance_group count -2 is not accepted; 0 or"),
-        (TENSOR.format(kind="input", dims="-1, -5"), "dims of 'A': -5 is not accepted; a size is, or -1 for any"),
+        (TENSOR.format(kind="input", dims="-1, -5"), "dims of 'A': -5 is not accepted; a size from 1 on is, or -1"),
+        (TENSOR.format(kind="output", dims="0"), "dims of 'A': 0 is not accepted; a size from 1 on is, or -1"),
         (TENSOR.format(kind="output", dims="-2"), "dims of 'A': -2 is not accepted"),
         (2 * TENSOR.format(kind="input", dims="1"), "2 inputs are named 'A'; each needs a name of its own"),
         (2 * TENSOR.format(kind="output", dims="1"), "2 outputs are named 'A'"),
@@ -171,7 +172,7 @@ def test_what_means_nothing_in_a_config_is_refused_with_what_is_accepted(text: s
 
 
 def test_a_config_may_leave_numbers_at_what_they_are_without_it() -> None:
-    tensors = "".join(TENSOR.format(kind=kind, dims="-1, 0, 3") for kind in ("input", "output"))
+    tensors = "".join(TENSOR.format(kind=kind, dims="-1, 3") for kind in ("input", "output"))
     file = parse_model_file(f"max_batch_size: 0 instance_group {{ count: 0 }} {tensors}", "m")
     assert (file.max_batch_size, file.instances, file.inputs) == (0, 1, file.outputs)
 

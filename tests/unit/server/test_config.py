@@ -76,6 +76,8 @@ def test_what_is_said_is_taken(tmp_path: Path) -> None:
         ("dynamic_batching { priority_queue_policy { key: 9 value { } } }", "priority level 9 is not accepted"),
         ("instance_group { kind: KIND_MODEL }", "KIND_MODEL .* not supported"),
         ("instance_group { kind: KIND_CPU gpus: 0 }", "gpus only with the first two"),
+        ("instance_group { count: 200 } instance_group { count: 57 }", "count 57 would make over 256 workers"),
+        ("instance_group { count: 2147483647 kind: KIND_CPU }", "would make over 256 workers"),
         ('model_warmup { name: "large" }', "not WIDTHxHEIGHT"),
         ('model_warmup { name: "256x256" inputs { key: "x" value { } } }', "inputs not supported"),
         ('parameters { key: "color" value { string_value: "x" } }', "unknown parameter 'color'"),

@@ -128,10 +128,12 @@ async def test_traces_that_cannot_be_written_are_said_once_until_one_can_be(capl
             raise error
         written.append(trace.id)
 
-    tracer = Tracer(ON, write, lambda: None)
+    lost: list[None] = []
+    tracer = Tracer(ON, write, lambda: None, lambda: lost.append(None))
     end_traces(tracer, 4)
     await tracer.close()
     assert written == [3]
+    assert len(lost) == 3
     assert [r.getMessage().rpartition(": ")[2] for r in caplog.records] == ["no space", "again"]
 
 
@@ -162,14 +164,15 @@ async def test_traces_that_come_faster_than_they_are_written_are_dropped_which_i
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(tracing, "BACKLOG", 3 * TRACE_BYTES, raising=False)
-    write = HeldWriter()
-    tracer = Tracer(ON, write, lambda: None)
+    write, lost = HeldWriter(), list[None]()
+    tracer = Tracer(ON, write, lambda: None, lambda: lost.append(None))
     end_traces(tracer, 6)
     write.go.set()
     await catch_up(tracer)
     end_traces(tracer, 1)
     await tracer.close()
     assert write.written == [1, 2, 3, 7]
+    assert len(lost) == 3
     assert [r.getMessage().partition(":")[0] for r in caplog.records] == ["traces come faster than they are written"]
 
 
