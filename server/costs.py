@@ -17,11 +17,19 @@ RECENT = 9
 _Key = tuple[Component, int, int]  # component, height, width
 
 
+# Sizes of a component whose costs are kept, those measured last: over 15,000 are legal, every look at a worker's state
+# carries all of them, and one that is not there is scaled from its nearest.
+SIZES = 256
+
+
 class CostTable:
-    """Seconds of one forward by component, size in pixels and number of rows. The prompt encoder's size is 0 x 0."""
+    """Seconds of one forward by component, size in pixels and number of rows. The prompt encoder's size is 0 x 0.
+
+    One thread takes measurements in; any may ask.
+    """
 
     def __init__(self, costs: Iterable[StepCost] = ()) -> None:
-        self._seconds: dict[_Key, dict[int, float]] = {}
+        self._seconds: dict[_Key, dict[int, float]] = {}  # what was measured last is at the end
         self._recent: dict[tuple[_Key, int], deque[float]] = {}
         for cost in costs:
             self.observe(cost)
@@ -31,14 +39,24 @@ class CostTable:
         key = cost.component, cost.height, cost.width
         recent = self._recent.setdefault((key, cost.rows), deque(maxlen=RECENT))
         recent.append(cost.seconds)
-        self._seconds.setdefault(key, {})[cost.rows] = median_low(recent)
+        by_rows = self._seconds.pop(key, None)
+        if by_rows is None:
+            self._make_room(cost.component)
+        self._seconds[key] = {**(by_rows or {}), cost.rows: median_low(recent)}
+
+    def _make_room(self, component: Component) -> None:
+        """For one size more."""
+        keys = [key for key in self._seconds if key[0] is component]
+        if len(keys) == SIZES:
+            for rows in self._seconds.pop(keys[0]):
+                del self._recent[keys[0], rows]
 
     def costs(self) -> tuple[StepCost, ...]:
         """The table as it is served."""
         return tuple(
             StepCost(height, width, rows, seconds, component)
-            for (component, height, width), by_rows in self._seconds.items()
-            for rows, seconds in by_rows.items()
+            for (component, height, width), by_rows in list(self._seconds.items())
+            for rows, seconds in list(by_rows.items())
         )
 
     def measured(self, height: int, width: int) -> Mapping[int, float]:

@@ -2,7 +2,8 @@
 
 Ranked by priority level, then by when the work is due, then by arrival. Two rules keep anything from starving: waiting
 lifts a request by one level every `ageing` seconds, and within a level a request without a deadline is due `patience`
-seconds after it arrived. So nothing is overtaken by what arrives more than (priority - 1) * ageing + patience after it.
+seconds after it arrived. So nothing is overtaken by what arrives more than (priority - 1) * ageing + patience after it,
+but for what has outstayed a queue timeout whose action is DELAY: that is behind all others of its level, as in Triton.
 """
 
 import itertools

@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: the demo checkpoint, diffusers' own pipeline over it, and an exported repository."""
 
 import fcntl
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,9 @@ ROOT = Path(__file__).parent.parent
 CHECKPOINT = ROOT / "demo" / "checkpoint"
 # Kept between runs: an export is reused only while the manifest still fits the checkpoint, the code and the libraries.
 REPOSITORY = ROOT / "build" / "test-models"
-TENSORRT_REPOSITORY = ROOT / "build" / "test-models-tensorrt"
 MODEL = "z-image-demo"
+DEMO_MODEL = ROOT / "models" / MODEL  # what `make demo` has exported, if it has run
+TENSORRT_REPOSITORY = ROOT / "build" / "test-models-tensorrt"
 # Models as small as the demo's gain little from a second thread, and wait for it long where it has much else to do.
 torch.set_num_threads(1)
 
@@ -38,11 +40,16 @@ def run_export(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def exported(repository: Path, backend: str, *options: str, name: str = MODEL) -> Path:
-    """`repository` with the demo model on `backend`; where two test processes want it, one exports and one waits."""
+def exported(repository: Path, backend: str, *options: str, name: str = MODEL, earlier: Path | None = None) -> Path:
+    """`repository` with the demo model on `backend`; where two test processes want it, one exports and one waits.
+
+    `earlier`: a folder of the same model, whose engines the export takes where it would build them just the same.
+    """
     repository.parent.mkdir(parents=True, exist_ok=True)
     with repository.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        if earlier is not None and earlier.is_dir() and not (repository / name).exists():
+            shutil.copytree(earlier, repository / name)
         done = run_export(
             "--repository", str(repository), "--name", name, "--backend", backend, "--default-size", "256x256", *options
         )
@@ -53,7 +60,7 @@ def exported(repository: Path, backend: str, *options: str, name: str = MODEL) -
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """A model repository with the demo model on ONNX Runtime."""
-    return exported(REPOSITORY, "onnxruntime")
+    return exported(REPOSITORY, "onnxruntime", earlier=DEMO_MODEL)
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ long; on a decoupled model a request's `repeat` is the number of responses.
 """
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 
@@ -38,10 +39,10 @@ class IdentityModel:
         """See `Model`."""
         if [(t.datatype, t.dims) for t in self.spec.inputs] != [(t.datatype, t.dims) for t in self.spec.outputs]:
             raise ConfigError(f"identity model {self.spec.name!r}: its outputs must be just like its inputs, in order")
-        try:
-            float(self._delay_ms)
-        except ValueError as error:
-            raise ConfigError(f"execute_delay_ms: {self._delay_ms!r} is not a number") from error
+        if not 0 <= _float(self._delay_ms) <= MAX_DELAY_MS:
+            raise ConfigError(
+                f"execute_delay_ms: {self._delay_ms!r} is not accepted; a number from 0 to {MAX_DELAY_MS:g} is"
+            )
         self.ready = True
 
     def retire(self) -> None:
@@ -77,10 +78,15 @@ class IdentityModel:
 def _number(request: InferRequest, name: str, default: int | str, high: float) -> float:
     """A parameter of the request, given as a number or as its text."""
     text = request.parameters.get(name, default)
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
+    value = _float(text)
     if not 0 <= value <= high:
         raise InvalidRequestError.of(name, text, f"a number from 0 to {high:g} is")
     return value
+
+
+def _float(text: float | str) -> float:
+    """NaN where it is no number, which is in no range."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

@@ -64,15 +64,14 @@ class PackageCalls:
 
     def __init__(self, package: Callable[..., Tensor]) -> None:
         self._package = package
-        self._refusals = memory.refusals()
 
     def __call__(self, *inputs: Tensor) -> Tensor:
+        refused = memory.refusals()
         try:
             return self._package(*inputs)
         except RuntimeError as error:
             # The package's C interface makes one kind of error of all; the allocator still knows what it refused.
-            if (refused := memory.refusals()) > self._refusals:
-                self._refusals = refused
+            if memory.refusals() > refused or memory.host_refused(error):
                 raise torch.OutOfMemoryError(str(error)) from error
             raise
 

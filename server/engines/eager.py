@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from export.manifest import Backend
 from export.modules import load_components
 from export.spec import Component, Precision
+from server.engines import memory
 from server.engines.base import Shapes
 from server.engines.threads import torch_threads
 
@@ -27,9 +28,14 @@ class EagerEngine:
 
     def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
         assert self._module is not None, "the engine is closed"
-        with torch.inference_mode(), torch_threads(self._threads):
-            output: Tensor = self._module(**inputs)
-            return output
+        try:
+            with torch.inference_mode(), torch_threads(self._threads):
+                output: Tensor = self._module(**inputs)
+        except RuntimeError as error:
+            if memory.host_refused(error):
+                raise torch.OutOfMemoryError(str(error)) from error
+            raise
+        return output
 
     def close(self) -> None:
         self._module = None

@@ -46,6 +46,15 @@ def refusals() -> int:
     return int(torch.cuda.memory_stats().get("num_ooms", 0)) if _on_cuda() else 0
 
 
+# Of the host, which has no exception of its own: torch's, and what ONNX Runtime passes on by platform.
+_REFUSED = ("can't allocate memory", "bad_alloc", "bad allocation", "Failed to allocate memory")
+
+
+def host_refused(error: Exception) -> bool:
+    """Whether a library says with `error` that the host had no memory."""
+    return any(text in str(error) for text in _REFUSED)
+
+
 def out_of_memory_error(error: torch.OutOfMemoryError) -> DeviceMemoryError:
     """The answer to a request that did not fit, with the figures; they are of before anything was freed."""
     return DeviceMemoryError(

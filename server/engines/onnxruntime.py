@@ -9,6 +9,7 @@ from torch import Tensor
 
 from export.manifest import Backend
 from export.spec import ComponentSpec
+from server.engines import memory
 from server.engines.base import Shapes
 from server.engines.limits import ShapeLimits
 from server.errors import EngineLoadError, EngineRunError
@@ -55,7 +56,7 @@ class OnnxRuntimeEngine:
         try:
             (output,) = self._session.run([self._output], arrays)
         except ORT_ERRORS as error:
-            if "bad allocation" in str(error) or "Failed to allocate memory" in str(error):
+            if memory.host_refused(error):
                 raise torch.OutOfMemoryError(str(error)) from error
             raise EngineRunError(f"ONNX Runtime failed: {error}") from error
         return torch.from_numpy(output)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ log = logging.getLogger(__name__)
 
 # Warm-up meets 16 shapes of the denoiser a size (batches of 1 to 8 rows, four captions), which have to stay.
 MOST = 64
+
+
+T = TypeVar("T")
 
 
 class Graph(Protocol):
@@ -39,17 +42,21 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """Records CUDA graphs, on the current stream where it can."""
+    """Records CUDA graphs, on streams of its own.
+
+    Any thread may free pinned memory that was copied to on a stream, and torch then marks that stream to know when the
+    copy is done: on a stream that is being recorded, the mark would be part of the graph, and asking for it an error.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._own = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._streams: dict[int, torch.cuda.Stream] = {}  # by priority
 
-    def __call__(self, work: Callable[[], Tensor], beside: Graph | None) -> tuple[Graph, Tensor]:
+    def __call__(self, work: Callable[[], T], beside: Graph | None) -> tuple[Graph, T]:
         """See `Recorder`. It waits for the device."""
         graph = torch.cuda.CUDAGraph()
         pool = torch.cuda.graph_pool_handle() if beside is None else beside.pool()
-        stream = self._stream()
+        stream = self.stream()
         with torch.cuda.stream(stream):  # torch's own way back to the caller's stream is not reached by all errors
             try:
                 with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
@@ -59,10 +66,12 @@ class CudaRecorder:
                 raise
         return graph, output
 
-    def _stream(self) -> torch.cuda.Stream:
-        """The current one, as kernels keep its priority in the graph; on the default stream nothing can be recorded."""
-        current = torch.cuda.current_stream(self._device)
-        return self._own if current == torch.cuda.default_stream(self._device) else current
+    def stream(self) -> torch.cuda.Stream:
+        """The one to record on now: of the current one's priority, which kernels keep in the graph."""
+        priority = torch.cuda.current_stream(self._device).priority
+        if priority not in self._streams:
+            self._streams[priority] = torch.cuda.Stream(self._device, priority=priority)  # type: ignore[no-untyped-call]
+        return self._streams[priority]
 
     @staticmethod
     def _end(pool: Any) -> None:

@@ -22,7 +22,7 @@ class ServedComponent:
 
     def __init__(self, spec: ComponentSpec, engine: Engine, eager: Callable[[], Engine], *, reason: str = "") -> None:
         self._spec = spec
-        self._engine = engine
+        self._engine: Engine | None = engine  # until it is quarantined
         self._make_eager = eager
         self._eager: Engine | None = None
         self._use = EngineUse(spec.component, engine.backend, reason)
@@ -35,15 +35,18 @@ class ServedComponent:
     @property
     def compiled(self) -> bool:
         """Whether there is still something to fall back from."""
-        return self._engine.backend is not Backend.EAGER
+        return self._engine is not None and self._engine.backend is not Backend.EAGER
 
     def run(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, EngineUse]:
         """The component's output, and the engine that made it.
 
         Raises:
             EngineRunError: eager failed too.
-            torch.OutOfMemoryError: there was no memory for this call.
+            torch.OutOfMemoryError: there was no memory for this call, or for eager's weights.
+            CheckpointError, OSError: eager's weights cannot be read.
         """
+        if self._engine is None:
+            return self._fallback().run(inputs), self._use
         shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
         if not self._engine.fits(shapes):
             eager = self._fallback()
@@ -55,19 +58,21 @@ class ServedComponent:
             if not self.compiled:
                 raise
             self.quarantine(str(error))
-            return self._engine.run(inputs), self._use
+        return self._fallback().run(inputs), self._use
 
     def quarantine(self, reason: str) -> None:
-        """Gives the engine up for eager, for good."""
+        """Gives a compiled engine up for eager, for good; eager's weights are read when they are needed."""
+        assert self._engine is not None, "it is quarantined once"
         log.error("%s: the %s engine is quarantined: %s", self._spec.component, self._engine.backend, reason)
-        failed, self._engine = self._engine, self._fallback()
-        failed.close()
-        self._use = EngineUse(self._spec.component, self._engine.backend, reason)
+        failed, self._engine = self._engine, None
+        self._use = EngineUse(self._spec.component, Backend.EAGER, reason)
+        failed.close()  # before there is another: both may not fit into the memory
 
     def free_memory(self) -> None:
         """Has the engine give back what it can do without."""
-        if isinstance(self._engine, KeepsMemory):
-            self._engine.free_memory()
+        for engine in self._engines():
+            if isinstance(engine, KeepsMemory):
+                engine.free_memory()
 
     def _fallback(self) -> Engine:
         if self._eager is None:
@@ -76,6 +81,9 @@ class ServedComponent:
 
     def close(self) -> None:
         """Gives the memory of both back."""
-        self._engine.close()
-        if self._eager is not None and self._eager is not self._engine:
-            self._eager.close()
+        for engine in self._engines():
+            engine.close()
+
+    def _engines(self) -> list[Engine]:
+        """Those that there are now."""
+        return [engine for engine in (self._engine, self._eager) if engine is not None]

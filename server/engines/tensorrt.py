@@ -18,6 +18,7 @@ from export.plans import Foreign, bind, import_flavour
 from export.spec import ComponentSpec
 from server.engines import memory
 from server.engines.base import Shapes
+from server.engines.recorded import CudaRecorder, Graph
 from server.engines.tensorrt_runtime import TensorRtPlan
 from server.errors import EngineLoadError, EngineRunError
 
@@ -40,7 +41,7 @@ class TensorRtEngine:
         with torch.cuda.device(device):
             before = torch.cuda.mem_get_info()[0]
             try:
-                self._plan = TensorRtPlan(import_flavour(library), path, spec, record.backend)
+                self._plan = TensorRtPlan(import_flavour(library), path, spec, record.backend, CudaRecorder(device))
             except (PlanError, UnsupportedError) as error:
                 raise EngineLoadError(str(error)) from error
             self._held = max(0, before - torch.cuda.mem_get_info()[0])
@@ -112,7 +113,7 @@ class RecordedCall:
         self._context = plan.context_in(RECORDED_PROFILE)
         self._inputs = {name: torch.empty_like(t, memory_format=torch.contiguous_format) for name, t in inputs.items()}
         self._output = bind(self._context, spec, self._inputs)
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graph: Graph | None = None
         self._generation = -1  # of the scratch memory that the context computes in
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -152,10 +153,10 @@ class Scratch:
         if needed > self._buffer.numel():
             self.free()
             self._buffer = torch.empty(needed, dtype=torch.uint8, device=self._device)
-            self.generation += 1
         context.set_device_memory(self._buffer.data_ptr(), self._buffer.numel())
         return self.generation
 
     def free(self) -> None:
-        """Gives the memory back."""
+        """Gives the memory back, in which nothing that was recorded may compute any more."""
+        self.generation += 1
         self._buffer = torch.empty(0, dtype=torch.uint8, device=self._device)

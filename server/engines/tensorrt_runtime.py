@@ -10,6 +10,7 @@ from export.errors import PlanError
 from export.manifest import Backend
 from export.plans import Foreign, OpenPlan
 from export.spec import ComponentSpec
+from server.engines.recorded import CudaRecorder, Graph
 
 log = logging.getLogger(__name__)
 
@@ -17,9 +18,9 @@ log = logging.getLogger(__name__)
 class TensorRtPlan(OpenPlan):
     """An open plan whose contexts compute in memory that they are lent."""
 
-    def __init__(self, trt: Foreign, path: Path, spec: ComponentSpec, backend: Backend) -> None:
+    def __init__(self, trt: Foreign, path: Path, spec: ComponentSpec, backend: Backend, recorder: CudaRecorder) -> None:
         super().__init__(trt, path, spec)
-        self._trt = trt
+        self._trt, self._recorder = trt, recorder
         self._compiled = CompiledKernels(trt, self.engine, path) if backend is Backend.TENSORRT_RTX else None
 
     def context_in(self, profile: int) -> Foreign:
@@ -31,15 +32,12 @@ class TensorRtPlan(OpenPlan):
         self.select(context, profile)
         return context
 
-    def record(self, context: Foreign) -> torch.cuda.CUDAGraph | None:
-        """One call as a CUDA graph, on the current stream, which is not the default one; None where that cannot be."""
-        stream = torch.cuda.current_stream()
-        if self._compiled is not None and not context.is_stream_capturable(stream.cuda_stream):
+    def record(self, context: Foreign) -> Graph | None:
+        """One call as a CUDA graph; None where that cannot be."""
+        if self._compiled is not None and not context.is_stream_capturable(self._recorder.stream().cuda_stream):
             return None
-        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                self.execute(context)
+            graph, _ = self._recorder(lambda: self.execute(context), None)
         except (PlanError, RuntimeError) as error:
             log.warning("calls of this shape are not recorded as a CUDA graph: %s", error)
             return None

@@ -5,6 +5,7 @@ steps, and a step is given to it before the one before is done.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -110,7 +111,7 @@ class Executor:
             sequence.captions = tuple(caption for caption, _ in captions)
             sequence.engines[Component.PROMPT_ENCODER] = captions[-1][1]
             if not cached:
-                _charge([sequence], Component.PROMPT_ENCODER, time.perf_counter() - started)
+                _charge(sequence, Component.PROMPT_ENCODER, time.perf_counter() - started)
 
         return together(pending, finish)
 
@@ -211,8 +212,10 @@ class Executor:
     def _charge_step(self, sequences: Sequence[ImageSequence], started: float, inputs: object) -> float:
         """Of a step that is done; before, the device may have had another. `inputs` are held until here."""
         started, self._stepped = max(started, self._stepped), time.perf_counter()
-        _charge(sequences, Component.DENOISER, self._stepped - started)
-        return self._stepped - started
+        seconds, images = self._stepped - started, Counter(s.key for s in sequences)
+        for sequence in sequences:  # what a request's images share, they have waited for together
+            _charge(sequence, Component.DENOISER, seconds / images[sequence.key])
+        return seconds
 
     def _caption(self, ids: TokenIds) -> Pending[Output]:
         """The caption of `ids`; several sequences may wait for the same one."""
@@ -249,7 +252,7 @@ class Executor:
                 raise NonFiniteError("the denoiser's output is not finite")
             made, by = (image, use) if good else self._again(image, use, inputs)
             sequence.engines[Component.IMAGE_DECODER] = by
-            _charge([sequence], Component.IMAGE_DECODER, time.perf_counter() - started)
+            _charge(sequence, Component.IMAGE_DECODER, time.perf_counter() - started)
             pixels: Pixels = made[0].contiguous().cpu().numpy()
             return pixels
 
@@ -287,10 +290,8 @@ class Executor:
         return velocity
 
 
-def _charge(sequences: Sequence[ImageSequence], component: Component, seconds: float) -> None:
-    """Charges each sequence with the whole time it waited for the shared call."""
-    for sequence in sequences:
-        sequence.seconds[component] = sequence.seconds.get(component, 0.0) + seconds
+def _charge(sequence: ImageSequence, component: Component, seconds: float) -> None:
+    sequence.seconds[component] = sequence.seconds.get(component, 0.0) + seconds
 
 
 def _latents(sequence: ImageSequence) -> Tensor:

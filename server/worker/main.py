@@ -21,7 +21,7 @@ from export.devices import current_target, default_device
 from export.errors import ExportError
 from export.manifest import Manifest
 from export.spec import Component
-from server.config import read_model_config
+from server.config import ModelConfig, read_model_config
 from server.costs import CostTable
 from server.engines import memory
 from server.engines.eager import EagerModules
@@ -61,8 +61,11 @@ def main() -> int:
     config = WorkerConfig.parse(sys.argv[1:])
     try:
         service = build_service(config)
-    except (ZServeError, ExportError) as error:
+    except (ZServeError, ExportError, OSError) as error:
         sys.stdout.write(f"{error}\n")
+        return 1
+    except torch.OutOfMemoryError as error:
+        sys.stdout.write(f"not enough memory to start ({memory.figures()}): {str(error).splitlines()[0]}\n")
         return 1
     asyncio.run(serve(service, config.socket))
     return 0
@@ -80,6 +83,7 @@ def build_service(config: WorkerConfig) -> WorkerService:
     model = read_model_config(config.model)
     folder = config.model / config.version
     manifest = Manifest.read(folder)
+    model = _as_exported(model, manifest)
     _check_checkpoint(manifest)
     parts.done("checkpoint")
     used = MemoryUse(host_before_load=memory.host_bytes(), device_before_load=memory.device_bytes())
@@ -169,6 +173,16 @@ def _load(config: WorkerConfig, folder: Path, manifest: Manifest, device: str) -
         announce=announce,
     )
     return loader.load_all()
+
+
+def _as_exported(model: ModelConfig, manifest: Manifest) -> ModelConfig:
+    """`model` with no larger batches than its engines take, which eager would have to run."""
+    if model.max_batch_size > manifest.max_batch:
+        log.warning(
+            "config.pbtxt allows max_batch_size %d, and the engines were exported with --max-batch %d, which counts",
+            *(model.max_batch_size, manifest.max_batch),
+        )
+    return replace(model, max_batch_size=min(model.max_batch_size, manifest.max_batch))
 
 
 def _check_checkpoint(manifest: Manifest) -> None:

@@ -1,5 +1,6 @@
 """Runs every configured shape before the worker says it is ready, and measures what each stage costs."""
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 
@@ -18,6 +19,8 @@ from server.config import ModelConfig, Size
 from server.costs import CostTable
 from server.requests import StepCost
 from server.worker.executor import Executor
+
+log = logging.getLogger(__name__)
 
 REPEATS = 3
 # Larger batches are tried only while a step stays under this: beyond it one image fills the device, sharing a step
@@ -64,10 +67,16 @@ class WarmUp:
         rows = 1
         while rows <= 2 * max_batch:  # guidance doubles the rows of a batch
             measured, *others = (ShapePoint(rows, caption, height, width) for caption in self._captions)
-            for seconds in self._time(Component.DENOISER, measured):
-                costs.observe(StepCost(height, width, rows, seconds))
-            for point in others:
-                self._prepared(Component.DENOISER, point)
+            try:
+                for seconds in self._time(Component.DENOISER, measured):
+                    costs.observe(StepCost(height, width, rows, seconds))
+                for point in others:
+                    self._prepared(Component.DENOISER, point)
+            except torch.OutOfMemoryError:
+                if rows == 1:
+                    raise
+                log.warning("%dx%d: no memory for steps of %d rows, so larger ones are not tried", width, height, rows)
+                break
             if _is_enough(costs, size, rows):
                 break
             rows *= 2

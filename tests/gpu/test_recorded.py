@@ -4,6 +4,7 @@ Run by `make test-gpu`.
 """
 
 import logging
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -136,6 +137,31 @@ def _fails_and_goes_on(net: Net, calls: RecordedCalls, caplog: pytest.LogCapture
     for _ in range(4):
         one = x(9)
         same(others(one), net(one))
+
+
+def test_pinned_memory_may_be_freed_while_calls_on_its_stream_are_recorded(net: Net) -> None:
+    """As when a thread has encoded an image while a shape is recorded on the stream that the image came by."""
+    lane, given = torch.cuda.Stream(), x(9)
+    with torch.cuda.stream(lane):
+        pixels = [given.to("cpu", non_blocking=True)]
+    lane.synchronize()
+
+    def call(given: Tensor) -> Tensor:
+        made = net(given)
+        if torch.cuda.is_current_stream_capturing():
+            freeing = threading.Thread(target=pixels.clear)
+            freeing.start()
+            freeing.join()
+        return made
+
+    calls = RecordedCalls(call, CudaRecorder(torch.device("cuda")))
+    for _ in range(3):
+        got = on(lane, calls, given)
+        with torch.cuda.stream(lane):
+            host = got.to("cpu", non_blocking=True)
+        lane.synchronize()
+        same(host, net(given).cpu())
+    assert not pixels
 
 
 def test_memory_comes_back(net: Net) -> None:

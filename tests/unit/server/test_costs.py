@@ -1,9 +1,12 @@
 """The cost table: measurements in, seconds out."""
 
+import sys
+import threading
+
 import pytest
 
 from export.spec import Component
-from server.costs import CostTable
+from server.costs import SIZES, CostTable
 from server.requests import StepCost
 from server.worker.batching import Batching, BatchPolicy, StepShape
 
@@ -49,3 +52,37 @@ def test_what_was_not_measured_is_scaled_from_the_nearest() -> None:
     assert table.decode(256, 256) == 0.0
     table.observe(StepCost(256, 256, 1, 0.05, Component.IMAGE_DECODER))
     assert table.image(512, 512, steps=2, rows=1) == pytest.approx(4 * 0.05 + 2 * 0.014)
+
+
+def test_the_sizes_measured_last_are_kept() -> None:
+    table = CostTable([StepCost(0, 0, 1, 0.01, Component.PROMPT_ENCODER), StepCost(16, 16, 1, 0.5)])
+    for number in range(1, SIZES + 10):
+        for rows in (1, 2):
+            table.observe(StepCost(64, 64 * number, rows, 0.1))
+        table.observe(StepCost(16, 16, 1, 0.5))
+    sizes = {(c.height, c.width) for c in table.costs() if c.component is Component.DENOISER}
+    assert len(sizes) == SIZES
+    assert (16, 16) in sizes
+    assert (64, 64) not in sizes
+    assert table.image(16, 16, steps=1, rows=1) > 0.5, "the prompt encoder's is no size that others push out"
+    assert len(table._recent) == len(table.costs())
+
+
+def test_the_table_can_be_asked_for_while_it_is_written() -> None:
+    """By the worker's event loop; a state that cannot be told would end the worker."""
+    table, ended, before = CostTable(), threading.Event(), sys.getswitchinterval()
+
+    def measure() -> None:
+        for number in range(20_000):
+            table.observe(StepCost(64, 64 + number, number % 8, 0.1))
+        ended.set()
+
+    sys.setswitchinterval(1e-6)
+    try:
+        thread = threading.Thread(target=measure)
+        thread.start()
+        while not ended.is_set():
+            table.costs()
+    finally:
+        sys.setswitchinterval(before)
+        thread.join()

@@ -14,11 +14,12 @@ from export.errors import StaleEngineError
 from export.manifest import Backend, Manifest, Target, check_engine
 from export.spec import Component, ModelDimensions, ShapePoint, component_specs, example_inputs
 from server.config import FallbackPolicy
-from server.engines import aotinductor, memory
+from server.engines import aotinductor, memory, onnxruntime
 from server.engines.aotinductor import AotInductorEngine
 from server.engines.eager import EagerEngine, EagerModules
 from server.engines.limits import ShapeLimits
 from server.engines.load import EngineLoader
+from server.engines.onnxruntime import OnnxRuntimeEngine
 from server.engines.recorded import CudaRecorder
 from server.engines.served import ServedComponent
 from server.errors import EngineLoadError, EngineRunError
@@ -77,6 +78,49 @@ def test_a_failing_fallback_is_an_error_not_a_loop() -> None:
     broken = FakeEngine(raising(EngineRunError("eager too")), backend=Backend.EAGER)
     with pytest.raises(EngineRunError, match="eager too"):
         served(FakeEngine(raising(EngineRunError("kaput"))), broken).run(INPUTS)
+
+
+def test_the_failed_engine_is_gone_before_eager_is_made_and_what_that_fails_with_is_told_once_more() -> None:
+    """Both may not fit into the memory, or the checkpoint may be gone."""
+
+    def make_eager() -> FakeEngine:
+        assert engine.closed
+        if (error := next(errors)) is not None:
+            raise error
+        return eager_engine()
+
+    errors = iter([torch.OutOfMemoryError("full"), OSError("moved"), None])
+    engine = FakeEngine(raising(EngineRunError("kaput")))
+    component = ServedComponent(SPECS[Component.IMAGE_DECODER], engine, make_eager)
+    with pytest.raises(torch.OutOfMemoryError):
+        component.run(INPUTS)
+    assert not component.compiled
+    assert component.use.fallback_reason == "kaput"
+    with pytest.raises(OSError, match="moved"):
+        component.run(INPUTS)
+    output, use = component.run(INPUTS)
+    assert (output.item(), use.backend, use.fallback_reason) == (1, Backend.EAGER, "kaput")
+    assert engine.calls == 1
+    component.close()
+
+
+@pytest.mark.parametrize(
+    "said", ["[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried", "bad_alloc"]
+)
+def test_a_host_without_memory_is_not_the_engines_fault(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(torch.nn.Module):
+        def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError(said)
+
+    monkeypatch.setattr(aotinductor, "open_package", lambda path, module: lambda *inputs: Full()())
+    monkeypatch.setattr(onnxruntime.onnxruntime, "InferenceSession", MagicMock())
+    spec = SPECS[Component.IMAGE_DECODER]
+    limits = ShapeLimits(spec, 8, 64)
+    session = OnnxRuntimeEngine(Path("x.onnx"), spec, limits, 1)
+    session._session.run.side_effect = onnxruntime.ORT_ERRORS[0](said)
+    for engine in (EagerEngine(Full()), AotInductorEngine(Path("x"), spec, limits, torch.nn.Linear(1, 1), 1), session):
+        with pytest.raises(torch.OutOfMemoryError):
+            engine.run(INPUTS)
 
 
 def test_out_of_memory_is_not_the_engines_fault() -> None:
@@ -178,7 +222,6 @@ def test_every_file_of_an_engine_is_checked(
 
 def test_bytes_that_onnxruntime_refuses_are_a_load_error(tmp_path: Path) -> None:
     from server.engines.limits import ShapeLimits
-    from server.engines.onnxruntime import OnnxRuntimeEngine
 
     bad = tmp_path / "bad.onnx"
     bad.write_bytes(b"not a graph")
@@ -195,7 +238,7 @@ class Package:
 
 
 def test_memory_that_was_refused_inside_a_package_is_not_its_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    refused = iter([3, 4, 4])  # before, and after each of two failures
+    refused = iter([3, 4, 7, 7])  # before and after each of two calls; what is refused between them is others'
     monkeypatch.setattr(memory, "refusals", lambda: next(refused))
     monkeypatch.setattr(aotinductor, "open_package", lambda path, module: Package())
     spec = SPECS[Component.IMAGE_DECODER]
@@ -244,7 +287,7 @@ def test_memory_refused_while_recording_is_forgiven_and_accounted_for(monkeypatc
             raise RuntimeError("run_func_(...) API call failed")
         return latents + 1
 
-    refused = iter([3, 4, 4])  # before, and after each of two failures
+    refused = iter([3, 3, 4, 4, 4, 4])  # before each of four calls, and after each of the two that fail
     monkeypatch.setattr(memory, "refusals", lambda: next(refused))
     engine = engine_on_cuda(monkeypatch, package, FakeRecorder())
     for _ in range(2):

@@ -146,6 +146,20 @@ def test_images_of_one_request_have_consecutive_seeds(executor: Executor, tokeni
     assert np.array_equal(draw(executor, two[1]), draw(executor, one[0]))
 
 
+def test_a_requests_images_share_the_time_of_the_steps_that_they_share(
+    executor: Executor, tokenizer: PromptTokenizer
+) -> None:
+    """Else a request of four images has taken four times as long as it did."""
+    four = sequences(tokenizer, dataclasses.replace(a_request(), num_images=4, num_inference_steps=1))
+    (other,) = sequences(tokenizer, dataclasses.replace(a_request(), num_inference_steps=1))
+    other.key = four[0].key + 1
+    for sequence in (*four, other):
+        executor.encode(sequence).result()
+    seconds = executor.denoise([*four, other]).result()
+    assert sum(s.seconds[Component.DENOISER] for s in four) == pytest.approx(seconds)
+    assert other.seconds[Component.DENOISER] == seconds
+
+
 @pytest.mark.parametrize("image_format", ImageFormat)
 def test_an_image_that_an_engine_gives_as_planes_can_be_encoded(
     image_format: ImageFormat, executor: Executor, tokenizer: PromptTokenizer

@@ -17,6 +17,7 @@ from export.manifest import Backend, EngineRecord, FileRecord, PlanRecord, PlanW
 from export.plans import OpenPlan, bind, described
 from export.profiles import serving_profiles
 from export.spec import Component, ModelDimensions, ShapePoint, component_specs, example_inputs
+from server.engines.recorded import CudaRecorder
 from server.engines.tensorrt import RecordedCall, Scratch, TensorRtEngine
 from server.engines.tensorrt_runtime import CompiledKernels, TensorRtPlan
 from server.errors import EngineLoadError
@@ -95,6 +96,20 @@ def test_scratch_memory_is_shared_and_moves_only_to_grow() -> None:
     assert scratch.lend(small) == grown
     assert small.memory == large.memory
     assert large.memory[1] == 1000
+
+
+def test_what_was_recorded_is_recorded_again_after_scratch_memory_could_not_grow() -> None:
+    """For what it computed in was given back first."""
+    inputs = example_inputs(SPEC, ShapePoint(1, 32, 64, 64), DIMENSIONS)
+    plan, scratch = FakePlan(FakeGraph()), Scratch(CPU)
+    call = RecordedCall(plan, scratch, SPEC, inputs)  # type: ignore[arg-type]
+    plan.made[0].scratch_bytes = 100
+    call(inputs)
+    with pytest.raises(RuntimeError, match="allocate"):
+        scratch.lend(FakeContext(1 << 60))
+    call(inputs)
+    assert plan.executed == 2
+    assert plan.made[0].memory[1] == 100
 
 
 def test_a_shape_keeps_its_buffers_and_gives_out_copies() -> None:
@@ -218,7 +233,7 @@ def test_contexts_compute_in_lent_memory(
     monkeypatch.setattr(torch.cuda, "current_stream", MagicMock())
     context = create_autospec(tensorrt_rtx.IExecutionContext, instance=True)
     engine.create_execution_context.return_value = context
-    plan = TensorRtPlan(trt, plan_file, SPEC, backend)
+    plan = TensorRtPlan(trt, plan_file, SPEC, backend, CudaRecorder(CPU))
     assert plan.context_in(1) is context
     user_managed = tensorrt_rtx.ExecutionContextAllocationStrategy.USER_MANAGED
     (how,) = engine.create_execution_context.call_args.args

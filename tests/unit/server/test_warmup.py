@@ -22,15 +22,20 @@ class FakeExecutor:
     """The first `slow` calls of a shape take 9 s, all others a tenth of one or what is said of so many rows."""
 
     def __init__(
-        self, clock: FakeClock, slow: int, full: bool = False, by_rows: Mapping[int, float] | None = None
+        self,
+        clock: FakeClock,
+        slow: int,
+        full: bool = False,
+        by_rows: Mapping[int, float] | None = None,
+        most_rows: int = 99,
     ) -> None:
         self._clock, self._slow, self._full = clock, slow, full
-        self._by_rows = by_rows or {}
+        self._by_rows, self._most_rows = by_rows or {}, most_rows
         self.calls: Counter[Call] = Counter()
         self.freed = 0
 
     def run(self, component: Component, inputs: dict[str, Tensor]) -> None:
-        if self._full:
+        if self._full or (component is Component.DENOISER and inputs["latents"].shape[0] > self._most_rows):
             raise torch.OutOfMemoryError("full")
         call = component, tuple(tuple(t.shape) for t in inputs.values())
         self.calls[call] += 1
@@ -95,3 +100,10 @@ def test_a_shape_without_memory_is_tried_again_once_some_has_been_freed(clock: F
     executor = FakeExecutor(clock, slow=1, full=True)
     assert warm_up(executor).step(64, 64) == pytest.approx(0.1)
     assert executor.freed == 1
+
+
+def test_a_batch_without_memory_is_not_planned_and_the_worker_starts(clock: FakeClock) -> None:
+    costs = warm_up(FakeExecutor(clock, slow=1, most_rows=2), max_batch_size=4)
+    assert set(costs.measured(64, 64)) == {1, 2}
+    with pytest.raises(torch.OutOfMemoryError):
+        warm_up(FakeExecutor(clock, slow=1, most_rows=0))

@@ -1,11 +1,18 @@
 """What a worker process does to itself before it loads anything."""
 
 import os
+import re
+import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
+from server.config import ModelConfig
 from server.errors import EngineLoadError
-from server.worker.main import _device, _see_only
+from server.worker import main as worker
+from server.worker.main import _as_exported, _device, _see_only
 
 
 @pytest.mark.parametrize(
@@ -28,3 +35,35 @@ def test_a_gpu_that_is_not_here_is_named(monkeypatch: pytest.MonkeyPatch, device
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(EngineLoadError, match=f"there is no {device} here"):
         _device(device)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory.\nTried"),
+            r"not enough memory to start \(.*\): CUDA out of memory\.$",
+        ),
+        (FileNotFoundError(2, "No such file", "tokenizer.json"), r"No such file: 'tokenizer.json'$"),
+    ],
+)
+def test_why_a_worker_cannot_start_is_the_last_it_says(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def build(config: object) -> None:
+        raise error
+
+    monkeypatch.setattr(worker, "build_service", build)
+    monkeypatch.setattr(worker.WorkerConfig, "parse", lambda arguments: None)
+    monkeypatch.setattr(worker.logging, "basicConfig", lambda **settings: None)
+    monkeypatch.setattr(sys, "argv", ["worker"])
+    assert worker.main() == 1
+    assert re.search(said, capsys.readouterr().out.rstrip("\n"))
+
+
+def test_batches_are_no_larger_than_the_engines_take(caplog: pytest.LogCaptureFixture) -> None:
+    """config.pbtxt is the operator's, and stays as it is when the model is exported anew."""
+    manifest: Any = SimpleNamespace(max_batch=2)
+    assert _as_exported(ModelConfig(name="demo", max_batch_size=4), manifest).max_batch_size == 2
+    assert "exported with --max-batch 2" in caplog.text
+    assert _as_exported(ModelConfig(name="demo", max_batch_size=1), manifest).max_batch_size == 1
