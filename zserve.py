@@ -7,17 +7,27 @@
     zserve parity     a model's engines against eager PyTorch, in numbers and in images
     zserve verify     build, check and time every kind of engine that this machine can run
     zserve bench      measure: components, images, the service, startup, memory; compare two records
+    zserve --version  the version that is installed
 
 Each command has its own --help. In Python: `from zserve import AsyncZImageClient, ZImageClient`.
 """
 
 import importlib
 import importlib.metadata
+import os
 import sys
 
-from client import AsyncZImageClient, GeneratedImage, ZImageClient
+from client import AsyncZImageClient, Drawing, GeneratedImage, GenerationFailedError, ImageRequest, ZImageClient
 
-__all__ = ["AsyncZImageClient", "GeneratedImage", "ZImageClient", "main"]
+__all__ = [
+    "AsyncZImageClient",
+    "Drawing",
+    "GeneratedImage",
+    "GenerationFailedError",
+    "ImageRequest",
+    "ZImageClient",
+    "main",
+]
 
 # Imported only when asked for: a client install has neither torch nor the server's libraries.
 COMMANDS = {
@@ -34,7 +44,18 @@ EXTRAS = {"serve": "server", "bench": "bench"}
 
 
 def main() -> int:
-    """The `zserve` command."""
+    """The `zserve` command. Whoever reads its output may stop reading, as `head` does: then it ends without a word."""
+    try:
+        try:
+            return _run()
+        finally:
+            sys.stdout.flush()  # here, also after argparse has printed its help, and not when Python ends
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes what is left there at its end
+        return 1
+
+
+def _run() -> int:
     command, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
     if command in ("-h", "--help"):
         print(__doc__)

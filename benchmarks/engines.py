@@ -33,7 +33,7 @@ def version_folder(choice: Choice, row: str) -> Path:
     }
     options = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
     print(f"exporting {name} ...", file=sys.stderr, flush=True)
-    done = subprocess.run([sys.executable, "-m", "zserve", "export", *options], stdout=sys.stderr, check=False)
+    done = subprocess.run([sys.executable, "-P", "-m", "zserve", "export", *options], stdout=sys.stderr, check=False)
     if done.returncode != 0:
         raise BenchmarkError(f"{row} cannot be measured: its export failed, for the reason above")
     return choice.repository / name / str(versions(choice.repository / name)[-1])

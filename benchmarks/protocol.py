@@ -132,7 +132,7 @@ def _zserve(scratch: Path, model: Path) -> Iterator[None]:
     text = re.sub(r"(?m)^name:.*\n", "", (model / "config.pbtxt").read_text())
     (twin / "config.pbtxt").write_text(text + "\nmodel_transaction_policy { decoupled: true }\n")
     ports = ("--grpc-port", str(GRPC), "--metrics-port", str(METRICS), "--allow-client-shm")
-    command = [sys.executable, "-m", "zserve", "serve", "--model-repository", str(scratch), *ports]
+    command = [sys.executable, "-P", "-m", "zserve", "serve", "--model-repository", str(scratch), *ports]
     with _process(command) as process:
         client = triton.InferenceServerClient(f"127.0.0.1:{GRPC}")
         wait_until(client.is_server_ready, process)

@@ -252,7 +252,7 @@ def load(variant: Variant, options: argparse.Namespace) -> Painter:
     """
     model = f"demo-{variant.backend}-{variant.precision}"
     command = [
-        sys.executable, "-m", "zserve", "export", "--checkpoint", "demo/checkpoint", "--repository",
+        sys.executable, "-P", "-m", "zserve", "export", "--checkpoint", "demo/checkpoint", "--repository",
         str(options.repository), "--name", model, "--backend", variant.backend, "--precision", variant.precision,
         "--device", options.device, "--default-size", "256x256",
     ]  # fmt: skip

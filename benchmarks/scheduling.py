@@ -34,7 +34,7 @@ from server.frontend.workers import COMMAND
 
 LOADS = (0.5, 1.0, 3.0)
 SIZES = {(128, 128): 0.5, (256, 256): 0.5}
-POLICIES = {"planner": COMMAND, "fifo": (sys.executable, "-m", "benchmarks.fifo")}
+POLICIES = {"planner": COMMAND, "fifo": (sys.executable, "-P", "-m", "benchmarks.fifo")}
 MANNERS = {"planner": Manners.TELL, "fifo": Manners.WAIT}
 CLOSED_LOOP = 16  # clients
 

@@ -137,7 +137,17 @@ def server_process(models: Path, device: str) -> Iterator[Running]:
     with tempfile.TemporaryFile("w+") as log:
         began = time.perf_counter()
         process = subprocess.Popen(
-            [sys.executable, "-m", "zserve", "serve", "--model-repository", str(models), "--require-engine", *address],
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                "zserve",
+                "serve",
+                "--model-repository",
+                str(models),
+                "--require-engine",
+                *address,
+            ],
             stderr=log,
         )
         try:

@@ -16,6 +16,8 @@ from client.messages import FORMATS, GeneratedImage, GenerationFailedError, Imag
 from client.names import ENDINGS, is_file, output_paths
 from client.progress import StepBar
 
+STATUSES = """exit status: 0 everything is drawn; 1 a prompt failed; 2 bad arguments, or a file that cannot be read;
+130 interrupted"""
 EXTENSIONS = {"png": "png", "jpeg": "jpg", "webp": "webp", "raw": "png"}
 
 
@@ -30,7 +32,7 @@ class Job:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(prog="zserve generate", description=__doc__)
+    p = argparse.ArgumentParser(prog="zserve generate", description=__doc__, epilog=STATUSES)
     p.add_argument("prompt", nargs="*", help="what to draw; several may be given")
     p.add_argument("-f", "--file", help="read one prompt a line from this file; - for standard input")
     p.add_argument(
@@ -51,15 +53,25 @@ def parser() -> argparse.ArgumentParser:
         "--header", type=_header, action="append", default=[], metavar="NAME:VALUE", help="sent with every call"
     )
     p.add_argument("--model", default="", help="which model, where the server has several")
-    p.add_argument("--negative-prompt", default="", help="what to avoid; needs --guidance")
+    p.add_argument("--negative-prompt", default="", help="what to avoid; ignored unless --guidance is above 0")
     p.add_argument("--size", type=_size, default=(None, None), help="WIDTHxHEIGHT (default: the model's)")
     p.add_argument("--steps", type=_natural, help="denoiser forwards (default: the model's)")
     p.add_argument("--guidance", type=float, help="guidance scale (default: the model's)")
-    p.add_argument("--seed", type=_natural, help="the same seed draws the same image (default: a new one)")
+    p.add_argument(
+        "--seed",
+        type=_natural,
+        help="0 to 2^63 - 1, also with --images - 1 added; the same seed draws the same image (default: a new one)",
+    )
     p.add_argument("--images", type=_natural, default=1, help="images a prompt, with consecutive seeds (default: 1)")
     p.add_argument("--format", choices=list(FORMATS), help="default: by the output's ending, else png")
     p.add_argument("--quality", type=_natural, default=90, help="1 to 100, of jpeg and webp (default: %(default)s)")
-    p.add_argument("--previews", type=_natural, default=0, metavar="K", help="also save a small preview every K steps")
+    p.add_argument(
+        "--previews",
+        type=_natural,
+        default=0,
+        metavar="K",
+        help="also save a small preview every K steps, but not of the last, as NAME.stepNN.jpg beside the image",
+    )
     p.add_argument("--priority", type=_natural, default=0, help="1 is the highest (default: the model's)")
     p.add_argument("--truncate", action="store_true", help="cut prompts past 512 tokens instead of refusing them")
     p.add_argument("--concurrency", type=_natural, default=4, help="requests at a time (default: %(default)s)")
@@ -68,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Draws everything; the exit status is 1 when any prompt failed."""
+    """Draws everything; returns the exit status."""
     arguments = parser().parse_args(argv)
     try:
         jobs = _jobs(arguments, _prompts(arguments))

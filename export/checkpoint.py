@@ -5,14 +5,16 @@ Reads JSON and safetensors headers only, so a broken 20 GB download is named wit
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from safetensors import SafetensorError, safe_open
+
 from export.configs import FILES, CheckpointConfigs, checked_configs
 from export.errors import CheckpointError, DamagedFileError
-from export.parsing import parsed
 from export.spec import ModelDimensions
 
 PIPELINE_CLASS = "ZImagePipeline"
@@ -30,6 +32,7 @@ CONFIGS = (
 CHAT_TEMPLATE = "tokenizer/chat_template.jinja"  # older checkpoints have it in tokenizer_config.json
 SAMPLE_BYTES = 2048
 HEADER_BYTES = 100_000_000  # the format's own limit
+DATA_END = re.compile(rb'"data_offsets"\s*:\s*\[\s*\d+\s*,\s*(\d{1,18})')  # in a header
 
 
 @dataclass(frozen=True)
@@ -67,17 +70,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     )
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """A tensor as a safetensors header has it."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    data_offsets: tuple[int, int]  # from the header's end
-
-
 def read_safetensors_header(file: Path) -> dict[str, Any]:
-    """The header of a safetensors file, after checking that the file holds every byte the header promises.
+    """The header of a safetensors file, after checking that its library takes it and that all its bytes are there.
 
     Format: u64 header length, JSON header, tensor data (https://github.com/huggingface/safetensors).
     """
@@ -88,23 +82,15 @@ def read_safetensors_header(file: Path) -> dict[str, Any]:
     with file.open("rb") as f:
         f.seek(8)
         text = f.read(length)
-    try:
-        header = _object(json.loads(text))
-        spans = [parsed(_Stored, entry).data_offsets for name, entry in header.items() if name != "__metadata__"]
-    except (ValueError, TypeError) as error:
-        raise DamagedFileError(file, f"has an unreadable safetensors header ({error})") from error
-    expected = 8 + length + max((end for _, end in spans), default=0)
-    if size != expected:
+    expected = 8 + length + max(map(int, DATA_END.findall(text)), default=0)
+    if size < expected:  # the library does not say how much
         raise DamagedFileError(file, f"is damaged: {expected} bytes expected, {size} found")
-    if any(not 0 <= begin <= end for begin, end in spans):
-        raise DamagedFileError(file, "has an unreadable safetensors header (a tensor ends before it begins)")
+    try:
+        with safe_open(file, "np"):  # reads the header alone
+            header: dict[str, Any] = json.loads(text)
+    except SafetensorError as error:
+        raise DamagedFileError(file, f"has an unreadable safetensors header ({error})") from error
     return header
-
-
-def _object(value: object) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise TypeError(f"it holds {type(value).__name__}, not an object")
-    return value
 
 
 def data_start(file: Path) -> int:

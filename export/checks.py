@@ -1,14 +1,14 @@
 """What can be said against an export before anything is read, downloaded or built."""
 
-from pathlib import Path
-
 from export.build import Builder
 from export.checkpoint import Checkpoint
-from export.errors import SourceError, UnsupportedError
+from export.errors import ArgumentsError, SourceError, UnsupportedError
 from export.estimate import check_disk, check_resources, download_place, estimate_listed
+from export.hubs import Listing
 from export.manifest import Backend, Target
-from export.repository import INCOMPLETE, Existing, ServingDefaults, free_version, pixels, versions
+from export.repository import ServingDefaults, free_version, pixels
 from export.request import ExportRequest
+from export.reuse import earlier_work
 from export.spec import MIN_SIZE, SIZE_MULTIPLE, SMALLEST_MAX_SIZE, Precision
 
 
@@ -16,7 +16,8 @@ def check_request(request: ExportRequest, builder: Builder | None) -> None:
     """Checks the request by itself, without its checkpoint.
 
     Raises:
-        UnsupportedError: its backend cannot build here or not as asked, or it has sizes that no server would take.
+        ArgumentsError: it has sizes that no server would take.
+        UnsupportedError: its backend cannot build here, or not as asked.
         VersionExistsError: the version that it is to write is there, and to be kept.
     """
     _check_sizes(request.serving)
@@ -45,13 +46,13 @@ def _computes_fp8(target: Target) -> bool:
 def _check_sizes(serving: ServingDefaults) -> None:
     largest = serving.max_size
     if largest < SMALLEST_MAX_SIZE or largest % SIZE_MULTIPLE:
-        raise UnsupportedError(
+        raise ArgumentsError(
             f"--max-size {largest}: a multiple of {SIZE_MULTIPLE} from {SMALLEST_MAX_SIZE} is accepted"
         )
     named = [("--default-size", serving.default_size), *(("--warmup-size", size) for size in serving.warmup_sizes)]
     for option, size in named:
         if any(side % SIZE_MULTIPLE or not MIN_SIZE <= side <= largest for side in pixels(size)):
-            raise UnsupportedError(
+            raise ArgumentsError(
                 f"{option} {size} cannot be served; sides that are multiples of {SIZE_MULTIPLE} from {MIN_SIZE} to "
                 f"{largest} are accepted. Give another, or another --max-size"
             )
@@ -61,15 +62,23 @@ def check_download(request: ExportRequest) -> None:
     """Checks what can be known of a checkpoint before it is downloaded.
 
     Raises:
-        ResourcesError: there is too little disk for the download, or too little disk or memory for the export even if
-            the files turn out to hold as few numbers as they may.
+        ResourcesError: as `check_listed`.
     """
     try:
         listing = request.source.listing()
     except SourceError:
         return  # it may be cached; if not, the download says what is wrong
-    if listing is None or not listing.missing:
-        return
+    if listing is not None and listing.missing:
+        check_listed(request, listing)
+
+
+def check_listed(request: ExportRequest, listing: Listing) -> None:
+    """The same of what its hub has listed, of which some has to be downloaded.
+
+    Raises:
+        ResourcesError: there is too little disk for the download, or too little disk or memory for the export even if
+            the files turn out to hold as few numbers as they may.
+    """
     if may_reuse(request):
         check_disk([download_place(listing)])  # what is left to build is known when the checkpoint is there
     else:
@@ -81,16 +90,10 @@ def may_reuse(request: ExportRequest) -> bool:
     return any(folder.exists() for folder in earlier_work(request))
 
 
-def earlier_work(request: ExportRequest) -> list[Path]:
-    """Where finished engines may lie: of an interrupted export like this, and of the newest version if kept."""
-    newest = versions(request.model)[-1:] if request.existing is Existing.KEEP else []
-    return [request.model / INCOMPLETE[request.existing], *(request.model / str(number) for number in newest)]
-
-
 def check_reach(request: ExportRequest, checkpoint: Checkpoint) -> None:
-    """Raises `UnsupportedError` where the checkpoint's position tables do not reach the sizes asked for."""
+    """Raises `ArgumentsError` where the checkpoint's position tables do not reach the sizes asked for."""
     if request.serving.max_size > checkpoint.max_size:
-        raise UnsupportedError(
+        raise ArgumentsError(
             f"the checkpoint draws up to {checkpoint.max_size} pixels a side, and {request.serving.max_size} is asked "
             f"for; give --max-size {checkpoint.max_size} or less"
         )

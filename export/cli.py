@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export.errors import ExportError, ResourcesError, UnsupportedError
+from export.errors import ArgumentsError, ExportError, ResourcesError, UnsupportedError
 from export.hubs import Hub, is_disk_full
 from export.interruption import Interruption
 from export.manifest import Backend, EngineRecord, PlanWeights, Target, Verbosity
@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 
 DEFAULTS = ServingDefaults()
 NOT_POSSIBLE = 3  # the exit status where this machine cannot do it at all, which says nothing against the engines
-STATUSES = f"""exit status: 0 published, or nothing to do; 1 it failed, or an engine is not right; 2 bad arguments;
-{NOT_POSSIBLE} not possible on this machine, for want of a GPU, a library, disk or memory; 130 interrupted"""
+BAD_ARGUMENTS = 2  # also argparse's own
+STATUSES = f"""exit status: 0 published, or nothing to do; 1 it failed, or an engine is not right;
+{BAD_ARGUMENTS} bad arguments; {NOT_POSSIBLE} not possible on this machine, for want of a GPU, a library, disk or
+memory; 130 interrupted"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -107,6 +109,11 @@ def _add_source_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def _source(arguments: argparse.Namespace) -> Source:
+    if arguments.source is Hub.LOCAL and (arguments.revision or arguments.cache_dir):
+        raise ArgumentsError(
+            "--revision and --cache-dir are for a hub, and --source is local; leave them out, or give "
+            "--source huggingface or --source modelscope"
+        )
     return Source(
         hub=arguments.source,
         name=arguments.checkpoint,
@@ -145,7 +152,7 @@ def main(argv: Sequence[str]) -> int:
         _run(arguments, Interruption())
     except ExportError as error:
         print(f"zserve export: {error}", file=sys.stderr)
-        return NOT_POSSIBLE if isinstance(error, (UnsupportedError, ResourcesError)) else 1
+        return _status(error)
     except OSError as error:
         print(f"zserve export: {error}", file=sys.stderr)
         return NOT_POSSIBLE if is_disk_full(error) else 1
@@ -156,6 +163,16 @@ def main(argv: Sequence[str]) -> int:
         )
         return 130
     return 0
+
+
+def _status(error: ExportError) -> int:
+    match error:
+        case ArgumentsError():
+            return BAD_ARGUMENTS
+        case UnsupportedError() | ResourcesError():
+            return NOT_POSSIBLE
+        case _:
+            return 1
 
 
 def _run(arguments: argparse.Namespace, interruption: Interruption) -> None:
@@ -215,7 +232,7 @@ def _options(arguments: argparse.Namespace, backend: Backend, device: str) -> "B
 
     chosen = arguments.target or arguments.strip_weights or arguments.profiling_verbosity is not Verbosity.LAYER_NAMES
     if chosen and backend not in (Backend.TENSORRT, Backend.TENSORRT_RTX):
-        raise UnsupportedError(
+        raise ArgumentsError(
             f"--target, --strip-weights and --profiling-verbosity are for TensorRT, and --backend is {backend}; "
             "leave them out"
         )

@@ -32,6 +32,11 @@ def _only(value: object) -> Accepts:
     return Accepts(f"only {written}", lambda found: bool(found == value))
 
 
+def _four(kind: str) -> Accepts:
+    """One for each of `block_out_channels`."""
+    return Accepts(f'four times "{kind}"', lambda values: values == 4 * (kind,))
+
+
 def _three(words: str, test: Callable[[int, int, int], bool]) -> Accepts:
     """One number for each axis: position in the caption, row, column."""
     return Accepts(f"three whole numbers, {words}", lambda values: len(values) == 3 and test(*values))
@@ -49,6 +54,14 @@ MOST_POSITIONS = 1 << 16
 _Size = Annotated[int, _whole(1, 1 << 24)]
 _Layers = Annotated[int, _whole(1, 1000)]
 _Off = Annotated[bool | None, Accepts("only false", lambda value: not value)]
+_Silu = Annotated[str, _only("silu")]
+_Unquantised = Annotated[
+    object,
+    Accepts(
+        "only null, so the checkpoint as it was before it was quantised (--precision fp8 makes FP8 of that),",
+        lambda value: value is None,
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -64,6 +77,7 @@ class SchedulerConfig:
     use_beta_sigmas: _Off = False
     invert_sigmas: _Off = False
     stochastic_sampling: _Off = False
+    shift_terminal: Annotated[float | None, _only(None)] = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +111,7 @@ class TransformerConfig:
     norm_eps: Annotated[float, BELOW_ONE] = 1e-5
     rope_theta: Annotated[float, ABOVE_ZERO] = 256.0
     t_scale: Annotated[float, ABOVE_ZERO] = 1000.0
+    quantization_config: _Unquantised = None
 
     @property
     def max_size(self) -> int:
@@ -114,6 +129,9 @@ class TextEncoderConfig:
     num_hidden_layers: Annotated[int, _whole(2, 1000)]
     num_attention_heads: _Size
     num_key_value_heads: _Size
+    hidden_act: _Silu = "silu"
+    use_sliding_window: _Off = False
+    quantization_config: _Unquantised = None
 
 
 @dataclass(frozen=True)
@@ -130,11 +148,15 @@ class VaeConfig:
     ]
     scaling_factor: Annotated[float, ABOVE_ZERO]
     shift_factor: Annotated[float, FINITE]
+    down_block_types: Annotated[tuple[str, ...], _four("DownEncoderBlock2D")]
+    up_block_types: Annotated[tuple[str, ...], _four("UpDecoderBlock2D")]
     _class_name: Annotated[str, _only("AutoencoderKL")] = "AutoencoderKL"
     in_channels: Annotated[int, _only(3)] = 3
     out_channels: Annotated[int, _only(3)] = 3
     layers_per_block: _Layers = 1
     norm_num_groups: _Size = 32
+    act_fn: _Silu = "silu"
+    quantization_config: _Unquantised = None
 
 
 @dataclass(frozen=True)

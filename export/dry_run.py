@@ -1,18 +1,18 @@
 """`zserve export --dry-run`: what would happen, and whether it can."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from export.build import builder_for
-from export.checkpoint import Checkpoint
-from export.checks import check_download, check_reach, check_request, earlier_work, may_reuse
+from export.checks import check_listed, check_reach, check_request, may_reuse
 from export.errors import SourceError
 from export.estimate import GB, Estimate, check_resources, estimate, estimate_listed, free_disk
 from export.hubs import Hub, Listing
 from export.manifest import Backend
-from export.repository import INCOMPLETE, Existing, free_version, versions
+from export.repository import INCOMPLETE, free_version
 from export.request import ExportRequest
-from export.reuse import is_whole, matching_manifest, reusable_engines
+from export.reuse import earlier_engines, published, taken_from
 from export.sources import Source
 from export.spec import Component
 
@@ -28,16 +28,19 @@ def print_dry_run(request: ExportRequest) -> None:
     listing = _listing(request.source)
     if listing is not None and listing.missing:
         _say_download(request, listing)
-        check_download(request)
+        check_listed(request, listing)
         return
     checkpoint = _cached(request.source, listing).open()
     check_reach(request, checkpoint)
     _say(f"download   nothing; the checkpoint is {checkpoint.path}")
-    if _is_published(request, checkpoint):
-        _say(f"version    {versions(request.model)[-1]} is what is asked for; nothing is built")
+    earlier = earlier_engines(request, checkpoint)
+    there = published(request, checkpoint, earlier)
+    if there is not None:
+        _say(f"version    {there.folder.name} is what is asked for; nothing is built")
         return
-    _say_version(request, checkpoint)
-    needed = estimate(request, checkpoint)
+    held = taken_from(earlier)
+    _say_version(request, held)
+    needed = estimate(request, checkpoint, held)
     _say_needs(request, needed, needed)
     check_resources(needed, request.repository)
 
@@ -69,19 +72,9 @@ def _say_download(request: ExportRequest, listing: Listing) -> None:
     _say_needs(request, needed.least, needed.most)
 
 
-def _is_published(request: ExportRequest, checkpoint: Checkpoint) -> bool:
-    """Whether the newest version is what is asked for."""
-    numbers = versions(request.model)
-    if request.existing is not Existing.KEEP or request.version is not None or not numbers:
-        return False
-    newest = request.model / str(numbers[-1])
-    manifest = matching_manifest(newest, request, checkpoint)
-    return manifest is not None and is_whole(reusable_engines(newest, request, checkpoint), request.backend)
-
-
-def _say_version(request: ExportRequest, checkpoint: Checkpoint) -> None:
+def _say_version(request: ExportRequest, held: Mapping[Component, Path]) -> None:
     _say(f"version    {_target(request)}")
-    for component, folder in _reused(request, checkpoint).items():
+    for component, folder in held.items():
         where = "an interrupted export" if folder.name in INCOMPLETE.values() else f"version {folder.name}"
         _say(f"  {component:<15} is not built again, but taken from {where}")
 
@@ -91,19 +84,10 @@ def _target(request: ExportRequest) -> str:
     return f"{target.name}, replacing the one that is there" if target.exists() else target.name
 
 
-def _reused(request: ExportRequest, checkpoint: Checkpoint) -> dict[Component, Path]:
-    """The engines that would not be built, and the folders that have them."""
-    held: dict[Component, Path] = {}
-    for folder in earlier_work(request):
-        for component in reusable_engines(folder, request, checkpoint):
-            held.setdefault(component, folder)
-    return held
-
-
 def _say_needs(request: ExportRequest, least: Estimate, most: Estimate) -> None:
     if request.backend is not Backend.EAGER:
         _say(f"build for  {', '.join(map(str, request.options.targets))}")
-    for component in Component:
+    for component in least.weights:
         weights = _range(least.weights[component], most.weights[component])
         _say(f"  {component:<15} weights {weights}  engine up to {most.engines[component] / GB:7.2f} GB")
     free = free_disk(request.repository) / GB

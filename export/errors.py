@@ -2,6 +2,7 @@
 
 ExportError
 ├── UnsupportedError      what was asked for cannot be built, here or at all
+│   └── ArgumentsError    ... on any machine, as its arguments do not fit each other
 ├── ResourcesError        too little disk or memory for what was asked
 ├── SourceError           a hub does not have the checkpoint, or cannot be reached
 ├── CheckpointError       the folder is not a whole, supported ZImagePipeline
@@ -23,6 +24,10 @@ class ExportError(Exception):
 
 class UnsupportedError(ExportError):
     """What was asked for cannot be built, here or at all; the message says what can."""
+
+
+class ArgumentsError(UnsupportedError):
+    """The arguments do not fit each other, or the checkpoint, whatever the machine; the message says what does."""
 
 
 class ResourcesError(ExportError):

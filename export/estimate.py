@@ -1,7 +1,7 @@
 """What an export will need, told before it begins: disk and memory, from file headers or from the sizes on a hub."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -35,7 +35,7 @@ MAIN_PARTS = {
 class Estimate:
     """Bytes; disk and memory at their highest during the export."""
 
-    weights: dict[Component, int]  # in the precision of the export
+    weights: dict[Component, int]  # of the components that are built, in the precision of the export
     engines: dict[Component, int]
     disk: int
     memory: int
@@ -49,9 +49,9 @@ class Range:
     most: Estimate
 
 
-def estimate(request: ExportRequest, checkpoint: Checkpoint) -> Estimate:
-    """What the export of `checkpoint` will need."""
-    return _estimate(request, {c: elements(checkpoint.path, c) for c in Component})
+def estimate(request: ExportRequest, checkpoint: Checkpoint, held: Collection[Component] = ()) -> Estimate:
+    """What the export of `checkpoint` will need beside the engines that are `held` already."""
+    return _estimate(request, {c: elements(checkpoint.path, c) for c in Component if c not in held})
 
 
 def estimate_listed(request: ExportRequest, listing: Listing) -> Range:
@@ -65,14 +65,16 @@ def _estimate(request: ExportRequest, numbers: Mapping[Component, int]) -> Estim
     """From how many numbers the weights of each component are."""
     weights = {c: BYTES[request.precision.weights] * count for c, count in numbers.items()}
     engines = {c: _engine_bytes(request.backend, size) for c, size in weights.items()}
-    largest = max(weights.values())
+    largest = max(weights.values(), default=0)
     if request.backend in (Backend.TENSORRT, Backend.TENSORRT_RTX):
         # The weights pass through the disk, and through memory once as the parser's and once as the plan's.
         disk, memory = sum(engines.values()) + largest, 2 * largest
     elif request.backend is Backend.ONNXRUNTIME:
         disk, memory = sum(engines.values()), 3 * largest  # one component at a time: its module, its graph, its file
-    else:
+    elif request.backend is Backend.AOTINDUCTOR:
         disk, memory = sum(engines.values()), largest
+    else:
+        disk, memory = 0, 0  # nothing is built
     return Estimate(weights, engines, disk, memory + LIBRARIES_MEMORY)
 
 

@@ -7,12 +7,13 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from export.build import Builder, BuildInputs, builder_for
 from export.checkpoint import Checkpoint
 from export.checks import check_download, check_reach, check_request
-from export.errors import BuildError
+from export.errors import BuildError, ResourcesError
 from export.estimate import check_resources, estimate
 from export.manifest import (
     FILE_NAME,
@@ -30,9 +31,9 @@ from export.onnx import GraphSource
 from export.parity import Checker, ParityCheck
 from export.preview import fit_preview
 from export.profiles import parity_points
-from export.repository import Existing, new_version, take, versions, write_config
+from export.repository import new_version, remove, take, versions, write_config
 from export.request import ExportRequest
-from export.reuse import is_whole, matching_manifest, reusable_engines, runs_here
+from export.reuse import earlier_engines, newest_kept, published, reusable_engines, runs_here, taken_from
 from export.spec import Component, ComponentSpec, component_specs
 
 # How long building a component takes beside the others, for the time left on the progress bar.
@@ -66,11 +67,12 @@ def export_model(request: ExportRequest, report: Report) -> Exported:
     check_download(request)
     checkpoint = request.source.open()
     check_reach(request, checkpoint)
-    published = _published(request, checkpoint)
-    if published is not None:
+    earlier = earlier_engines(request, checkpoint)
+    there = published(request, checkpoint, earlier)
+    if there is not None:
         write_config(request.model, request.serving)  # it may have been deleted, to be written anew
-        return published
-    check_resources(estimate(request, checkpoint), request.repository)
+        return Exported(there.folder, there.manifest, frozenset(e.component for e in there.manifest.engines))
+    check_resources(estimate(request, checkpoint, taken_from(earlier)), request.repository)
     with new_version(request.model, request.version, request.existing) as folder:
         version = _Version(request, checkpoint, folder, report)
         exported = version.assemble(builder)
@@ -78,24 +80,6 @@ def export_model(request: ExportRequest, report: Report) -> Exported:
         report("publishing", sum(SHARES.values()))
     number = request.version or versions(request.model)[-1]
     return replace(exported, folder=request.model / str(number))
-
-
-def _published(request: ExportRequest, checkpoint: Checkpoint) -> Exported | None:
-    """The newest version, if it is what is asked for."""
-    newest = _newest(request)
-    if newest is None or request.version is not None:
-        return None
-    manifest = matching_manifest(newest, request, checkpoint)
-    engines = reusable_engines(newest, request, checkpoint)
-    if manifest is None or not is_whole(engines, request.backend):
-        return None
-    return Exported(newest, manifest, frozenset(engines))
-
-
-def _newest(request: ExportRequest) -> Path | None:
-    """The folder of the newest version, unless nothing there is to be kept."""
-    numbers = versions(request.model)
-    return request.model / str(numbers[-1]) if numbers and request.existing is Existing.KEEP else None
 
 
 @dataclass(frozen=True)
@@ -143,8 +127,8 @@ class _Version:
         wanted = {FILE_NAME, *(file.name for record in kept.values() for file in record.files)}
         for path in self.folder.iterdir():
             if path.name not in wanted:
-                path.unlink()
-        newest = _newest(self.request)
+                remove(path)
+        newest = newest_kept(self.request)
         if newest is not None:
             for component, record in reusable_engines(newest, self.request, self.checkpoint).items():
                 if component not in kept:
@@ -198,6 +182,11 @@ class _Jobs:
             inputs = BuildInputs(source, spec, request.profiles, request.repository, module)
             try:
                 built = self.builder.build(inputs, version.folder)
+            except torch.OutOfMemoryError as error:
+                raise ResourcesError(
+                    f"{request.device} has too little memory to build {component} ({str(error).splitlines()[0]}); end "
+                    "what else computes there, or export on a larger GPU"
+                ) from error
             except RuntimeError as error:
                 raise BuildError(f"{request.backend} could not build {component}: {error}") from error
         version.report(f"checking {component}", done + SHARES[component] // 2)
@@ -221,6 +210,7 @@ class _Jobs:
             path,
             request.precision,
             request.device,
+            self.version.checkpoint.dimensions,
             parity_points(request.serving.default_pixels, request.limits.max_rows, request.limits.max_size),
         )
         return checker.check(check, spec.tolerance[request.precision])

@@ -3,6 +3,8 @@
 import hashlib
 import importlib.metadata
 import json
+import re
+import shlex
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -10,8 +12,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Self
 
-from export.checkpoint import Checkpoint
-from export.errors import ManifestError, StaleEngineError
+from export.checkpoint import Checkpoint, open_checkpoint
+from export.errors import CheckpointError, ManifestError, StaleEngineError
 from export.parsing import parsed
 from export.profiles import ShapeProfile, parity_points
 from export.spec import Component, ModelDimensions, Precision, ShapePoint
@@ -119,6 +121,10 @@ class EngineRecord:
     parity: Parity | None  # None: built for a device that the exporting machine does not have, and never run
     plan: PlanRecord | None = None
 
+    def __post_init__(self) -> None:
+        if not self.files:
+            raise ValueError(f"the {self.component} engine has no files")
+
     @property
     def file(self) -> str:
         """Name of the engine's own file."""
@@ -163,6 +169,10 @@ class Manifest:
     preview: PreviewProjection
     source: str  # hash of the code that made the graphs; another one makes other graphs
     format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.default_size):
+            raise ValueError(f"default_size is {self.default_size!r}, not WIDTHxHEIGHT")
 
     @property
     def default_pixels(self) -> tuple[int, int]:
@@ -210,6 +220,25 @@ class Manifest:
 def checkpoint_record(checkpoint: Checkpoint) -> CheckpointRecord:
     """What a manifest holds of `checkpoint`."""
     return CheckpointRecord(str(checkpoint.path), checkpoint.fingerprint, checkpoint.dimensions, checkpoint.shift)
+
+
+def check_checkpoint(manifest: Manifest) -> None:
+    """Checks that the checkpoint is still the one that the version's engines were built from; eager reads it.
+
+    Raises:
+        CheckpointError: it is not where it was, or not whole.
+        StaleEngineError: it is another.
+    """
+    path = Path(manifest.checkpoint.path)
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{manifest.name} was exported from the checkpoint {path}, which is read with it and is not there; put it "
+            "back, or export the model again from where it is"
+        )
+    if open_checkpoint(path).fingerprint != manifest.checkpoint.fingerprint:
+        raise StaleEngineError(
+            f"the checkpoint {path} has changed since {manifest.name} was exported from it; export it again"
+        )
 
 
 def check_engine(record: EngineRecord, folder: Path, target: Target, rebuild: str) -> None:
@@ -278,18 +307,38 @@ def built_with(libraries: Iterable[str]) -> dict[str, str]:
     return {name: installed_version(name) or "unknown" for name in dict.fromkeys((*libraries, *GRAPH_LIBRARIES))}
 
 
-def rebuild_command(manifest: Manifest, repository: Path, record: EngineRecord) -> str:
-    """The shell command that makes this version's engines again."""
-    command = (
-        f"zserve export --checkpoint {manifest.checkpoint.path} --repository {repository} --name {manifest.name} "
-        f"--backend {record.backend} --precision {manifest.precision} --max-batch {manifest.max_batch} "
-        f"--max-size {manifest.max_size} --default-size {manifest.default_size}"
-    )
-    if record.backend is Backend.TENSORRT_RTX:
-        command += f" --target {','.join(target_name(t) for t in record.built_for)}"
-    if record.plan is not None and record.plan.weights is PlanWeights.STRIPPED:
-        command += " --strip-weights"
-    return f"{command} --force"
+def rebuild_command(manifest: Manifest, repository: Path, record: EngineRecord, here: Target) -> str:
+    """The shell command that makes this version's engines again: for `here`, where they could be built for it."""
+    options = {
+        "--checkpoint": manifest.checkpoint.path,
+        "--repository": repository,
+        "--name": manifest.name,
+        "--backend": record.backend,
+        "--precision": manifest.precision,
+        "--max-batch": manifest.max_batch,
+        "--max-size": manifest.max_size,
+        "--default-size": manifest.default_size,
+        **_target_options(record, here),
+    }
+    plan = record.plan
+    if plan is not None and plan.verbosity is not Verbosity.LAYER_NAMES:
+        options["--profiling-verbosity"] = plan.verbosity
+    stripped = ["--strip-weights"] if plan is not None and plan.weights is PlanWeights.STRIPPED else []
+    words = (str(word) for option in options.items() for word in option)
+    return shlex.join(["zserve", "export", *words, *stripped, "--force"])
+
+
+def _target_options(record: EngineRecord, here: Target) -> dict[str, str]:
+    """What tells an export which devices to build for; nothing where it can only be the GPU that it runs on."""
+    targets = record.built_for if here in record.built_for else (here,)
+    match record.backend:
+        case Backend.TENSORRT_RTX:
+            plans_for = [t for t in targets if t.device == "cuda"] or record.built_for  # there are none for a CPU
+            return {"--target": ",".join(map(target_name, plans_for))}
+        case Backend.AOTINDUCTOR if targets == (Target("cpu"),):
+            return {"--device": "cpu"}
+        case _:
+            return {}
 
 
 def target_name(target: Target) -> str:

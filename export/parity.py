@@ -37,6 +37,7 @@ class ParityCheck:
     file: Path
     precision: Precision
     device: str
+    dimensions: ModelDimensions
     points: tuple[ShapePoint, ...]
 
     def as_line(self) -> str:
@@ -54,6 +55,7 @@ class ParityCheck:
             file=Path(raw["file"]),
             precision=Precision(raw["precision"]),
             device=raw["device"],
+            dimensions=ModelDimensions(**raw["dimensions"]),
             points=tuple(ShapePoint(**point) for point in raw["points"]),
         )
 
@@ -64,7 +66,7 @@ class Checker(AbstractContextManager["Checker"]):
     def __init__(self) -> None:
         self._complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "export.parity"],
+            [sys.executable, "-P", "-m", "export.parity"],  # -P: not an `export.py` of the folder this is called in
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._complaints,
@@ -128,21 +130,19 @@ def measure_parity(check: ParityCheck) -> Parity:
     import torch
 
     from export.build import BuildOptions, builder_for
-    from export.checkpoint import open_checkpoint
     from export.devices import use_device
     from export.modules import load_components
     from export.spec import component_specs
 
     use_device(check.device)
-    dimensions = open_checkpoint(check.checkpoint).dimensions
-    spec = component_specs(dimensions)[check.component]
+    spec = component_specs(check.dimensions)[check.component]
     module = load_components(
         check.checkpoint, precision=check.precision, device=check.device, wanted=[check.component]
     )[check.component]
     builder = builder_for(check.backend, BuildOptions())
     assert builder is not None
     with torch.inference_mode():
-        inputs = [_inputs(spec, point, dimensions, check.device, seed) for seed, point in enumerate(check.points)]
+        inputs = [_inputs(spec, point, check.dimensions, check.device, seed) for seed, point in enumerate(check.points)]
         expected = [module(**given).cpu() for given in inputs]
         if check.backend is not Backend.AOTINDUCTOR:
             # The others have weights of their own, and there may not be room for both.

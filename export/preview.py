@@ -11,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from export.errors import CheckpointError
 from export.manifest import PreviewProjection
+from export.modules.blocks import Foreign
+from export.modules.load import load_vae
 from export.spec import PIXELS_PER_LATENT
 
 SIZE = 128  # pixels a side of a field
@@ -19,13 +22,19 @@ FIELDS = 8  # of each kind
 
 
 def fit_preview(checkpoint: Path) -> PreviewProjection:
-    """The projection of the checkpoint's VAE, for latents as the denoiser sees them."""
-    from diffusers import AutoencoderKL
+    """The projection of the checkpoint's VAE, for latents as the denoiser sees them.
 
-    vae = AutoencoderKL.from_pretrained(checkpoint / "vae", dtype=torch.float32, low_cpu_mem_usage=False).eval()
+    Raises:
+        CheckpointError: the VAE's encoder is not whole, or does not work.
+    """
+    vae: Foreign = load_vae(checkpoint)
     images = _colour_fields()
     with torch.inference_mode():
         encoded = vae.encode(images * 2 - 1).latent_dist.mode()
+    if not encoded.isfinite().all():
+        raise CheckpointError(
+            f"the encoder in {checkpoint / 'vae'} makes numbers of pictures that are not finite; download it again"
+        )
     latents = (encoded - vae.config.shift_factor) * vae.config.scaling_factor
     rows = latents.permute(0, 2, 3, 1).flatten(0, 2)
     colours = (F.avg_pool2d(images, PIXELS_PER_LATENT) * 255).permute(0, 2, 3, 1).flatten(0, 2)

@@ -67,8 +67,8 @@ def tuning_example(profiles: Sequence[ShapeProfile]) -> ShapePoint:
     """Near the default size, for compilers that choose kernels by the example; as general as `EXPORT_EXAMPLE`."""
     fixed, ranged = profiles
     served, room = fixed.optimum, ranged.maximum
-    longer = max(served.height, served.width) + 2 * SIZE_MULTIPLE
-    width = longer if longer <= room.width else min(served.height, served.width) - 2 * SIZE_MULTIPLE
+    longer, shorter, step = max(served.height, served.width), min(served.height, served.width), 2 * SIZE_MULTIPLE
+    width = next(w for w in (longer + step, shorter - step, shorter + step) if MIN_SIZE <= w <= room.width)
     return replace(served, batch=EXPORT_EXAMPLE.batch, width=width)
 
 

@@ -4,13 +4,12 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
 from export.errors import VersionExistsError
-from export.spec import SIZE_MULTIPLE
 
 EXPORTED_PARAMETERS = ("default_size", "warmup_sizes", "max_size")  # of config.pbtxt, that an export's arguments say
 
@@ -53,6 +52,7 @@ class Existing(Enum):
 
 # Where a version is built. What a forced export has finished was built since it was forced; the other's may be older.
 INCOMPLETE = {Existing.KEEP: ".incomplete", Existing.REPLACE: ".incomplete-forced"}
+REPLACED = ".replaced-"  # and a version's number: what it was until another takes its place
 
 
 def free_version(model: Path, number: int | None, existing: Existing) -> Path:
@@ -62,7 +62,7 @@ def free_version(model: Path, number: int | None, existing: Existing) -> Path:
         VersionExistsError: it is there, and to be kept.
     """
     target = model / str(number or max(versions(model), default=0) + 1)
-    if target.exists() and existing is Existing.KEEP:
+    if os.path.lexists(target) and existing is Existing.KEEP:
         raise VersionExistsError(
             f"{target} is already there; --force replaces it, and without --version the next number is taken"
         )
@@ -86,6 +86,7 @@ def new_version(model: Path, number: int | None = None, existing: Existing = Exi
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise VersionExistsError(f"another export into {model} is running; wait for it to end") from None
+        _settle_replaced(model)
         target = free_version(model, number, existing)
         for other in set(INCOMPLETE.values()) - {folder.name}:
             shutil.rmtree(model / other, ignore_errors=True)
@@ -95,14 +96,29 @@ def new_version(model: Path, number: int | None = None, existing: Existing = Exi
 
 
 def _publish(folder: Path, target: Path) -> None:
-    if target.exists():
-        replaced = target.with_name(f".replaced-{target.name}")
-        shutil.rmtree(replaced, ignore_errors=True)
-        target.rename(replaced)
-        folder.rename(target)
-        shutil.rmtree(replaced)
+    if os.path.lexists(target):
+        target.rename(target.with_name(f"{REPLACED}{target.name}"))
+    folder.rename(target)
+    _settle_replaced(target.parent)
+
+
+def _settle_replaced(model: Path) -> None:
+    """Deletes what has been replaced; what has been put aside for a version that never came is put back."""
+    for replaced in model.glob(f"{REPLACED}*"):
+        version = model / replaced.name.removeprefix(REPLACED)
+        if not os.path.lexists(version):
+            replaced.rename(version)
+            continue
+        with suppress(OSError):  # the next export tries again
+            remove(replaced)
+
+
+def remove(path: Path) -> None:
+    """Deletes a file, a folder with all that is in it, or a link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
     else:
-        folder.rename(target)
+        path.unlink()
 
 
 def take(files: Iterable[Path], folder: Path) -> None:
@@ -138,7 +154,7 @@ def kept_settings(model: Path, defaults: ServingDefaults) -> tuple[str, ...]:
         there = settings((model / "config.pbtxt").read_text("utf-8"))
     except FileNotFoundError:
         return ()
-    except (OSError, text_format.ParseError) as error:
+    except (OSError, UnicodeError, text_format.ParseError) as error:
         return (f"it cannot be read ({error})",)
     ours = settings(_config_text(model.name, defaults))
     return tuple(
@@ -158,7 +174,7 @@ def _config_text(name: str, defaults: ServingDefaults) -> str:
         "default_size": defaults.default_size,
         "warmup_sizes": ",".join(dict.fromkeys((defaults.default_size, *defaults.warmup_sizes))),
         "default_num_inference_steps": str(defaults.num_inference_steps),
-        "max_size": str(defaults.max_size // SIZE_MULTIPLE * SIZE_MULTIPLE),
+        "max_size": str(defaults.max_size),
     }
     for key, value in parameters.items():
         config.parameters[key].string_value = value

@@ -1,6 +1,7 @@
 """What of earlier exports still holds: the newest version's engines, and those an interrupted export had finished."""
 
 import logging
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from export.errors import ManifestError, StaleEngineError
 from export.manifest import (
     FILE_NAME,
     Backend,
+    CheckpointRecord,
     EngineRecord,
     Manifest,
     built_with,
@@ -19,14 +21,63 @@ from export.manifest import (
     checkpoint_record,
     source_hash,
 )
+from export.repository import INCOMPLETE, Existing, versions
 from export.request import ExportRequest
 from export.spec import Component
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Published:
+    """A version that is what an export asks for."""
+
+    folder: Path
+    manifest: Manifest
+
+
+Earlier = dict[Path, dict[Component, EngineRecord]]  # engines that still hold, by the folder that has them
+
+
+def earlier_engines(request: ExportRequest, checkpoint: Checkpoint) -> Earlier:
+    """What of earlier exports this one would build again just the same."""
+    return {folder: reusable_engines(folder, request, checkpoint) for folder in earlier_work(request)}
+
+
+def published(request: ExportRequest, checkpoint: Checkpoint, earlier: Earlier) -> Published | None:
+    """The newest version, if it is what is asked for, and the server will read this checkpoint with it."""
+    newest = newest_kept(request)
+    if newest is None or request.version is not None:
+        return None
+    manifest = matching_manifest(newest, request, checkpoint)
+    if manifest is None or manifest.checkpoint != checkpoint_record(checkpoint):
+        return None
+    whole = request.backend is Backend.EAGER or len(earlier.get(newest, ())) == len(Component)
+    return Published(newest, manifest) if whole else None
+
+
+def taken_from(earlier: Earlier) -> dict[Component, Path]:
+    """The engines that need not be built, and the folder that each is taken from."""
+    return {component: folder for folder in reversed(earlier) for component in earlier[folder]}
+
+
+def earlier_work(request: ExportRequest) -> list[Path]:
+    """Where finished engines may lie: of an interrupted export like this, then of the newest version if kept."""
+    newest = newest_kept(request)
+    return [request.model / INCOMPLETE[request.existing], *([] if newest is None else [newest])]
+
+
+def newest_kept(request: ExportRequest) -> Path | None:
+    """The folder of the newest version, unless nothing there is to be kept."""
+    numbers = versions(request.model)
+    return request.model / str(numbers[-1]) if numbers and request.existing is Existing.KEEP else None
+
+
 def matching_manifest(folder: Path, request: ExportRequest, checkpoint: Checkpoint) -> Manifest | None:
-    """The manifest in `folder`, if what it tells of was exported from this checkpoint with these settings."""
+    """The manifest in `folder`, if what it tells of was exported with these settings from this checkpoint.
+
+    It may lie elsewhere now: engines do not depend on that.
+    """
     if not (folder / FILE_NAME).is_file():
         return None
     try:
@@ -36,7 +87,7 @@ def matching_manifest(folder: Path, request: ExportRequest, checkpoint: Checkpoi
         return None
     serving = request.serving
     same = (
-        manifest.checkpoint == checkpoint_record(checkpoint)
+        _elsewhere(manifest.checkpoint) == _elsewhere(checkpoint_record(checkpoint))
         and manifest.precision is request.precision
         and (manifest.max_batch, manifest.max_size) == (serving.max_batch, serving.max_size)
         and manifest.default_size == serving.default_size
@@ -54,14 +105,14 @@ def reusable_engines(folder: Path, request: ExportRequest, checkpoint: Checkpoin
     return {e.component: e for e in manifest.engines if _is_as_asked(e, request) and _still_holds(e, folder, request)}
 
 
-def is_whole(engines: dict[Component, EngineRecord], backend: Backend) -> bool:
-    """Whether a version of which `engines` still hold needs nothing more."""
-    return backend is Backend.EAGER or len(engines) == len(Component)
-
-
 def runs_here(request: ExportRequest) -> bool:
     """Whether the device here is one of those that the engines are built for."""
     return current_target(request.device) in request.options.targets
+
+
+def _elsewhere(checkpoint: CheckpointRecord) -> CheckpointRecord:
+    """The same, wherever it is."""
+    return replace(checkpoint, path="")
 
 
 def _is_as_asked(record: EngineRecord, request: ExportRequest) -> bool:

@@ -1,6 +1,5 @@
 """Where a checkpoint comes from: a folder, Hugging Face or ModelScope, fetched into the libraries' own caches."""
 
-import os
 import shlex
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -112,4 +111,6 @@ def _library(hub: Hub) -> Library:
 
 def network_from_environment() -> Network:
     """Offline where Hugging Face's own switch, HF_HUB_OFFLINE, says so."""
-    return Network.OFFLINE if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else Network.ONLINE
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    return Network.OFFLINE if HF_HUB_OFFLINE else Network.ONLINE

@@ -13,6 +13,8 @@ from server.errors import ConfigError, ZServeError
 from server.flags import count, port, reader, switch
 from server.settings import Compression, GrpcConfig, LogSettings, Restriction, TlsConfig
 
+STATUSES = """exit status: 0 told to stop, by SIGTERM or Ctrl-C; 1 it could not start: options that do not fit together,
+a port that is taken, models that cannot be loaded; 2 bad arguments"""
 DEFAULTS = {f.name: f.default for f in fields(ServeConfig)}
 GRPC = {f.name: f.default for f in fields(GrpcConfig)}
 # Fields of GrpcConfig that are plain numbers or switches, and their help; the flag is --grpc- and the name.
@@ -32,7 +34,10 @@ TRANSPORT = {
 def parser() -> argparse.ArgumentParser:
     """The command line; its defaults are those of the config classes."""
     p = argparse.ArgumentParser(
-        prog="zserve serve", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog="zserve serve",
+        description=__doc__,
+        epilog=STATUSES,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     _add_models(p.add_argument_group("models"))
     _add_grpc(p.add_argument_group("gRPC"))
@@ -59,7 +64,12 @@ def _add_models(g: "argparse._ArgumentGroup") -> None:
     )
     g.add_argument("--repository-poll-secs", type=float, default=15.0, help="with poll control: seconds between looks")
     switch(g, "strict-readiness", DEFAULTS["strict_readiness"], "ready only while every model is")
-    switch(g, "exit-on-error", DEFAULTS["exit_on_error"], "end when any model cannot be loaded at the start")
+    switch(
+        g,
+        "exit-on-error",
+        DEFAULTS["exit_on_error"],
+        "end when any model cannot be loaded at the start, as Triton does by default",
+    )
     g.add_argument(
         "--exit-timeout-secs",
         type=float,
@@ -69,7 +79,7 @@ def _add_models(g: "argparse._ArgumentGroup") -> None:
     g.add_argument(
         "--require-engine",
         action="store_true",
-        help="refuse to start when a compiled engine cannot be loaded, instead of falling back to eager PyTorch",
+        help="no eager PyTorch in the place of an engine that cannot be loaded; implies --exit-on-error",
     )
     g.add_argument("--device", default=DEFAULTS["device"], help="cpu, cuda, cuda:1 ...; auto: cuda where there is one")
     g.add_argument(

@@ -99,6 +99,8 @@ SUPPORTED_FIELDS = {
     "name",
     "backend",
     "max_batch_size",
+    "input",  # and output: the model's own, as ModelConfig tells them (`server.rpc.triton.images.model_spec`)
+    "output",
     "instance_group",
     "parameters",
     "dynamic_batching",

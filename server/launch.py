@@ -7,12 +7,13 @@ the last one names the engine that ended it, or the error that made it give up.
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from export.spec import Component
 from server.config import FallbackPolicy
 from server.errors import ConfigError
+from server.settings import LogFormat, LogSettings
 
 ANNOUNCEMENT = "running the engine of "
 
@@ -30,10 +31,12 @@ class WorkerConfig:
     fallback: FallbackPolicy
     patience: float = 60.0  # seconds after which a device that does not come back is given up
     disabled: Mapping[Component, str] = field(default_factory=dict)  # engines not to be loaded, and why
+    log: LogSettings = field(default_factory=LogSettings)
 
     def arguments(self) -> list[str]:
         """As command-line arguments, which `parse` reads back."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)} | {"disabled": json.dumps(self.disabled)}
+        texts = {"disabled": json.dumps(self.disabled), "log": json.dumps(asdict(self.log))}
+        values = {f.name: getattr(self, f.name) for f in fields(self)} | texts
         return [f"--{name}={value}" for name, value in values.items()]
 
     @classmethod
@@ -53,6 +56,7 @@ class WorkerConfig:
             fallback=FallbackPolicy(values["fallback"]),
             patience=float(values["patience"]),
             disabled={Component(name): reason for name, reason in json.loads(values["disabled"]).items()},
+            log=LogSettings(**(log := json.loads(values["log"])) | {"log_format": LogFormat(log["log_format"])}),
         )
 
 

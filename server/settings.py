@@ -30,15 +30,20 @@ class LogSettings:
     log_verbose_level: int = 0  # from 1 on, every refused request is logged too
     log_format: LogFormat = LogFormat.DEFAULT
 
-    def apply(self) -> None:
-        """Makes the process log like this."""
-        handler = logging.FileHandler(self.log_file) if self.log_file else logging.StreamHandler(sys.stderr)
+    def apply(self, who: str = "") -> None:
+        """Makes the process log like this; `who` tells apart those that log to one place."""
+        handler = self._file() if self.log_file else logging.StreamHandler(sys.stderr)
         dates = "%Y-%m-%dT%H:%M:%S%z" if self.log_format is LogFormat.ISO8601 else None
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", dates))
+        form = "%(asctime)s %(levelname)s " + (who and who.replace("%", "%%") + " ") + "%(name)s: %(message)s"
+        handler.setFormatter(logging.Formatter(form, dates))
         handler.addFilter(self._wanted)
         logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
         verbose = logging.INFO if self.log_verbose_level else logging.WARNING
         logging.getLogger(REQUEST_LOGGER).setLevel(verbose)
+
+    def _file(self) -> logging.Handler:
+        """Names of files that are no UTF-8 may be in a message."""
+        return logging.FileHandler(self.log_file, encoding="utf-8", errors="backslashreplace")
 
     def _wanted(self, record: logging.LogRecord) -> bool:
         if record.levelno >= logging.ERROR:

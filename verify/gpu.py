@@ -131,7 +131,7 @@ def _not_built(backend: Backend, export: subprocess.CompletedProcess[str], secon
 
 
 def _zserve(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "zserve", *map(str, arguments)]
+    command = [sys.executable, "-P", "-m", "zserve", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

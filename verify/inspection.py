@@ -9,17 +9,19 @@ from typing import Any
 
 from export.devices import checked_device, current_target
 from export.errors import ExportError, StaleEngineError
-from export.manifest import Backend, EngineRecord, Target, check_engine, rebuild_command
+from export.manifest import Backend, EngineRecord, Manifest, Target, check_checkpoint, check_engine, rebuild_command
 from export.spec import ComponentSpec, TensorSpec, component_specs
 from verify.layers import layers
 from verify.version import Version, add_arguments, open_version
 
+STATUSES = """exit status: 0 told, also of what cannot be used here; 1 there is no such version, or no such device;
+2 bad arguments"""
 SHOWN = 6  # kinds of layers; --json has all
 
 
 def main(argv: Sequence[str]) -> int:
     """Prints the version; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="zserve inspect", description=__doc__)
+    parser = argparse.ArgumentParser(prog="zserve inspect", description=__doc__, epilog=STATUSES)
     add_arguments(parser)
     parser.add_argument("--device", help="device to compare with (default: cuda where there is one)")
     arguments = parser.parse_args(argv)
@@ -43,7 +45,7 @@ def describe(version: Version, here: Target) -> dict[str, Any]:
         "version": version.folder.name,
         "created": manifest.created,
         "precision": manifest.precision,
-        "checkpoint": asdict(manifest.checkpoint),
+        "checkpoint": {**asdict(manifest.checkpoint), "problem": _checkpoint_problem(manifest)},
         "default_size": manifest.default_size,
         "max_size": manifest.max_size,
         "max_batch": manifest.max_batch,
@@ -79,8 +81,17 @@ def _engine(version: Version, spec: ComponentSpec, here: Target) -> dict[str, An
     }
 
 
+def _checkpoint_problem(manifest: Manifest) -> str:
+    """Why a server would refuse the version with all its engines; empty if it would not."""
+    try:
+        check_checkpoint(manifest)
+    except ExportError as error:
+        return str(error)
+    return ""
+
+
 def _problem(version: Version, record: EngineRecord, here: Target) -> str:
-    rebuild = rebuild_command(version.manifest, version.folder.parent.parent, record)
+    rebuild = rebuild_command(version.manifest, version.folder.parent.parent, record, here)
     try:
         check_engine(record, version.folder, here, rebuild)
     except StaleEngineError as error:
@@ -90,9 +101,11 @@ def _problem(version: Version, record: EngineRecord, here: Target) -> str:
 
 def as_table(described: dict[str, Any]) -> str:
     """The same for a person, in lines of ordinary width but for paths."""
+    checkpoint = described["checkpoint"]
     lines = [
         f"{described['model']} version {described['version']}, {described['precision']}, made {described['created']}",
-        f"  from {described['checkpoint']['path']}",
+        f"  from {checkpoint['path']}",
+        *([f"  cannot be served: {checkpoint['problem']}"] if checkpoint["problem"] else []),
         f"  default size {described['default_size']}, up to {described['max_size']} pixels a side and "
         f"{described['max_batch']} images a batch",
     ]

@@ -17,7 +17,7 @@ from torch import Tensor
 from export.cli import NOT_POSSIBLE
 from export.devices import checked_device, current_target, use_device
 from export.errors import ExportError
-from export.manifest import Backend, Manifest, Target
+from export.manifest import Backend, Manifest, Target, check_checkpoint
 from export.parity import closeness
 from export.profiles import TYPICAL_CAPTION
 from export.spec import IMAGE_PSNR, Component, ShapePoint, component_specs, example_inputs
@@ -81,17 +81,17 @@ STATUSES = {True: 0, False: 1, None: NOT_POSSIBLE}
 def main(argv: Sequence[str]) -> int:
     """Prints the figures; returns the exit status."""
     told = (
-        "exit status: 0 all engines for this device are right; 1 one is past its tolerance, was not loaded or failed; "
-        f"{NOT_POSSIBLE} the version has no engine for this device"
+        "exit status: 0 all engines for this device are right; 1 one is past its tolerance, was not loaded or failed, "
+        f"or there is no such version; 2 bad arguments; {NOT_POSSIBLE} the version has no engine for this device"
     )
     parser = argparse.ArgumentParser(prog="zserve parity", description=__doc__, epilog=told)
     add_arguments(parser)
-    parser.add_argument("--against", choices=["eager"], default="eager", help="what to compare with")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     parser.add_argument("--images", type=int, default=4, help="how many to draw with both (default: %(default)s)")
     arguments = parser.parse_args(argv)
     try:
         version = open_version(arguments)
+        check_checkpoint(version.manifest)
         device = checked_device(arguments.device)
         use_device(device)
         report = compare(version, device, max(1, arguments.images))

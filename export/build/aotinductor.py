@@ -36,6 +36,11 @@ CUDA_CONFIGS: dict[str, Any] = {
     "max_autotune_pointwise": True,
     "max_autotune_gemm_backends": "ATEN",
 }
+# The remedy where one of them is not there, or does not work.
+TOOLS = (
+    ". It needs a C++ compiler (g++) and, for a GPU, the CUDA toolkit: install them, and set CUDA_HOME where it is not "
+    "found; or give --backend eager"
+)
 
 
 class AotInductorBuilder:
@@ -54,14 +59,12 @@ class AotInductorBuilder:
         try:
             with scratch_for_all_programs():
                 torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
-        except OSError as error:
-            if is_disk_full(error):
-                raise
-            raise BuildError(
-                f"AOTInductor could not compile {inputs.spec.component}: {error}. It needs a C++ compiler (g++) and, "
-                "for a GPU, the CUDA toolkit: install them, and set CUDA_HOME where it is not found; or give "
-                "--backend eager"
-            ) from error
+        except (OSError, RuntimeError) as error:
+            cause: Exception = getattr(error, "inner_exception", error)  # Inductor wraps most
+            if is_disk_full(cause) or isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
+            remedy = TOOLS if _is_of_tools(cause) else ""
+            raise BuildError(f"AOTInductor could not compile {inputs.spec.component}: {error}{remedy}") from error
         finally:
             torch.compiler.reset()
         return Built((path,), calls=called_libraries(inputs.spec.component, inputs.source.precision, device))
@@ -80,6 +83,13 @@ def called_libraries(component: Component, precision: Precision, device: torch.d
     """Those that a package calls which is built here now; `export.modules.fused` is what calls them."""
     fuses = component is Component.DENOISER and precision.weights is Precision.BF16
     return (FLASH_ATTENTION,) if fuses and flash.is_there(device) else ()
+
+
+def _is_of_tools(error: Exception) -> bool:
+    """Whether it tells of a compiler or of the CUDA toolkit."""
+    from torch._inductor.exc import InvalidCxxCompiler  # imports Inductor, which has been needed by now
+
+    return isinstance(error, OSError | InvalidCxxCompiler)
 
 
 def _prepared(inputs: BuildInputs, module: nn.Module, device: torch.device) -> tuple[ExportedProgram, dict[str, Any]]:

@@ -48,6 +48,16 @@ def load_components(
     return {c: m.eval().requires_grad_(False).to(device) for c, m in modules.items()}
 
 
+def load_vae(checkpoint: Path) -> nn.Module:
+    """The whole VAE in fp32 on the CPU, with the encoder, which no component holds.
+
+    Raises:
+        CheckpointError: as `load_components`.
+    """
+    with _quiet_loading():
+        return _read(checkpoint / "vae", torch.float32).eval()
+
+
 def build_components(pipeline: "ZImagePipeline") -> dict[Component, nn.Module]:
     """The components over a diffusers pipeline that is already in memory; its weights are shared."""
     parts = {name: getattr(pipeline, name) for name in ("transformer", "text_encoder", "vae")}
@@ -85,6 +95,7 @@ def _read(folder: Path, dtype: torch.dtype, **config: int) -> nn.Module:
     The libraries fill in what is missing with random numbers, and go on.
     """
     from diffusers import AutoencoderKL, ZImageTransformer2DModel
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModel
 
     model: nn.Module
@@ -101,6 +112,8 @@ def _read(folder: Path, dtype: torch.dtype, **config: int) -> nn.Module:
                 )
     except RuntimeError as error:  # both libraries', of other shapes
         raise CheckpointError(f"the weights in {folder} do not fit its config.json: {error}; {REMEDY}") from error
+    except (ValueError, TypeError, LookupError, ImportError, StrictDataclassError) as error:  # of its config.json
+        raise CheckpointError(f"{folder} cannot be read as its config.json says ({error!r}); {REMEDY}") from error
     missing = sorted(loading["missing_keys"])
     if missing:
         more = f" and {len(missing) - 1} others that" if missing[1:] else ", which"

@@ -101,6 +101,7 @@ def _worker_configs(folder: ModelFolder, host: Host, devices: Sequence[str]) -> 
             threads=cpu_threads(len(devices)),
             fallback=host.config.fallback,
             patience=host.config.worker_timeout_secs,
+            log=host.config.log,
         )
         for number, device in enumerate(devices)
     ]

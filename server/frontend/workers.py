@@ -21,7 +21,8 @@ from server.rpc.images import ImageGenerationClient
 
 log = logging.getLogger(__name__)
 
-COMMAND = (sys.executable, "-m", "server.worker.main")
+# -P: the folder that the server is called in is not where modules are looked for.
+COMMAND = (sys.executable, "-P", "-m", "server.worker.main")
 FIRST_BACKOFF, LONGEST_BACKOFF = 0.5, 30.0  # seconds between restarts of a worker that keeps ending
 KILL_AFTER = 5.0  # seconds from SIGTERM to SIGKILL
 HEARTBEAT_EVERY = 1.0  # seconds

@@ -16,10 +16,9 @@ from pathlib import Path
 import psutil
 import torch
 
-from export.checkpoint import open_checkpoint
 from export.devices import current_target, default_device
 from export.errors import ExportError
-from export.manifest import Manifest
+from export.manifest import Manifest, check_checkpoint
 from export.spec import Component
 from server.config import ModelConfig, read_model_config
 from server.costs import CostTable
@@ -57,8 +56,8 @@ PREPARING = {"cpu": 1, "cuda": 2}
 def main() -> int:
     """Runs one worker; returns its exit status. A worker that cannot start says why on its standard output."""
     keep_freed_memory(arenas=HEAPS)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s worker %(name)s: %(message)s")
     config = WorkerConfig.parse(sys.argv[1:])
+    config.log.apply(config.instance)
     try:
         service = build_service(config)
     except (ZServeError, ExportError, OSError) as error:
@@ -84,7 +83,7 @@ def build_service(config: WorkerConfig) -> WorkerService:
     folder = config.model / config.version
     manifest = Manifest.read(folder)
     model = _as_exported(model, manifest)
-    _check_checkpoint(manifest)
+    check_checkpoint(manifest)
     parts.done("checkpoint")
     used = MemoryUse(host_before_load=memory.host_bytes(), device_before_load=memory.device_bytes())
     components = _load(config, folder, manifest, device)
@@ -183,16 +182,6 @@ def _as_exported(model: ModelConfig, manifest: Manifest) -> ModelConfig:
             *(model.max_batch_size, manifest.max_batch),
         )
     return replace(model, max_batch_size=min(model.max_batch_size, manifest.max_batch))
-
-
-def _check_checkpoint(manifest: Manifest) -> None:
-    """The engines and the fallback must come from the same weights."""
-    found = open_checkpoint(Path(manifest.checkpoint.path)).fingerprint
-    if found != manifest.checkpoint.fingerprint:
-        raise EngineLoadError(
-            f"the checkpoint {manifest.checkpoint.path} has changed since {manifest.name} was exported from it; "
-            "export it again"
-        )
 
 
 def _device_name(device: str, asked: str) -> str:

@@ -65,7 +65,8 @@ class ServerProcess:
 
     @property
     def url(self) -> str:
-        return f"127.0.0.1:{wait_for(lambda: re.search(r'gRPC on [^ ]*:([0-9]+)', self.log))[1]}"
+        port = wait_for(lambda: re.search(r"gRPC on \S*:([0-9]+)", self.log))[1]
+        return f"127.0.0.1:{port}"
 
     def wait_until_ready(self) -> None:
         wait_for(lambda: "ready: " in self.log or self.process.poll() is not None)
@@ -76,7 +77,7 @@ class ServerProcess:
         return ZImageClient(self.url)
 
     def metrics(self) -> str:
-        port = wait_for(lambda: re.search(r"metrics on [^ ]*:([0-9]+)", self.log))[1]
+        port = wait_for(lambda: re.search(r"metrics on \S*:([0-9]+)", self.log))[1]
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
             text: str = answer.read().decode()
         return text

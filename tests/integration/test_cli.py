@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from export.checkpoint import open_checkpoint
 from export.errors import BuildError, ParityError
 from export.manifest import Backend, Manifest
 from export.parity import Checker, ParityCheck
 from export.repository import versions
 from export.spec import Component, Precision, ShapePoint
+from server.frontend.workers import COMMAND
 from tests.conftest import CHECKPOINT, MODEL, ROOT, run_export
 from tests.integration.process import PATIENCE, ServerProcess, wait_for
 
@@ -119,7 +121,9 @@ def test_an_interrupted_export_leaves_no_version(tmp_path: Path, how: signal.Sig
 
 
 def check_of(component: Component, backend: Backend, file: Path) -> ParityCheck:
-    return ParityCheck(CHECKPOINT, component, backend, file, Precision.FP32, "cpu", (ShapePoint(1, 32, 64, 80),))
+    dimensions = open_checkpoint(CHECKPOINT).dimensions
+    points = (ShapePoint(1, 32, 64, 80),)
+    return ParityCheck(CHECKPOINT, component, backend, file, Precision.FP32, "cpu", dimensions, points)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +161,21 @@ def test_one_process_checks_engines_until_one_does_not_load(repository: Path, tm
             checker.check(good, 0.0)
         with pytest.raises(BuildError, match=r"(?s)denoiser does not load and run.*denoiser\.onnx"):
             checker.check(bad, 1e-5)
+
+
+def test_what_lies_in_the_callers_folder_is_not_taken_for_modules(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = repository / MODEL / str(versions(repository / MODEL)[-1])
+    check = check_of(Component.PROMPT_ENCODER, Backend.ONNXRUNTIME, folder / "prompt_encoder.onnx")
+    for name in ("export.py", "server.py", "types.py"):
+        (tmp_path / name).write_text("raise SystemExit('executed')")
+    monkeypatch.chdir(tmp_path)
+    with Checker() as checker:
+        assert checker.check(check, 1e-5).cosine > 0.9999
+    worker = subprocess.run(COMMAND, capture_output=True, text=True, check=False)
+    assert "executed" not in worker.stderr
+    assert "a worker takes exactly" in worker.stderr, "it is this one that was started"
 
 
 @pytest.fixture(scope="module")

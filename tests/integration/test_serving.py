@@ -1,6 +1,7 @@
 """The server's life: health, readiness, fallback, shutdown."""
 
 import json
+import re
 import shutil
 import signal
 import socket
@@ -82,7 +83,8 @@ def test_told_to_stop_it_finishes_what_runs_and_takes_nothing_new(copy: Path, ho
         with server.client() as client:
             outcomes.append(len(client.draw(PROMPT, num_inference_steps=4).images))
 
-    with ServerProcess(copy, "--exit-timeout-secs", str(PATIENCE)) as server:
+    with ServerProcess(copy, "--exit-timeout-secs", str(PATIENCE), "--log-format", "ISO8601") as server:
+        assert re.search(rf"^\S+T\S+ INFO {MODEL}-0 __main__: ready after", server.log, re.MULTILINE), "a worker's"
         drawing = [threading.Thread(target=draw) for _ in range(3)]
         with server.standing_still() as worker:
             for thread in drawing:

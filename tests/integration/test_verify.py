@@ -66,6 +66,7 @@ def test_inspect_knows_what_is_usable(repository: Path, capsys: pytest.CaptureFi
     assert table.count("usable on cpu") == 3
     assert "relative error" in table
     assert "MatMul" in table, "the graph's nodes"
+    assert "cannot be served" not in table
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,6 +160,39 @@ def test_an_engine_that_should_run_here_and_does_not_fails(
     assert re.search(problem, denoiser["not_run"])
     assert denoiser["relative_error"] is None
     assert (encoder["not_run"], decoder["not_run"]) == ("", "")
+
+
+def other_weights(manifest: Manifest) -> Manifest:
+    return replace(manifest, checkpoint=replace(manifest.checkpoint, fingerprint="0" * 64))
+
+
+def moved_away(manifest: Manifest) -> Manifest:
+    return replace(manifest, checkpoint=replace(manifest.checkpoint, path="/nowhere/at/all"))
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (other_weights, f"the checkpoint {CHECKPOINT} has changed since {MODEL} was exported from it; export it again"),
+        (moved_away, f"{MODEL} was exported from the checkpoint /nowhere/at/all, which .* is not there; put it back"),
+    ],
+)
+def test_a_checkpoint_that_is_not_what_it_was_is_told_before_anything_is_compared(
+    change: Callable[[Manifest], Manifest],
+    problem: str,
+    repository: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / MODEL / "1"
+    shutil.copytree(newest(repository), folder)
+    change(Manifest.read(folder)).write(folder)
+    assert parity.main([str(folder.parent), "--device", "cpu"]) == 1
+    assert re.search(problem, capsys.readouterr().err)
+    assert inspection.main([str(folder.parent), "--device", "cpu", "--json"]) == 0
+    assert re.search(problem, json.loads(capsys.readouterr().out)["checkpoint"]["problem"])
+    assert inspection.main([str(folder.parent), "--device", "cpu"]) == 0
+    assert re.search(f"  cannot be served: {problem}", capsys.readouterr().out)
 
 
 def test_nothing_is_said_of_engines_for_other_devices(

@@ -92,7 +92,7 @@ class GenerateRequest(_message.Message):
     """may be empty where the server has one model"""
     prompt: _builtins.str
     negative_prompt: _builtins.str
-    """only with guidance_scale > 0"""
+    """ignored unless guidance_scale > 0"""
     width: _builtins.int
     """pixels, a multiple of 16; default: the model's"""
     height: _builtins.int
@@ -102,14 +102,16 @@ class GenerateRequest(_message.Message):
     guidance_scale: _builtins.float
     """0 (the default) runs no second, unconditional forward"""
     seed: _builtins.int
-    """drawn and returned when absent; image i of a request uses seed + i"""
+    """0 to 2^63 - 1, also with num_images - 1 added: image i of a request uses seed + i. Absent, one of 32 bits is drawn,
+    and returned with the image.
+    """
     num_images: _builtins.int
     """default 1"""
     image_format: Global___ImageFormat.ValueType
     quality: _builtins.int
     """1 to 100, of JPEG and WebP; default 90"""
     preview_interval: _builtins.int
-    """a preview every so many steps; 0 for none"""
+    """a preview every so many steps, but not of the last; 0 for none"""
     priority: _builtins.int
     """1 is the highest; 0 is the default level"""
     request_id: _builtins.str

@@ -12,7 +12,7 @@ from typing import Any
 from protos.zserve.v1 import image_generation_pb2 as pb
 from server.backends.base import ModelFolder
 from server.config import ModelConfig
-from server.errors import InvalidRequestError
+from server.errors import ConfigError, InvalidRequestError
 from server.requests import Completed, GenerationRequest, Image, ImageFormat, Preview, Progress
 from server.rpc import convert
 from server.tensors import (
@@ -60,8 +60,17 @@ class WantedImages:
 
 
 def model_spec(folder: ModelFolder) -> ModelSpec:
-    """The signature of the image model. No batch dimension: one request is one prompt, the planner batches steps."""
+    """The signature of the image model. No batch dimension: one request is one prompt, the planner batches steps.
+
+    Raises:
+        ConfigError: its config says another.
+    """
     file = folder.file
+    if file.inputs not in ((), INPUTS) or file.outputs not in ((), OUTPUTS):
+        raise ConfigError(
+            f"model {file.name!r}: an image model has inputs and outputs of its own, which ModelConfig tells; leave "
+            "them out of config.pbtxt, or as they are told"
+        )
     return ModelSpec(file.name, folder.version, file.backend, INPUTS, OUTPUTS, decoupled=file.decoupled)
 
 

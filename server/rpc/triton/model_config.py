@@ -15,6 +15,20 @@ from server.tensors import DataType, ModelSpec, TensorSpec
 TYPE_PREFIX = "TYPE_"
 NO_BOUND = 0  # requests of a backend's own may be short, and then many wait without an overload
 TYPE_STRING = "TYPE_STRING"  # the config's name of BYTES
+IMAGE_BACKEND = "z_image"  # reads the config itself, and takes other fields (`server.config`)
+FIELDS = {
+    "name",
+    "platform",
+    "backend",
+    "version_policy",
+    "max_batch_size",
+    "input",
+    "output",
+    "dynamic_batching",
+    "instance_group",
+    "parameters",
+    "model_transaction_policy",
+}
 
 
 def read_model_file(folder: Path) -> ModelFile:
@@ -31,10 +45,10 @@ def read_model_file(folder: Path) -> ModelFile:
 
 
 def parse_model_file(text: str, name: str) -> ModelFile:
-    """The config of the model called `name`; what is the backend's own affair is left to it.
+    """The config of the model called `name`; what its parameters mean is the backend's own affair.
 
     Raises:
-        ConfigError: it wants requests to be scheduled in a way that is not served, or says what means nothing.
+        ConfigError: it wants what is not served, or says what means nothing.
         ParseError, ValueError: it is no config, or not this model's.
     """
     config = text_format.Parse(text, pb.ModelConfig())
@@ -43,11 +57,14 @@ def parse_model_file(text: str, name: str) -> ModelFile:
         raise ConfigError(f"model {name!r}: {scheduling} not supported; dynamic_batching is")
     if config.name not in ("", name):
         raise ValueError(f"name {config.name!r} differs from its folder's; make them equal or leave it out")
+    backend = config.backend or IMAGE_BACKEND
+    if backend != IMAGE_BACKEND:
+        _check_fields(config, f"model {name!r}")
     _check_numbers(config, f"model {name!r}")
     _check_names(config, f"model {name!r}")
     return ModelFile(
         name=name,
-        backend=config.backend or "z_image",
+        backend=backend,
         text=text,
         max_batch_size=config.max_batch_size,
         inputs=tuple(_decode_tensor(t) for t in config.input),
@@ -88,6 +105,12 @@ def complete_config(file: ModelFile, spec: ModelSpec) -> pb.ModelConfig:
     )
     config.output.extend(pb.ModelOutput(name=t.name, data_type=_wire_type(t), dims=t.dims) for t in spec.outputs)
     return config
+
+
+def _check_fields(config: Any, where: str) -> None:
+    unknown = {field.name for field, _ in config.ListFields()} - FIELDS
+    if unknown:
+        raise ConfigError(f"{where}: {sorted(unknown)} not supported; {sorted(FIELDS)} are")
 
 
 def _check_numbers(config: Any, where: str) -> None:

@@ -1,4 +1,4 @@
-"""Metrics: Triton's names, our own, what moves them; and that documents and dashboard speak of the same ones."""
+"""Metrics: Triton's names, our own, what moves them; that documents, dashboard and alerts speak of the same ones."""
 
 import queue
 import re
@@ -16,6 +16,7 @@ from tests.integration.triton.conftest import bytes_tensor, pending, some_bytes,
 Start = Callable[..., ServerProcess]
 NAME = re.compile(r"\b(?:zserve|nv)_[a-z_]+\b")
 DASHBOARD = ROOT / "deploy" / "grafana-dashboard.json"
+RULES = ROOT / "deploy" / "prometheus-rules.yml"
 PARTS = re.compile(r"_(bucket|sum|count)$")  # of histograms and summaries
 
 
@@ -42,6 +43,16 @@ def test_the_dashboard_names_series_by_labels_that_they_have(triton_server: Serv
 def test_the_dashboard_leaves_the_windows_of_its_rates_to_grafana() -> None:
     """A window as short as the scrape interval has one sample, and no rate."""
     assert set(re.findall(r"\[(\S+?)\]\)", DASHBOARD.read_text())) == {"$__rate_interval"}
+
+
+def test_the_alerts_ask_only_for_what_is_exported(triton_server: ServerProcess) -> None:
+    rules = RULES.read_text()
+    alerts, expressions = re.findall(r"- alert: (\w+)", rules), re.findall(r"^ +expr: (.+)", rules, re.MULTILINE)
+    assert len(alerts) == len(expressions) > 3
+    asked = [NAME.findall(expression) for expression in expressions]
+    assert all(asked)
+    assert {name for names in asked for name in names} <= exported(triton_server)
+    assert set(re.findall(r"\$labels\.(\w+)", rules)) <= set(re.findall(r'[{,](\w+)="', triton_server.metrics()))
 
 
 def test_the_documents_name_every_metric_of_ours_and_no_other(triton_server: ServerProcess) -> None:

@@ -94,7 +94,7 @@ def test_a_version_is_of_the_checkpoint_and_precision_that_the_record_says(choic
     assert checked_version(given, Backend.EAGER) == (folder, manifest)
     with pytest.raises(BenchmarkError, match=r"is fp32 from .*, and is to be measured as fp8"):
         checked_version(given, FP8)
-    with pytest.raises(BenchmarkError, match=r"recorded as fp32 from .*demo/checkpoint: give the --checkpoint"):
+    with pytest.raises(BenchmarkError, match=r"measured as fp32 from .*demo/checkpoint: give the --checkpoint"):
         checked_version(replace(given, checkpoint=CHECKPOINT), Backend.EAGER)
 
 

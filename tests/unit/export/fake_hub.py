@@ -16,6 +16,7 @@ class FakeHub:
     def __init__(self, name: str, files: Mapping[str, int]) -> None:
         self.name, self.files = name, dict(files)
         self.downloads: list[str] = []  # the files that were asked for
+        self.listings = 0
 
         class Handler(_Handler):
             hub = self
@@ -42,8 +43,10 @@ class FakeHub:
         if path == f"/api/models/{self.name}/revision/main":
             return {"id": self.name, "sha": COMMIT, "siblings": []}
         if path == f"/api/models/{self.name}/tree/{COMMIT}":
+            self.listings += 1
             return [{"type": "file", "path": p, "size": s, "oid": f"{n:040x}"} for n, (p, s) in enumerate(self.items())]
         if path == f"/api/v1/models/{self.name}/repo/files":
+            self.listings += 1
             files = [{"Path": p, "Size": s, "Type": "blob"} for p, s in self.items()]
             return {"Code": 200, "Success": True, "Data": {"Files": files}}
         return None

@@ -16,6 +16,7 @@ from export.checkpoint import CONFIGS, data_start, open_checkpoint, read_safeten
 from export.configs import FILES, checked_configs
 from export.errors import CheckpointError
 from export.modules.load import load_components
+from export.preview import fit_preview
 from export.spec import Component, Precision
 from tests.conftest import CHECKPOINT
 
@@ -95,6 +96,7 @@ REFUSED = [
     (SCHEDULER, {"shift": -3.0}, "shift is -3.0"),
     (SCHEDULER, {"shift": float("nan")}, "shift is NaN"),
     (SCHEDULER, {"shift": "3"}, 'shift is "3"'),
+    (SCHEDULER, {"shift_terminal": 0.1}, "shift_terminal is 0.1; only null is accepted"),
     (TRANSFORMER, {"n_heads": ...}, "n_heads is missing; a whole number from 1"),
     (TRANSFORMER, {"n_heads": 0}, "n_heads is 0; a whole number from 1"),
     (TRANSFORMER, {"n_heads": True}, "n_heads is true"),
@@ -114,11 +116,21 @@ REFUSED = [
     (TEXT_ENCODER, {"model_type": "t5"}, 'model_type is "t5"; only "qwen3"'),
     (TEXT_ENCODER, {"num_hidden_layers": 1}, "num_hidden_layers is 1; a whole number from 2"),
     (TEXT_ENCODER, {"num_key_value_heads": 2}, "num_key_value_heads is 2; a divisor of num_attention_heads, 3,"),
+    (TEXT_ENCODER, {"use_sliding_window": True}, "use_sliding_window is true; only false is accepted"),
+    (TEXT_ENCODER, {"hidden_act": "gelu"}, 'hidden_act is "gelu"; only "silu" is accepted'),
     (VAE, {"latent_channels": ...}, "latent_channels is missing"),
     (VAE, {"latent_channels": 4}, "in_channels is 16; only the vae's latent_channels, 4,"),
     (VAE, {"shift_factor": None}, "shift_factor is null; a number is accepted"),
     (VAE, {"scaling_factor": 0}, "scaling_factor is 0"),
     (VAE, {"block_out_channels": [32, 64]}, r"block_out_channels is \[32, 64\]; four"),
+    (VAE, {"act_fn": "relu"}, 'act_fn is "relu"; only "silu" is accepted'),
+    (VAE, {"up_block_types": ...}, 'up_block_types is missing; four times "UpDecoderBlock2D" is accepted'),
+    (VAE, {"up_block_types": ["AttnUpDecoderBlock2D"] * 4}, 'up_block_types is .*; four times "UpDecoderBlock2D"'),
+    (VAE, {"down_block_types": ["DownEncoderBlock2D"]}, 'down_block_types is .*; four times "DownEncoderBlock2D"'),
+    *(
+        (file, {"quantization_config": {"quant_method": "x"}}, 'quantization_config is {"quant.*; only null, so the ch')
+        for file in (TRANSFORMER, TEXT_ENCODER, VAE)
+    ),
     (VAE, {"norm_num_groups": 5}, "norm_num_groups is 5; a divisor of all block_out_channels"),
 ]
 
@@ -161,6 +173,14 @@ HEADERS = [
     '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}',
     '{"a": {"dtype": "F32", "shape": 1, "data_offsets": [0, 4]}}',
     '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 4]}}',
+    '{"a": {"dtype": "F64", "shape": [1], "data_offsets": [0, 4]}}',
+    '{"a": {"dtype": "Q4", "shape": [1], "data_offsets": [0, 4]}}',
+    '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+    '{"a": {"dtype": "BF16", "shape": [1], "data_offsets": [2, 4]}}',
+    '{"a": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]}}',
+    '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "b": {"dtype": "F32", "shape": [1], '
+    '"data_offsets": [0, 4]}}',
+    '{"__metadata__": {"step": 3}, "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
 ]
 
 
@@ -228,6 +248,33 @@ def test_what_is_outside_the_layers_has_to_be_there_and_to_fit(
     changed_tensor(copy / part, name, None)
     with pytest.raises(CheckpointError, match=f"{part} holds no tensor {re.escape(name)}, which its config"):
         load()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("encoder.conv_in.weight", torch.zeros(3), r"the weights in .*vae do not fit its config\.json"),
+        ("encoder.conv_in.weight", None, "vae holds no tensor encoder.conv_in.weight, which its config.json promises"),
+        ("encoder.conv_in.bias", torch.full((32,), torch.nan), "the encoder in .*vae makes numbers .* not finite"),
+    ],
+)
+def test_previews_are_fitted_with_an_encoder_that_works(
+    copy: Path, name: str, value: torch.Tensor | None, says: str
+) -> None:
+    """No component holds it, and nothing else reads it."""
+    changed_tensor(copy / "vae", name, value)
+    with pytest.raises(CheckpointError, match=says):
+        fit_preview(copy)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"rope_parameters": {"rope_type": "banana", "rope_theta": 1e4}}, {"rms_norm_eps": "small"}]
+)
+def test_what_the_libraries_make_nothing_of_is_the_checkpoints_fault(copy: Path, changed: dict[str, Any]) -> None:
+    change(copy, TEXT_ENCODER, **changed)
+    open_checkpoint(copy)
+    with pytest.raises(CheckpointError, match=rf"{copy / 'text_encoder'} cannot be read as its config\.json says"):
+        load_components(copy, precision=Precision.FP32, device="cpu", wanted=[Component.PROMPT_ENCODER])
 
 
 def test_one_file_beside_shards_is_ambiguous(copy: Path) -> None:

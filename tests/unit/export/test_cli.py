@@ -9,15 +9,14 @@ import pytest
 import torch
 
 from export import exporter
-from export.cli import NOT_POSSIBLE, main
-from export.errors import BuildError, ExportError, ParityError, ResourcesError, UnsupportedError
+from export.cli import BAD_ARGUMENTS, NOT_POSSIBLE, main
+from export.errors import ArgumentsError, BuildError, ExportError, ParityError, ResourcesError, UnsupportedError
 from tests.conftest import CHECKPOINT
 
 REFUSED = [
     ("--backend tensorrt_rtx", "for example --target sm89,sm120"),
     ("--backend tensorrt_rtx --target sm90", "does not build for cuda .compute capability 9.0.; it builds for sm75"),
     ("--backend tensorrt_rtx --target sm89 --strip-weights", "leave out --strip-weights"),
-    ("--backend onnxruntime --target sm89", "are for TensorRT, and --backend is onnxruntime"),
     ("--backend onnxruntime --precision bf16", "computes in fp32 only.*give --precision fp32, or --backend aotind"),
     ("--precision fp8", "--precision fp8 is for --backend aotinductor on CUDA GPUs of compute capability 8.9 or newer"),
     ("--precision fp8 --backend aotinductor", "--backend aotinductor for cpu is asked for; leave out --precision"),
@@ -29,6 +28,11 @@ REFUSED = [
     ("--device cuda", r"--device cuda is not on this machine; cpu is accepted .this PyTorch sees no CUDA device."),
     ("--device cuda:1", "--device cuda:1 is not on this machine; cpu is accepted"),
     ("--device banana", "--device banana is not on this machine; cpu is accepted"),
+]
+CONTRADICTING = [
+    ("--backend onnxruntime --target sm89", "are for TensorRT, and --backend is onnxruntime"),
+    ("--revision main", "--revision and --cache-dir are for a hub, and --source is local; leave them out"),
+    ("--cache-dir /tmp", "--revision and --cache-dir are for a hub, and --source is local; leave them out"),
     (
         "--default-size 2048x2048 --max-size 1024",
         "--default-size 2048x2048 cannot be served; .* 64 to 1024 are accepted",
@@ -52,9 +56,28 @@ def test_a_refusal_names_the_remedy(
     assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.parametrize("dry_run", [["--dry-run"], []])
+@pytest.mark.parametrize(("arguments", "remedy"), CONTRADICTING)
+def test_arguments_that_fit_no_machine_are_bad_arguments(
+    arguments: str, remedy: str, dry_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fixed = ["--checkpoint", str(CHECKPOINT), "--repository", str(tmp_path), "--name", "m", "--device", "cpu", *dry_run]
+    assert main([*fixed, *arguments.split()]) == BAD_ARGUMENTS
+    said = capsys.readouterr().err
+    assert re.search(remedy, said), said
+    assert not (tmp_path / "m").exists()
+
+
 @pytest.mark.parametrize(
     ("error", "status"),
-    [(UnsupportedError, 3), (ResourcesError, 3), (BuildError, 1), (ParityError, 1), (ExportError, 1)],
+    [
+        (ArgumentsError, 2),
+        (UnsupportedError, 3),
+        (ResourcesError, 3),
+        (BuildError, 1),
+        (ParityError, 1),
+        (ExportError, 1),
+    ],
 )
 def test_what_is_not_possible_here_has_an_exit_status_of_its_own(
     error: type[ExportError], status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -13,7 +13,7 @@ from export.devices import checked_device, use_device
 from export.errors import UnsupportedError
 from export.manifest import Backend, Target
 from export.parity import ParityCheck, measure_parity
-from export.spec import Component, Precision
+from export.spec import Component, ModelDimensions, Precision
 from tests.conftest import CHECKPOINT
 from verify import gpu, inspection, parity
 
@@ -68,7 +68,10 @@ def test_onnx_runtime_is_for_the_cpu_unless_a_gpu_is_asked_for(
 
 
 def test_the_checks_process_computes_on_the_gpu_it_was_told(two_gpus: None) -> None:
-    check = ParityCheck(CHECKPOINT, Component.DENOISER, Backend.AOTINDUCTOR, Path("x"), Precision.BF16, "cuda:1", ())
+    package, dimensions = Path("x"), ModelDimensions(16, 192, 608)
+    check = ParityCheck(
+        CHECKPOINT, Component.DENOISER, Backend.AOTINDUCTOR, package, Precision.BF16, "cuda:1", dimensions, ()
+    )
     with pytest.raises(ChosenError, match="cuda:1"):
         measure_parity(check)
 

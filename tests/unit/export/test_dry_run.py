@@ -85,6 +85,7 @@ def test_what_is_not_cached_is_told_with_its_size_and_what_its_export_needs(
     assert "prompt_encoder  weights    4.00 to   8.00 GB" in said
     assert "memory      26.60 to  51.20 GB" in said
     assert not hub.downloads
+    assert hub.listings == 1
     assert not (tmp_path / "models").exists()
 
 
@@ -194,6 +195,8 @@ def test_what_would_be_reused_is_told(
     said = told(request_)
     assert "version    1\n  prompt_encoder  is not built again, but taken from an interrupted export" in said
     assert said.count("taken from") == 1
+    assert f"disk      {0.12:7.2f} GB" in said, "of the two that are left"
+    assert "prompt_encoder  weights" not in said
     run(request_, FakeBuilder(), monkeypatch)
     assert "version    1 is what is asked for; nothing is built" in told(request_)
     (request_.model / "1" / "denoiser.pt2").write_text("engine damaged!")

@@ -47,6 +47,18 @@ def test_the_weights_are_counted_as_they_are(tmp_path: Path) -> None:
     assert held[Component.PROMPT_ENCODER] < counted[Component.PROMPT_ENCODER] < 1.5 * held[Component.PROMPT_ENCODER]
 
 
+def test_eager_needs_no_room_for_engines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its export reads the VAE, and builds nothing."""
+    has = Free(free=0, available=2_000_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: has)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: has)
+    arguments = ["--repository", str(tmp_path), "--device", "cpu"]
+    assert main([*ARGUMENTS, "eager", *arguments]) == 0, capsys.readouterr().err
+    assert main([*ARGUMENTS, "aotinductor", *arguments]) == NOT_POSSIBLE
+
+
 @pytest.mark.parametrize(
     ("what", "remedy"), [("disk", "give another --repository"), ("memory", "export on a larger machine")]
 )

@@ -1,5 +1,6 @@
 """What an export builds again, and what it takes from earlier ones."""
 
+import shutil
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -13,7 +14,7 @@ from export import exporter, manifest, reuse
 from export.build import BuildInputs, BuildOptions, Built, Runner
 from export.build.aotinductor import called_libraries
 from export.checkpoint import Checkpoint
-from export.errors import UnsupportedError, VersionExistsError
+from export.errors import ArgumentsError, ResourcesError, VersionExistsError
 from export.exporter import Exported, export_model
 from export.kernels import attention
 from export.manifest import Backend, EngineRecord, Parity, Target
@@ -25,6 +26,7 @@ from export.reuse import reusable_engines
 from export.sources import Hub, Source
 from export.spec import Component, ComponentSpec, Precision, ShapePoint, component_specs
 from tests.conftest import CHECKPOINT
+from tests.unit.export.test_estimate import Free
 
 ENCODER, DENOISER, DECODER = Component
 # No such device is here, so nothing is run.
@@ -177,12 +179,9 @@ def test_an_export_interrupted_again_before_it_builds_keeps_what_was_finished(
 
     def interrupted(folder: Path, request: ExportRequest, checkpoint: Checkpoint) -> dict[Component, EngineRecord]:
         if folder.name == "1":
-            asked.append(folder)
-            if len(asked) == 2:  # the first time, whether there is anything to do at all
-                raise KeyboardInterrupt
+            raise KeyboardInterrupt
         return reusable_engines(folder, request, checkpoint)
 
-    asked: list[Path] = []
     with monkeypatch.context() as during:
         during.setattr(exporter, "reusable_engines", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -190,6 +189,56 @@ def test_an_export_interrupted_again_before_it_builds_keeps_what_was_finished(
     last = FakeBuilder()
     run(request_, last, monkeypatch)
     assert last.built == [DENOISER]
+
+
+def test_disk_that_is_spent_already_is_not_asked_for_again(
+    request_: ExportRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left of an AOTInductor export is 60 MB for each package."""
+    with pytest.raises(KeyboardInterrupt):
+        run(request_, FakeBuilder(stop_at=DECODER), monkeypatch)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Free(free=59_000_000))
+    with pytest.raises(ResourcesError, match=r"needs 0\.1 GB of disk"):
+        run(request_, FakeBuilder(), monkeypatch)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Free(free=61_000_000))
+    assert run(request_, FakeBuilder(), monkeypatch).reused == {ENCODER, DENOISER}
+    with pytest.raises(ResourcesError, match=r"needs 0\.2 GB of disk"):
+        run(replace(request_, existing=Existing.REPLACE), FakeBuilder(), monkeypatch)
+
+
+def test_engines_are_taken_wherever_the_checkpoint_lies_now(
+    request_: ExportRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run(request_, FakeBuilder(), monkeypatch)
+    moved = Path(shutil.copytree(CHECKPOINT, tmp_path / "moved"))
+    builder = FakeBuilder()
+    done = run(replace(request_, source=Source(Hub.LOCAL, str(moved))), builder, monkeypatch)
+    assert builder.built == []
+    assert (done.folder.name, done.reused) == ("2", frozenset(Component))
+    assert done.manifest.checkpoint.path == str(moved), "a server reads it there"
+
+
+def test_whatever_lies_in_an_interrupted_exports_folder_goes(
+    request_: ExportRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (request_.model / INCOMPLETE[Existing.KEEP] / "folder" / "inside").mkdir(parents=True)
+    done = run(request_, FakeBuilder(), monkeypatch)
+    assert not (done.folder / "folder").exists()
+
+
+@dataclass
+class OutOfMemoryBuilder(FakeBuilder):
+    """The device has no memory for what it builds."""
+
+    def build(self, inputs: BuildInputs, folder: Path) -> Built:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more")
+
+
+def test_a_device_without_memory_is_not_the_backends_fault(
+    request_: ExportRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ResourcesError, match=r"too little memory to build prompt_encoder \(.* 2 GiB\); end what else"):
+        run(request_, OutOfMemoryBuilder(), monkeypatch)
 
 
 @pytest.mark.parametrize("library", ["torch", "diffusers", "transformers", "onnxscript"])
@@ -335,5 +384,5 @@ def test_sizes_past_the_checkpoints_position_tables_are_refused(
     request_: ExportRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     too_large = replace(request_, serving=replace(request_.serving, max_size=8208))
-    with pytest.raises(UnsupportedError, match="give --max-size 8192 or less"):
+    with pytest.raises(ArgumentsError, match="give --max-size 8192 or less"):
         run(too_large, FakeBuilder(), monkeypatch)

@@ -6,7 +6,9 @@ from export.profiles import serving_profiles, tuning_example
 from export.spec import EXPORT_EXAMPLE, MIN_SIZE, SIZE_MULTIPLE
 
 
-@pytest.mark.parametrize("size", [(1024, 1024), (512, 1024), (2048, 2048), (64, 64), (2048, 512)])
+@pytest.mark.parametrize(
+    "size", [(1024, 1024), (512, 1024), (2048, 2048), (64, 64), (2048, 512), (2048, 64), (80, 2048)]
+)
 def test_kernels_are_tuned_near_the_default_size_at_no_special_shape(size: tuple[int, int]) -> None:
     example = tuning_example(serving_profiles(size, max_rows=8, max_size=2048))
     assert example.height == size[1]

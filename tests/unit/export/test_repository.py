@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -63,6 +64,66 @@ def test_an_existing_number_is_kept_unless_it_is_to_be_replaced(tmp_path: Path) 
     assert sorted(p.name for p in model.iterdir() if p.is_dir()) == ["3"]
 
 
+def _die_between_the_renames(model: Path) -> None:
+    rename = Path.rename
+
+    def last(path: Path, target: Path) -> Path:
+        renamed = rename(path, target)
+        os.kill(os.getpid(), signal.SIGKILL)
+        return renamed
+
+    with new_version(model, 1, Existing.REPLACE) as folder:
+        (folder / "engine").write_text("new")
+        Path.rename = last  # type: ignore[method-assign, assignment]
+
+
+def test_a_version_whose_replacement_never_came_is_put_back(tmp_path: Path) -> None:
+    model = tmp_path / "m"
+    with new_version(model) as folder:
+        (folder / "engine").write_text("old")
+    process = multiprocessing.get_context("spawn").Process(target=_die_between_the_renames, args=(model,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert versions(model) == []
+    with new_version(model):
+        assert versions(model) == [1]
+        assert (model / "1" / "engine").read_text() == "old"
+    assert versions(model) == [1, 2]
+
+
+def test_what_could_not_be_deleted_does_not_fail_the_export_and_goes_with_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(path: Path) -> None:
+        raise OSError(f"{path} is busy")
+
+    model = tmp_path / "m"
+    for text in ("old", "new"):
+        with monkeypatch.context() as during, new_version(model, 1, Existing.REPLACE) as folder:
+            (folder / "engine").write_text(text)
+            during.setattr(shutil, "rmtree", busy)
+    assert (model / "1" / "engine").read_text() == "new"
+    assert (model / ".replaced-1" / "engine").read_text() == "old"
+    with new_version(model):
+        assert not (model / ".replaced-1").exists()
+
+
+def test_a_version_that_is_a_link_can_be_replaced_again_and_again(tmp_path: Path) -> None:
+    model, elsewhere = tmp_path / "m", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "engine").write_text("elsewhere")
+    model.mkdir()
+    for text in ("first", "second"):
+        if not (model / "1").exists():
+            (model / "1").symlink_to(elsewhere)
+        with new_version(model, 1, Existing.REPLACE) as folder:
+            (folder / "engine").write_text(text)
+        assert (model / "1" / "engine").read_text() == text
+        assert not list(model.glob(".replaced-*"))
+    assert (elsewhere / "engine").read_text() == "elsewhere"
+
+
 def test_two_exports_of_one_model_do_not_meet(tmp_path: Path) -> None:
     with (
         new_version(tmp_path / "m"),
@@ -96,4 +157,6 @@ def test_what_an_existing_config_says_otherwise_is_told(tmp_path: Path) -> None:
     (tmp_path / "config.pbtxt").write_text("dynamic_batching {}\nmax_batch_size: 2")
     assert kept_settings(tmp_path, asked)[0] == "default_size is not set, and 512x512 was asked for"
     (tmp_path / "config.pbtxt").write_text("colour: red")
+    assert "it cannot be read" in kept_settings(tmp_path, asked)[0]
+    (tmp_path / "config.pbtxt").write_bytes("# Größe".encode("latin-1"))
     assert "it cannot be read" in kept_settings(tmp_path, asked)[0]

@@ -134,6 +134,18 @@ def test_the_libraries_own_environment_is_respected(hub: Hub, make: Callable[[Pa
     assert done.stdout.splitlines()[-1:] == [str(snapshot)], done.stderr
 
 
+@pytest.mark.parametrize(
+    ("value", "network"), [("1", "offline"), ("TRUE", "offline"), ("false", "online"), ("", "online")]
+)
+def test_the_switch_means_what_it_means_to_its_library(value: str, network: str) -> None:
+    program = "from export.sources import network_from_environment; print(network_from_environment().value)"
+    environment = {**os.environ, "HF_HUB_OFFLINE": value}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == f"{network}\n", done.stderr
+
+
 def test_a_hub_that_breaks_off_is_a_clear_error(tmp_path: Path) -> None:
     """The HTTP library's own errors are none of Python's."""
     program = "import sys; from export.cli import main; sys.exit(main(sys.argv[1:]))"

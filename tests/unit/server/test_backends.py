@@ -14,11 +14,13 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from server.backends import registry
 from server.backends.base import ModelFile, ModelFolder, VersionPolicy
 from server.backends.batcher import Batcher
+from server.config import read_model_config
 from server.errors import ConfigError, QueueFullError, QueueTimeoutError
 from server.frontend.exposition import decimal, render, serve
 from server.frontend.statistics import Statistics
 from server.queue_policy import LevelPolicy, QueuePolicy, TimeoutAction
-from server.rpc.triton.model_config import parse_model_file
+from server.rpc.triton import images
+from server.rpc.triton.model_config import complete_config, parse_model_file
 from server.tensors import DataType, InferRequest, ModelSpec, Tensor, TensorSpec, join_strings, split_strings
 from tests.conftest import ROOT
 
@@ -149,6 +151,31 @@ async def test_a_batch_is_not_held_when_what_is_next_does_not_fit(misfit: InferR
 def test_scheduling_that_no_backend_serves_is_refused_by_name(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_model_file(text, "m")
+
+
+@pytest.mark.parametrize("field", ["response_cache { enable: true }", "optimization { }", "model_warmup { name: 'x' }"])
+def test_what_neither_the_server_nor_a_backend_reads_is_refused_with_what_is_accepted(field: str) -> None:
+    name = field.partition(" ")[0]
+    with pytest.raises(ConfigError, match=rf"model 'm': \['{name}'\] not supported; \['backend', 'dynamic_batching', "):
+        parse_model_file(f"backend: 'identity' {field}", "m")
+
+
+def test_the_image_models_own_fields_are_left_to_it() -> None:
+    assert parse_model_file("response_cache { enable: true } model_warmup { name: '64x64' }", "m").backend == "z_image"
+
+
+def test_what_is_told_of_an_image_model_can_be_sent_back(tmp_path: Path) -> None:
+    """As clients do that change one setting of a model and load it again."""
+    file = parse_model_file("parameters { key: 'max_num_images' value { string_value: '2' } }", "m")
+    told = complete_config(file, images.model_spec(ModelFolder(tmp_path, "1", file)))
+    again = ModelFolder(tmp_path, "1", parse_model_file(str(told), "m"))
+    assert images.model_spec(again).inputs == images.INPUTS
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.pbtxt").write_text(str(told))
+    assert read_model_config(tmp_path / "m").max_num_images == 2
+    told.output[0].dims[2] = 4
+    with pytest.raises(ConfigError, match="an image model has inputs and outputs of its own"):
+        images.model_spec(replace(again, file=parse_model_file(str(told), "m")))
 
 
 TENSOR = "{kind} {{ name: 'A' data_type: TYPE_UINT8 dims: [ {dims} ] }}"

@@ -1,5 +1,8 @@
 """config.pbtxt: what is understood, and that nothing is silently dropped."""
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,8 +12,10 @@ from server.config import FallbackPolicy, ModelConfig, read_model_config
 from server.errors import ConfigError
 from server.launch import WorkerConfig, announce, announced
 from server.queue_policy import LevelPolicy, QueuePolicy, TimeoutAction
+from server.settings import LogFormat, LogSettings
 
 OFF = {Component.DENOISER: "it = broken"}
+LOG = LogSettings("/var/log/z=1", log_info=False, log_format=LogFormat.ISO8601)
 
 
 def read(tmp_path: Path, text: str) -> ModelConfig:
@@ -103,8 +108,10 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_a_workers_arguments_read_back() -> None:
-    config = WorkerConfig(Path("/m/a"), "3", "a-0", Path("/tmp/s"), "cuda:1", 2, FallbackPolicy.REFUSE, 9.0, OFF)
-    assert WorkerConfig.parse(config.arguments()) == config
+    config = WorkerConfig(Path("/m/a"), "3", "a-0", Path("/tmp/s"), "cuda:1", 2, FallbackPolicy.REFUSE, 9.0, OFF, LOG)
+    again = WorkerConfig.parse(config.arguments())
+    assert again == config
+    assert again.log.log_format is LogFormat.ISO8601
     with pytest.raises(ConfigError, match="a worker takes exactly"):
         WorkerConfig.parse([*config.arguments(), "--colour=red"])
 
@@ -124,3 +131,19 @@ def test_a_request_may_only_shorten_the_queue_timeout_and_only_where_it_may() ->
     assert [p.timeout_of(5.0) for p in policies] == [None, 2.0, 5.0, 2.0]
     assert bounded.timeout_of(1.0) == 1.0
     assert bounded.timeout_of(None) == 2.0
+
+
+LOGS = r"""
+import logging, sys
+from server.settings import LogFormat, LogSettings
+LogSettings(sys.argv[1], log_info=False, log_format=LogFormat.ISO8601).apply("100%-0")
+logging.getLogger("x").info("not this")
+logging.getLogger("x").warning("a file named %s", b"caf\xe9".decode("utf-8", "surrogateescape"))
+"""
+
+
+def test_a_process_logs_what_is_wanted_where_it_is_wanted(tmp_path: Path) -> None:
+    file = tmp_path / "log"
+    done = subprocess.run([sys.executable, "-c", LOGS, str(file)], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\S+ WARNING 100%-0 x: a file named caf\\udce9\n", file.read_text())

@@ -54,8 +54,8 @@ def test_why_a_worker_cannot_start_is_the_last_it_says(
         raise error
 
     monkeypatch.setattr(worker, "build_service", build)
-    monkeypatch.setattr(worker.WorkerConfig, "parse", lambda arguments: None)
-    monkeypatch.setattr(worker.logging, "basicConfig", lambda **settings: None)
+    config = SimpleNamespace(instance="m-0", log=SimpleNamespace(apply=lambda who: None))
+    monkeypatch.setattr(worker.WorkerConfig, "parse", lambda arguments: config)
     monkeypatch.setattr(sys, "argv", ["worker"])
     assert worker.main() == 1
     assert re.search(said, capsys.readouterr().out.rstrip("\n"))

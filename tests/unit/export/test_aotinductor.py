@@ -1,0 +1,79 @@
+"""What is said where AOTInductor cannot compile."""
+
+import errno
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import pytest
+import torch
+from torch import nn
+from torch._inductor.exc import InductorError, InvalidCxxCompiler
+from torch.export import ExportedProgram
+
+from export.build.aotinductor import AotInductorBuilder
+from export.build.base import BuildInputs
+from export.errors import BuildError
+from export.onnx import GraphLimits, GraphSource
+from export.spec import EXPORT_EXAMPLE, Component, ModelDimensions, Precision, ShapePoint, component_specs
+
+DIMENSIONS = ModelDimensions(16, 192, 608)
+
+
+@dataclass(frozen=True)
+class NoProgram(BuildInputs):
+    """Is traced at once, as what compiles it looks at nothing."""
+
+    def program(self, module: nn.Module, example: ShapePoint = EXPORT_EXAMPLE) -> ExportedProgram:
+        return cast(ExportedProgram, module)
+
+
+@pytest.fixture
+def inputs() -> BuildInputs:
+    source = GraphSource(Path(), DIMENSIONS, Precision.FP32, GraphLimits(2, 320))
+    return NoProgram(source, component_specs(DIMENSIONS)[Component.DENOISER], (), Path(), lambda: nn.Linear(1, 1))
+
+
+def ends_with(error: Exception) -> Callable[..., None]:
+    def compile_it(*_: object, **__: object) -> None:
+        raise error
+
+    return compile_it
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        InductorError(InvalidCxxCompiler("g++"), None),
+        InductorError(OSError("CUDA_HOME environment variable is not set"), None),
+        OSError("CUDA_HOME environment variable is not set"),
+    ],
+)
+def test_a_compiler_that_is_not_there_is_named_with_the_remedy(
+    error: Exception, inputs: BuildInputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", ends_with(error))
+    with pytest.raises(BuildError, match=r"could not compile denoiser: .*(g\+\+|CUDA_HOME).* needs a C\+\+ compiler"):
+        AotInductorBuilder().build(inputs, Path())
+
+
+def test_what_says_nothing_of_compilers_gives_no_such_advice(
+    inputs: BuildInputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = InductorError(AssertionError("so it is not"), None)
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", ends_with(error))
+    with pytest.raises(BuildError, match=r"could not compile denoiser: AssertionError: so it is not$"):
+        AotInductorBuilder().build(inputs, Path())
+
+
+@pytest.mark.parametrize("cause", [torch.OutOfMemoryError("no room"), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))])
+def test_a_full_disk_and_a_full_device_are_not_the_compilers_fault(
+    cause: Exception, inputs: BuildInputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for error in (cause, InductorError(cause, None)):
+        monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", ends_with(error))
+        with pytest.raises(type(cause)) as caught:
+            AotInductorBuilder().build(inputs, Path())
+        assert caught.value is cause

@@ -1,0 +1,97 @@
+"""What a manifest may hold, and the command that makes its engines again."""
+
+import json
+import shlex
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from export.cli import parser
+from export.errors import ManifestError
+from export.manifest import (
+    Backend,
+    CheckpointRecord,
+    EngineRecord,
+    FileRecord,
+    Manifest,
+    PlanRecord,
+    PlanWeights,
+    PreviewProjection,
+    Target,
+    Verbosity,
+    rebuild_command,
+)
+from export.spec import Component, ModelDimensions, Precision
+
+CPU, ADA, BLACKWELL = Target("cpu"), Target("cuda", "8.9"), Target("cuda", "12.0")
+CHECKPOINT = CheckpointRecord("/data/my models/z; image", "f", ModelDimensions(16, 1, 1), 3.0)
+PLAN = PlanRecord((), PlanWeights.STRIPPED, Verbosity.DETAILED, "", 0, 0)
+
+
+def engine(backend: Backend, target: Target, plan: PlanRecord | None = None) -> EngineRecord:
+    return EngineRecord(Component.DENOISER, backend, (FileRecord("denoiser", 0, ""),), {}, (target,), None, plan)
+
+
+def manifest(record: EngineRecord) -> Manifest:
+    preview = PreviewProjection((), (0.0, 0.0, 0.0))
+    return Manifest("m", "now", CHECKPOINT, Precision.BF16, 2, 1024, "512x256", (record,), preview, "s")
+
+
+def rebuilt(record: EngineRecord, here: Target = ADA) -> Any:
+    """What `zserve export` reads in the command."""
+    command = shlex.split(rebuild_command(manifest(record), Path("my repository"), record, here))
+    assert command[:2] == ["zserve", "export"]
+    return parser().parse_args(command[2:])
+
+
+def test_the_command_says_again_what_was_asked_for() -> None:
+    asked = rebuilt(engine(Backend.TENSORRT_RTX, ADA, PLAN))
+    assert (asked.checkpoint, asked.repository) == ("/data/my models/z; image", Path("my repository"))
+    assert (asked.name, asked.backend, asked.precision, asked.force) == ("m", "tensorrt_rtx", "bf16", True)
+    assert (asked.max_batch, asked.max_size, asked.default_size) == (2, 1024, "512x256")
+    assert (asked.strip_weights, asked.profiling_verbosity) == (True, "detailed")
+    plain = rebuilt(engine(Backend.TENSORRT, ADA, replace(PLAN, weights=PlanWeights.INSIDE)))
+    assert (plain.strip_weights, plain.target) == (False, None)
+
+
+@pytest.mark.parametrize(
+    ("backend", "built_for", "here", "target", "device"),
+    [
+        (Backend.TENSORRT_RTX, ADA, ADA, (ADA,), None),
+        (Backend.TENSORRT_RTX, ADA, BLACKWELL, (BLACKWELL,), None),
+        (Backend.TENSORRT_RTX, ADA, CPU, (ADA,), None),
+        (Backend.AOTINDUCTOR, CPU, CPU, None, "cpu"),
+        (Backend.AOTINDUCTOR, CPU, ADA, None, None),
+        (Backend.AOTINDUCTOR, ADA, CPU, None, "cpu"),
+        (Backend.AOTINDUCTOR, ADA, BLACKWELL, None, None),
+        (Backend.ONNXRUNTIME, CPU, ADA, None, None),
+    ],
+)
+def test_the_command_builds_for_what_is_here(
+    backend: Backend, built_for: Target, here: Target, target: tuple[Target, ...] | None, device: str | None
+) -> None:
+    asked = rebuilt(engine(backend, built_for), here)
+    assert (asked.target, asked.device) == (target, device)
+
+
+def no_files(raw: Any) -> None:
+    raw["engines"][0]["files"] = []
+
+
+def no_size(raw: Any) -> None:
+    raw["default_size"] = "abc"
+
+
+@pytest.mark.parametrize("change", [no_files, no_size])
+def test_what_cannot_be_meant_is_not_read(change: Callable[[Any], None], tmp_path: Path) -> None:
+    manifest(engine(Backend.ONNXRUNTIME, CPU)).write(tmp_path)
+    Manifest.read(tmp_path)
+    file = tmp_path / "manifest.json"
+    raw = json.loads(file.read_text())
+    change(raw)
+    file.write_text(json.dumps(raw))
+    with pytest.raises(ManifestError, match="does not fit format"):
+        Manifest.read(tmp_path)
