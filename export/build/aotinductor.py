@@ -24,8 +24,9 @@ from export.packages import open_package
 from export.profiles import tuning_example
 from export.spec import Component, ComponentSpec, Precision
 
-# The weights stay outside: they are lent when the package is opened.
-CONFIGS: dict[str, Any] = {"aot_inductor.package_constants_in_so": False}
+# The weights stay outside: they are lent when the package is opened. On a CPU as many threads compute as the server
+# says then; by itself Inductor may write down how many there were here.
+CONFIGS: dict[str, Any] = {"aot_inductor.package_constants_in_so": False, "cpp.dynamic_threads": True}
 # On CUDA also: channels-last convolutions, which Inductor avoids where sizes are dynamic; no copies that pad matrices,
 # whose rows are aligned here anyway; several forms of each of its own kernels tried; and matrix products by cuBLAS
 # alone, as Inductor would look for other forms of those in FP8 without being asked.
