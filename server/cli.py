@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     _add_models(p.add_argument_group("models"))
+    _add_workers(p.add_argument_group("workers"))
     _add_grpc(p.add_argument_group("gRPC"))
     _add_access(p.add_argument_group("access"))
     observation.add_flags(p.add_argument_group("metrics, logs and traces"))
@@ -77,6 +78,16 @@ def _add_models(g: "argparse._ArgumentGroup") -> None:
         help="how long requests may take to finish when the server is told to stop",
     )
     g.add_argument(
+        "--response-cache-byte-size",
+        type=int,
+        default=DEFAULTS["response_cache_byte_size"],
+        help="for models with response_cache { enable: true }",
+    )
+    g.add_argument("--id", default=DEFAULTS["id"], help="the server's name in its metadata")
+
+
+def _add_workers(g: "argparse._ArgumentGroup") -> None:
+    g.add_argument(
         "--require-engine",
         action="store_true",
         help="no eager PyTorch in the place of an engine that cannot be loaded; implies --exit-on-error",
@@ -94,13 +105,6 @@ def _add_models(g: "argparse._ArgumentGroup") -> None:
         default=DEFAULTS["worker_timeout_secs"],
         help="how long a worker, or its device, may not answer before it is replaced",
     )
-    g.add_argument(
-        "--response-cache-byte-size",
-        type=int,
-        default=DEFAULTS["response_cache_byte_size"],
-        help="for models with response_cache { enable: true }",
-    )
-    g.add_argument("--id", default=DEFAULTS["id"], help="the server's name in its metadata")
 
 
 def _add_grpc(g: "argparse._ArgumentGroup") -> None:

@@ -292,7 +292,7 @@ async def test_traces_that_are_lost_are_counted(tmp_path: Path) -> None:
     async with serving(light_repository(tmp_path / "models"), LIGHT, trace=trace) as server:
         await draw(server.client, ImageRequest("x"))
         registry = server.frontend._metrics.registry
-        await asyncio.to_thread(wait_for, lambda: "\nzserve_traces_lost_total 1" in render(registry))
+        assert await asyncio.to_thread(wait_for, lambda: "\nzserve_traces_lost_total 1" in render(registry))
 
 
 async def test_no_series_is_told_twice(tmp_path: Path) -> None:
