@@ -36,7 +36,7 @@ def test_every_engine_is_compared_or_says_why_not(
         modules = EagerModules(CHECKPOINT, variant.precision, "cpu")
         return Painter(manifest, load_engines(folder, manifest, modules, FallbackPolicy.REFUSE), "cpu")
 
-    size = (96, 128)
+    size = (64, 80)
     changes = {"load": load, "SMALL": size, "GRIDS": {"quick": (size,)}, "STEPS": 2, "OTHER_STEPS": 3}
     for name, value in changes.items():
         monkeypatch.setattr(quality, name, value)
