@@ -67,8 +67,8 @@ class Traffic:
         async def one(arrival: Arrival) -> Outcome:
             planned = began + arrival.at
             await asyncio.sleep(planned - time.monotonic())
-            # Whoever comes late has waited for that long already.
-            left = None if arrival.patience is None else max(0.0, planned + arrival.patience - time.monotonic())
+            # Whoever comes late has waited for that long already; what has no time left is asked for all the same.
+            left = None if arrival.patience is None else max(1e-6, planned + arrival.patience - time.monotonic())
             async with AsyncZImageClient(self.url, timeout=left if tell else None) as client:
                 try:
                     await self._ask(client, arrival.size, arrival.priority if tell else 0)

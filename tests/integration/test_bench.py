@@ -111,8 +111,8 @@ async def test_traffic_is_answered_and_checks_who_answered(server: ServerProcess
     answered = await traffic.open_loop(arrivals, Manners.TELL)
     assert [o.arrival for o in answered] == arrivals
     assert all(o.good for o in answered)
-    hopeless = await traffic.open_loop([Arrival(0.0, "all", (64, 64), 1, 1e-4)], Manners.TELL)
-    assert hopeless[0].latency is None
+    hopeless = [Arrival(0.0, "all", (64, 64), 1, patience) for patience in (1e-4, 0.0)]
+    assert [o.latency for o in await traffic.open_loop(hopeless, Manners.TELL)] == [None, None]
     with pytest.raises(BenchmarkError, match="tensorrt is to be measured"):
         await Traffic(server.url, "tensorrt", ["a red circle"], steps=1).closed_loop(1, 0.01, [(64, 64)])
 
