@@ -7,6 +7,7 @@ import urllib.request
 from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge
@@ -14,6 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from server.backends import registry
 from server.backends.base import ModelFile, ModelFolder, VersionPolicy
 from server.backends.batcher import Batcher
+from server.backends.identity import IdentityModel
 from server.config import read_model_config
 from server.errors import ConfigError, QueueFullError, QueueTimeoutError
 from server.frontend.exposition import decimal, render, serve
@@ -176,6 +178,16 @@ def test_what_is_told_of_an_image_model_can_be_sent_back(tmp_path: Path) -> None
     told.output[0].dims[2] = 4
     with pytest.raises(ConfigError, match="an image model has inputs and outputs of its own"):
         images.model_spec(replace(again, file=parse_model_file(str(told), "m")))
+
+
+@pytest.mark.parametrize("delay", ["nan", "-1", "3600001", "soon"])
+async def test_a_delay_that_no_request_could_have_is_refused_with_the_model(delay: str) -> None:
+    file = parse_model_file(
+        f"backend: 'identity' parameters {{ key: 'execute_delay_ms' value {{ string_value: '{delay}' }} }}", "m"
+    )
+    host: Any = None
+    with pytest.raises(ConfigError, match=f"execute_delay_ms: '{delay}' is not accepted; a number from 0 to 3.6e"):
+        await IdentityModel(ModelFolder(Path("m"), "1", file), host).load()
 
 
 TENSOR = "{kind} {{ name: 'A' data_type: TYPE_UINT8 dims: [ {dims} ] }}"
