@@ -69,8 +69,12 @@ class CostTable:
 
     def image(self, height: int, width: int, *, steps: int, rows: int) -> float:
         """Seconds of a whole image that has the device for itself."""
-        stages = self._estimate(Component.PROMPT_ENCODER, 0, 0, 1) + self.decode(height, width)
+        stages = self.encode() + self.decode(height, width)
         return stages + steps * self.step(height, width, rows)
+
+    def encode(self) -> float:
+        """Seconds of one prompt's encoding; 0 before one was measured."""
+        return self._estimate(Component.PROMPT_ENCODER, 0, 0, 1)
 
     def decode(self, height: int, width: int) -> float:
         """Seconds of one image's decoding, scaled like `step`."""

@@ -1,6 +1,6 @@
 """Projections of the same input as one matrix product each."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -16,23 +16,33 @@ def merge_projections(component: Denoiser | PromptEncoder) -> None:
     The parameters that there were become views of it, so nothing is in memory twice, and whatever computes with them
     still does. Does nothing the second time, and leaves projections with a bias alone.
     """
+    for owner, name, parts in _projections(component):
+        if _merge(owner, name, parts):
+            # What the parts took; at the end it would be as much as all weights, kept from everyone else on the device.
+            torch.cuda.empty_cache()
+
+
+def _projections(component: Denoiser | PromptEncoder) -> Iterator[tuple[Foreign, str, Sequence[str]]]:
+    """Of each block, what has the projections, and the names of theirs in one and of each."""
     match component:
         case Denoiser():
             for block in (*component.noise_refiner, *component.layers):
-                _merge(block.attention, "qkv", ("to_q", "to_k", "to_v"))
-                _merge(block.feed_forward, "w13", ("w1", "w3"))
+                yield block.attention, "qkv", ("to_q", "to_k", "to_v")
+                yield block.feed_forward, "w13", ("w1", "w3")
         case PromptEncoder():
             for layer in component.layers:
-                _merge(layer.self_attn, "qkv", ("q_proj", "k_proj", "v_proj"))
-                _merge(layer.mlp, "gate_up", ("gate_proj", "up_proj"))
+                yield layer.self_attn, "qkv", ("q_proj", "k_proj", "v_proj")
+                yield layer.mlp, "gate_up", ("gate_proj", "up_proj")
 
 
-def _merge(owner: Foreign, name: str, parts: Sequence[str]) -> None:
+def _merge(owner: Foreign, name: str, parts: Sequence[str]) -> bool:
+    """Whether there was anything to merge."""
     linears = [getattr(owner, part) for part in parts]
     if hasattr(owner, name) or any(linear.bias is not None for linear in linears):
-        return
+        return False
     merged = torch.cat([linear.weight for linear in linears])
     owner.register_parameter(name, nn.Parameter(merged, requires_grad=False))
     weights = torch.split(merged, [linear.out_features for linear in linears])
     for linear, weight in zip(linears, weights, strict=True):
         linear.weight = nn.Parameter(weight, requires_grad=False)
+    return True

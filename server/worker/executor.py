@@ -56,10 +56,21 @@ class ImageSequence(PlannedSequence):
 
 
 def make_sequences(
-    request: GenerationRequest, prompts: tuple[TokenIds, ...], *, key: int, shift: float, now: float
+    request: GenerationRequest,
+    prompts: tuple[TokenIds, ...],
+    *,
+    key: int,
+    shift: float,
+    now: float,
+    delivery: float = 0.0,
 ) -> tuple[ImageSequence, ...]:
-    """The sequences of all images of `request`, which arrived at `now`."""
-    return tuple(_sequence(request, i, prompts, key, shift, now) for i in range(request.num_images))
+    """The sequences of all images of `request`, which arrived at `now`.
+
+    They are due `delivery` seconds before the request is.
+    """
+    due = None if request.timeout is None else now + request.timeout - delivery
+    claim = Claim(request.priority, now, due)
+    return tuple(_sequence(request, i, prompts, key, shift, claim) for i in range(request.num_images))
 
 
 def _sequence(
@@ -68,13 +79,13 @@ def _sequence(
     prompts: tuple[TokenIds, ...],
     key: int,
     shift: float,
-    now: float,
+    claim: Claim,
 ) -> ImageSequence:
     return ImageSequence(
         key=key,
         shape=StepShape(request.height, request.width, tuple(map(padded_length, prompts))),
         steps=request.num_inference_steps,
-        claim=Claim(request.priority, now, None if request.timeout is None else now + request.timeout),
+        claim=claim,
         request=request,
         image_index=image_index,
         prompts=prompts,

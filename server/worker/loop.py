@@ -204,11 +204,12 @@ class WorkerLoop(threading.Thread):
 
     def _drop_hopeless(self) -> None:
         for sequence in self._planner.hopeless(self._clock()):
+            behind = "" if sequence.started else " behind what goes before it"
             self._fail(
                 sequence.key,
                 DeadlinePassedError(
-                    f"the deadline cannot be met: {sequence.left} of {sequence.steps} steps were still to do; allow "
-                    "more time, or ask for fewer steps or a smaller size"
+                    f"the deadline cannot be met: {sequence.left} of {sequence.steps} steps were still to do{behind}; "
+                    "allow more time, or ask for fewer steps or a smaller size"
                 ),
             )
 

@@ -2,7 +2,9 @@
 
 The planner works through the sequences in the order of `Turns`, one priority level at a time: finished ones are decoded
 first, then the first in turn takes its step together with as many equal ones as the measured costs say is worth it.
-Equal work is not interleaved: that would make all of it late. A sequence that can no longer meet its deadline leaves.
+Equal work is not interleaved: that would make all of it late. A sequence that can no longer meet its deadline leaves:
+one that has not begun as soon as what goes before it leaves too little time, for when it gets its turn it would only
+take what the next one needs.
 """
 
 from collections import Counter
@@ -72,6 +74,20 @@ class Forecast:
     starts: float
 
 
+@dataclass(frozen=True)
+class _Cost:
+    """A sequence's part of the device's time, in seconds: its prompt, a step, its image."""
+
+    encode: float
+    step: float
+    decode: float
+
+    def seconds(self, sequence: PlannedSequence) -> float:
+        """What `sequence` still takes."""
+        encode = 0.0 if sequence.started else self.encode
+        return encode + sequence.left * self.step + self.decode
+
+
 class Planner:
     """Holds the sequences that are under way and says what to run next."""
 
@@ -112,8 +128,23 @@ class Planner:
         return True
 
     def hopeless(self, now: float) -> list[PlannedSequence]:
-        """The sequences whose deadline has passed, or will have even if the device does nothing else from now on."""
-        return [s for s in self._turns.ordered(now) if now >= s.latest]
+        """The sequences that will not meet their deadlines.
+
+        One that has begun: even if the device does nothing else from now on. One that has not: behind those that go
+        before it and will meet theirs.
+        """
+        hopeless = []
+        ordered = self._turns.ordered(now)
+        if all(s.claim.deadline is None for s in ordered):
+            return []
+        costs = self._costs_in_company(ordered)
+        free = now
+        for sequence in ordered:
+            if (now if sequence.started else free) >= sequence.latest:
+                hopeless.append(sequence)
+            else:
+                free += costs[sequence.shape].seconds(sequence)
+        return hopeless
 
     def plan(self, now: float) -> Plan | Wait | None:
         """What to run next; None when there is nothing to do."""
@@ -173,15 +204,14 @@ class Planner:
     def forecast(self, now: float) -> dict[int, Forecast]:
         """By key, when each request that has not begun will, if nothing more urgent arrives."""
         ordered = self._turns.ordered(now)
-        costs = {shape: self._seconds_in_company(shape, n) for shape, n in Counter(s.shape for s in ordered).items()}
+        costs = self._costs_in_company(ordered)
         begun = {s.key for s in ordered if s.started} | {s.key for s in self._aside}
         forecasts: dict[int, Forecast] = {}
         starts = now
         for sequence in ordered:
             if sequence.key not in begun:
                 forecasts.setdefault(sequence.key, Forecast(len(forecasts), starts))
-            step, decode = costs[sequence.shape]
-            starts += sequence.left * step + decode
+            starts += costs[sequence.shape].seconds(sequence)
         return forecasts
 
     def _next_step(self, mates: list[PlannedSequence], now: float) -> Plan:
@@ -212,11 +242,17 @@ class Planner:
 
     def _note_latest(self, sequence: PlannedSequence) -> None:
         if sequence.claim.deadline is not None:
-            steps = sequence.left * self._batching.seconds(sequence.shape, 1)
-            decode = self._costs.decode(sequence.shape.height, sequence.shape.width)
-            sequence.latest = sequence.claim.deadline - steps - decode
+            alone = self._cost(sequence.shape, 1)
+            sequence.latest = sequence.claim.deadline - alone.seconds(sequence)
 
-    def _seconds_in_company(self, shape: StepShape, waiting: int) -> tuple[float, float]:
-        """A sequence's part of a step when `waiting` of its shape share steps as they would, and its decoding."""
-        count = self._count(shape, waiting, float("inf"))
-        return self._batching.seconds(shape, count) / count, self._costs.decode(shape.height, shape.width)
+    def _costs_in_company(self, sequences: Sequence[PlannedSequence]) -> dict[StepShape, "_Cost"]:
+        """By shape, when all `sequences` of it share steps as they would."""
+        return {
+            shape: self._cost(shape, self._count(shape, waiting, float("inf")))
+            for shape, waiting in Counter(s.shape for s in sequences).items()
+        }
+
+    def _cost(self, shape: StepShape, count: int) -> "_Cost":
+        """Where `count` share a step."""
+        step = self._batching.seconds(shape, count) / count
+        return _Cost(self._costs.encode(), step, self._costs.decode(shape.height, shape.width))

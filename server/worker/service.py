@@ -27,6 +27,7 @@ from server.requests import (
     Timings,
 )
 from server.service import ModelStatus
+from server.worker.delivery import Delivery
 from server.worker.events import Failed, FinishedImage, LoopEvent, PreviewPixels, SequenceStarted
 from server.worker.executor import ImageSequence, make_sequences
 from server.worker.images import Pixels, encode_image, encode_preview, joined, parts
@@ -68,6 +69,7 @@ class WorkerService:
         self._name = describe().name
         self._pool = ThreadPoolExecutor(max_workers=HOST_THREADS, thread_name_prefix="images")
         self._keys = itertools.count()
+        self._delivery = Delivery()
 
     def model(self, name: str) -> ModelStatus:
         """See `ImageService`."""
@@ -87,7 +89,8 @@ class WorkerService:
         prompts = await self._tokenize(request)
         # Not the request's id: two clients may use the same one at the same time.
         key = next(self._keys)
-        sequences = make_sequences(request, prompts, key=key, shift=self._shift, now=state.arrived)
+        delivery = self._delivery.seconds(request.image_format, request.width * request.height)
+        sequences = make_sequences(request, prompts, key=key, shift=self._shift, now=state.arrived, delivery=delivery)
         try:
             async for event in self._submit(sequences):
                 if isinstance(event, Failed):
@@ -141,6 +144,7 @@ class WorkerService:
         data = await self._encoded(event.pixels, request)
         seconds = time.monotonic() - began
         state.image_encode_seconds += seconds
+        self._delivery.observe(request.image_format, request.width * request.height, seconds)
         state.finished.append(event.sequence)
         sequence = event.sequence
         return Image(

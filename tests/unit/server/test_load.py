@@ -1,4 +1,6 @@
-"""How busy a worker has been, and what follows from it for sharing steps."""
+"""How busy a worker has been, and what follows from it for sharing steps; and what is left of it when too many come."""
+
+import random
 
 import pytest
 
@@ -70,6 +72,41 @@ def test_clients_that_keep_asking_are_served_at_the_highest_rate() -> None:
     alone, together = served(1, 60.0), served(8, 60.0)
     assert together[0] > 1.06 * alone[0]
     assert sum(together[1]) / len(together[1]) < 8 * alone[1][0] / 1.06
+
+
+def overloaded(rate: float, patience: float, seconds: float) -> tuple[int, int, int]:
+    """Of requests that come at random, so many a second: how many were answered in time, late, and begun in vain."""
+    random_ = random.Random(7)
+    table = costs(0.12)
+    planner, now, due = Planner(table, BatchPolicy(max_batch=4)), 0.0, 0.0
+    good = late = begun_in_vain = 0
+    while now < seconds:
+        while due <= now:
+            claim = Claim(4, due, due + patience)
+            planner.add(PlannedSequence(key=int(due * 1e6), shape=SHAPE, steps=STEPS, claim=claim), now)
+            due += random_.expovariate(rate)
+        for sequence in planner.hopeless(now):
+            begun_in_vain += sequence.started
+            planner.remove(sequence.key, now)
+        plan = planner.plan(now)
+        if not isinstance(plan, Plan):
+            now = due
+            continue
+        now += planner.expected_seconds(plan) * random_.uniform(0.97, 1.03)  # no device is as regular as its median
+        planner.advance(plan)
+        if plan.stage is Stage.DECODE:
+            in_time = now <= plan.sequences[0].claim.deadline
+            good, late = good + in_time, late + (not in_time)
+    return good, late, begun_in_vain
+
+
+@pytest.mark.parametrize("load", [1.3, 3.0])
+def test_an_overload_leaves_the_device_to_what_can_be_done(load: float) -> None:
+    """Begun at the last moment that they can be, most would be given up a few steps before their end."""
+    most = served(8, 60.0)[0] / 60.0
+    good, late, begun_in_vain = overloaded(load * most, 1.0, 60.0)
+    assert good >= 0.9 * 60.0 * most
+    assert late + begun_in_vain <= 0.06 * good
 
 
 def test_a_burst_on_an_idle_worker_is_served_in_order() -> None:

@@ -116,6 +116,20 @@ def test_hopeless_sequences_are_named_before_they_cost_anything() -> None:
     assert [s.key for s in tested.hopeless(0.1)] == [1, 2]
 
 
+def test_what_has_not_begun_leaves_when_too_little_time_is_left_behind_the_others() -> None:
+    tested = planner()
+    one, two, three = (sequence(key, shape=LARGE, steps=8, deadline=1.7) for key in (1, 2, 3))  # 0.835 s each
+    fill(tested, one, two, three, sequence(4, steps=2, priority=5, deadline=1.7))
+    assert [s.key for s in tested.hopeless(0.0)] == [3]  # and not the short one, which finds 0.03 s
+    assert [s.key for s in tested.hopeless(0.04)] == [2, 3]
+    tested.remove(1, 0.04)
+    assert [s.key for s in tested.hopeless(0.04)] == [3]
+    run(tested), run(tested)
+    assert two.started
+    tested.remove(3, 0.8)
+    assert tested.hopeless(0.9) == []  # begun, and there is time for the 7 steps that are left
+
+
 def test_waiting_lifts_a_low_priority() -> None:
     tested = planner()
     fill(tested, sequence(1, shape=LARGE, priority=3))

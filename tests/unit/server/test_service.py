@@ -1,26 +1,35 @@
 """What a worker answers: the request's own story, timed where it happened."""
 
+import dataclasses
 import time
 from contextlib import aclosing
 
 import numpy as np
+import pytest
 
 from export.manifest import Backend
 from export.spec import Component
-from server.requests import Completed, EngineUse
+from server.requests import Completed, EngineUse, ImageFormat
+from server.worker.delivery import TRANSIT, Delivery
 from server.worker.events import FinishedImage, Listener, SequenceStarted
 from server.worker.executor import ImageSequence
+from server.worker.images import Pixels
 from server.worker.service import WorkerService
 from tests.fakes import a_request
 
 STAGE = 0.05  # seconds that the device works before the event loop hears of anything
+ENCODING = 0.02  # seconds that an image takes to be encoded
 
 
 class LateLoop:
     """A device thread whose events all reach the event loop when the work is done."""
 
+    def __init__(self) -> None:
+        self.seen: list[ImageSequence] = []
+
     def submit(self, sequences: tuple[ImageSequence, ...], listener: Listener) -> None:
         (sequence,) = sequences
+        self.seen.append(sequence)
         listener(SequenceStarted(time.monotonic()))
         time.sleep(STAGE)
         sequence.seconds[Component.DENOISER] = STAGE
@@ -49,3 +58,28 @@ async def test_no_time_is_counted_twice_when_the_event_loop_is_late() -> None:
     assert timings.denoise_ms == 1e3 * STAGE
     stages = timings.queue_ms + timings.encode_ms + timings.denoise_ms + timings.decode_ms + timings.image_encode_ms
     assert 1e3 * STAGE <= stages <= timings.total_ms
+
+
+async def test_a_deadline_leaves_time_for_the_way_to_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slowly(pixels: Pixels, image_format: ImageFormat, quality: int) -> bytes:
+        time.sleep(ENCODING)
+        return pixels.tobytes()
+
+    monkeypatch.setattr("server.worker.service.encode_image", slowly)
+    loop = LateLoop()
+    service = WorkerService(Named, Named, loop=loop, tokenizer=Tokenizer(), shift=3.0)  # type: ignore[arg-type]
+    request = dataclasses.replace(a_request(), timeout=60.0)
+    for _ in range(2):
+        async with aclosing(service.generate(request)) as events:
+            assert [event async for event in events]
+    untold, told = (s.claim.deadline - s.claim.arrived for s in loop.seen)
+    assert untold == pytest.approx(60.0 - TRANSIT)
+    assert told <= 60.0 - TRANSIT - ENCODING
+
+
+def test_what_delivery_takes_is_of_the_format_and_grows_with_the_image() -> None:
+    delivery = Delivery()
+    for seconds in (0.002, 0.002, 9.0):
+        delivery.observe(ImageFormat.JPEG, 1000, seconds)
+    assert delivery.seconds(ImageFormat.JPEG, 4000) == pytest.approx(TRANSIT + 0.008)
+    assert delivery.seconds(ImageFormat.PNG, 4000) == TRANSIT
