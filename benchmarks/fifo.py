@@ -26,7 +26,7 @@ class FifoPlanner(Planner):
                 return Plan(stage, (due,))
         return Plan(Stage.DENOISE, self._batch) if self._batch else None
 
-    def hopeless(self, now: float) -> list[PlannedSequence]:
+    def hopeless(self, now: float, free: float = 0.0) -> list[PlannedSequence]:
         """Nothing: it knows no deadlines."""
         return []
 

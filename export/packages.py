@@ -44,14 +44,12 @@ def open_package(path: Path, module: nn.Module) -> "AOTICompiledModel":
 
 def _held(module: nn.Module, wanted: set[str]) -> dict[str, Tensor]:
     """The weights of `module`, in the form that was compiled: with merged projections, and with those in FP8."""
-    held = _weights(module)
-    if isinstance(module, Denoiser | PromptEncoder) and not held.keys() >= wanted:
+    # Nothing may hold on to the weights while they are merged: their memory is given back to the device as it goes.
+    if isinstance(module, Denoiser | PromptEncoder) and not _weights(module).keys() >= wanted:
         merge_projections(module)
-        held = _weights(module)
-    if isinstance(module, Denoiser) and not held.keys() >= wanted:
+    if isinstance(module, Denoiser) and not _weights(module).keys() >= wanted:
         quantize_projections(module)
-        held = _weights(module)
-    return held
+    return _weights(module)
 
 
 def _weights(module: nn.Module) -> dict[str, Tensor]:

@@ -203,7 +203,8 @@ class WorkerLoop(threading.Thread):
                 self._running = False
 
     def _drop_hopeless(self) -> None:
-        for sequence in self._planner.hopeless(self._clock()):
+        free = 0.0 if self._step is None else self._nearly_done(self._step) + AHEAD
+        for sequence in self._planner.hopeless(self._clock(), free):
             behind = "" if sequence.started else " behind what goes before it"
             self._fail(
                 sequence.key,
@@ -318,6 +319,7 @@ class WorkerLoop(threading.Thread):
             self._settle()
         while (flight := next((f for f in self._flights if self._is_over(f.pending)), None)) is not None:
             self._flights.remove(flight)
+            self._planner.observe_beside(flight.plan, self._clock() - flight.began)
             if self._planner.take_back(flight.sequence, self._clock()):
                 with self._blamed(flight.plan):
                     self._land(flight)

@@ -3,8 +3,8 @@
 The planner works through the sequences in the order of `Turns`, one priority level at a time: finished ones are decoded
 first, then the first in turn takes its step together with as many equal ones as the measured costs say is worth it.
 Equal work is not interleaved: that would make all of it late. A sequence that can no longer meet its deadline leaves:
-one that has not begun as soon as what goes before it leaves too little time, for when it gets its turn it would only
-take what the next one needs.
+one that has not taken a step as soon as what goes before it leaves too little time, for when it gets its turn it would
+only take what the next one needs.
 """
 
 from collections import Counter
@@ -96,6 +96,7 @@ class Planner:
         self._batching = Batching(costs, batches)
         self._turns = Turns[PlannedSequence](lambda s: s.claim, turns or TurnPolicy())
         self._aside: list[PlannedSequence] = []
+        self._beside = CostTable()  # what encoding and decoding take from when they are begun, beside steps
         self._load = Load()
 
     def __len__(self) -> int:
@@ -127,23 +128,29 @@ class Planner:
         self._turns.add(sequence, now)
         return True
 
-    def hopeless(self, now: float) -> list[PlannedSequence]:
-        """The sequences that will not meet their deadlines.
+    def hopeless(self, now: float, free: float = 0.0) -> list[PlannedSequence]:
+        """The sequences that will not meet their deadlines. The device has something to do until `free`.
 
-        One that has begun: even if the device does nothing else from now on. One that has not: behind those that go
-        before it and will meet theirs.
+        One that has taken a step: even if it has the device for itself from then on. One that has not: behind those
+        that go before it and will meet theirs.
         """
         hopeless = []
         ordered = self._turns.ordered(now)
         if all(s.claim.deadline is None for s in ordered):
             return []
         costs = self._costs_in_company(ordered)
-        free = now
+        alone = behind = max(now, free)
         for sequence in ordered:
-            if (now if sequence.started else free) >= sequence.latest:
+            if sequence.stage is Stage.DECODE:
+                begins = now
+            elif sequence.step:
+                begins = alone
+            else:
+                begins = behind + self._held_up(sequence)
+            if begins >= sequence.latest:
                 hopeless.append(sequence)
             else:
-                free += costs[sequence.shape].seconds(sequence)
+                behind += costs[sequence.shape].seconds(sequence)
         return hopeless
 
     def plan(self, now: float) -> Plan | Wait | None:
@@ -201,6 +208,14 @@ class Planner:
         elif plan.stage is Stage.DENOISE and shape.one_forward:
             self._costs.observe(StepCost(shape.height, shape.width, count * shape.rows, seconds))
 
+    def observe_beside(self, plan: Plan, seconds: float) -> None:
+        """Takes in how long encoding or decoding took that ran beside other work, which goes first."""
+        shape = plan.sequences[0].shape
+        if plan.stage is Stage.DECODE:
+            self._beside.observe(StepCost(shape.height, shape.width, 1, seconds, Component.IMAGE_DECODER))
+        else:
+            self._beside.observe(StepCost(0, 0, 1, seconds, Component.PROMPT_ENCODER))
+
     def forecast(self, now: float) -> dict[int, Forecast]:
         """By key, when each request that has not begun will, if nothing more urgent arrives."""
         ordered = self._turns.ordered(now)
@@ -237,13 +252,21 @@ class Planner:
         """Seconds that each of its steps may take if it is to meet its deadline."""
         if sequence.claim.deadline is None:
             return float("inf")
-        decode = self._costs.decode(sequence.shape.height, sequence.shape.width)
+        decode = self._costs.decode(sequence.shape.height, sequence.shape.width) + self._held_up(sequence)
         return (sequence.claim.deadline - now - decode) / max(1, sequence.left)
 
     def _note_latest(self, sequence: PlannedSequence) -> None:
         if sequence.claim.deadline is not None:
             alone = self._cost(sequence.shape, 1)
             sequence.latest = sequence.claim.deadline - alone.seconds(sequence)
+
+    def _held_up(self, sequence: PlannedSequence) -> float:
+        """Seconds that others will make its encoding and decoding longer: none where there are no others."""
+        if len(self._turns) + len(self._aside) == 1:
+            return 0.0
+        height, width, _ = sequence.shape
+        encode = 0.0 if sequence.started else max(0.0, self._beside.encode() - self._costs.encode())
+        return encode + max(0.0, self._beside.decode(height, width) - self._costs.decode(height, width))
 
     def _costs_in_company(self, sequences: Sequence[PlannedSequence]) -> dict[StepShape, "_Cost"]:
         """By shape, when all `sequences` of it share steps as they would."""

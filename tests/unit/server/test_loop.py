@@ -257,6 +257,7 @@ def test_a_step_that_cannot_be_begun_leaves_the_one_that_runs_alone(harness: Har
     steps.given(1)
     harness.executor.faults = {"bad": fault}
     bad = harness.submit("bad", priority=1)
+    assert isinstance(bad.get(timeout=PATIENCE), Queued)  # it is there before the next step is planned
     steps.done(1)
     steps.nearly_done()
     assert isinstance(until_the_end(bad)[-1], Failed)

@@ -130,6 +130,34 @@ def test_what_has_not_begun_leaves_when_too_little_time_is_left_behind_the_other
     assert tested.hopeless(0.9) == []  # begun, and there is time for the 7 steps that are left
 
 
+def test_a_step_that_runs_is_waited_for_but_not_by_what_only_has_to_be_decoded() -> None:
+    tested = planner()
+    fill(tested, *(sequence(key, shape=LARGE, steps=1, deadline=1.0) for key in (1, 2)))
+    for _ in range(2):
+        run(tested)
+    assert [s.key for s in tested.hopeless(0.0, free=0.9)] == [2]  # 1 is drawn, and decoded beside the step
+    assert tested.hopeless(0.0, free=0.8) == []
+
+
+def test_what_is_only_encoded_leaves_like_what_is_not() -> None:
+    tested = planner(BatchPolicy(max_batch=1))
+    one, two = (sequence(key, shape=LARGE, steps=8, deadline=1.7) for key in (1, 2))
+    fill(tested, one, two)
+    run(tested)
+    one.stage, two.stage = Stage.DENOISE, Stage.DENOISE
+    assert [s.key for s in tested.hopeless(0.04)] == [2]
+
+
+def test_others_make_decoding_longer_and_so_a_deadline_nearer() -> None:
+    tested = planner()
+    decoded, waits = sequence(1, shape=LARGE, steps=1), sequence(2, shape=LARGE, steps=8, deadline=1.2)
+    tested.observe_beside(Plan(Stage.DECODE, (decoded,)), 0.535)
+    fill(tested, waits)
+    assert tested.hopeless(0.0) == []  # alone it takes 0.835 s
+    fill(tested, sequence(3, shape=LARGE, steps=1, priority=5))
+    assert tested.hopeless(0.0) == [waits]
+
+
 def test_waiting_lifts_a_low_priority() -> None:
     tested = planner()
     fill(tested, sequence(1, shape=LARGE, priority=3))
