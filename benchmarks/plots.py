@@ -145,10 +145,11 @@ def _area(r: Row) -> int:
 def _simulation(rows: list[Row]) -> Foreign:
     """p95 latency by kind of client over the load, one panel a number of GPUs; drawn where it is that of an answer."""
     machines = list(_by([r for r in rows if r["case"]["load"] <= 1], "gpus"))
+    kinds = sorted(rows[0]["by_kind"])  # each row names them in the order in which they came
     figure, panels = _pyplot().subplots(1, len(machines), figsize=(4 * len(machines), 4.2), sharey=True, squeeze=False)
     for ((gpus,), group), panel in zip(machines, panels[0], strict=True):
         for ((policy,), mine), style in zip(_by(group, "policy"), ("-", "--"), strict=True):
-            for colour, kind in enumerate(mine[0]["by_kind"]):
+            for colour, kind in enumerate(kinds):
                 values = [_drawn(r["by_kind"][kind]["latency_ms"]["p95"]) / 1e3 for r in mine]
                 loads = [r["case"]["load"] for r in mine]
                 panel.plot(loads, values, style, color=f"C{colour}", label=f"{kind}, {policy}")

@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: the demo checkpoint, diffusers' own pipeline over it, and an exported repository."""
 
 import fcntl
+import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,21 @@ REPOSITORY = ROOT / "build" / "test-models"
 MODEL = "z-image-demo"
 DEMO_MODEL = ROOT / "models" / MODEL  # what `make demo` has exported, if it has run
 TENSORRT_REPOSITORY = ROOT / "build" / "test-models-tensorrt"
+
+
+def share_of_cores() -> set[int]:
+    """Of the cores that there are, those of this test process and of what it starts; all where it is the only one.
+
+    Where servers of two processes compute on the same cores, the threads of each wait for those of the other.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    number, count = (
+        int(os.environ.get(f"PYTEST_XDIST_{name}", "0").strip("gw")) for name in ("WORKER", "WORKER_COUNT")
+    )
+    return set(cores[number :: max(1, count)]) or {cores[number % len(cores)]}
+
+
+os.sched_setaffinity(0, share_of_cores())
 # Models as small as the demo's gain little from a second thread, and wait for it long where it has much else to do.
 torch.set_num_threads(1)
 

@@ -90,6 +90,23 @@ def test_the_title_names_what_computed(name: str, device: str | None, where: str
     assert f"<!-- {where}" in (tmp_path / "a.svg").read_text()
 
 
+def test_a_kind_of_client_has_one_colour_in_all_panels() -> None:
+    """The legend is in the first; rows name the kinds in the order in which they came."""
+    rows = [
+        {
+            "case": {"gpus": gpus, "load": 0.5, "policy": policy},
+            "by_kind": {kind: {"latency_ms": LATENCY} for kind in kinds},
+        }
+        for gpus, kinds in ((1, "ab"), (2, "ba"))
+        for policy in ("planner", "fifo")
+    ]
+    figure = PLOTS["simulation"](rows)
+    one, other = ({line.get_label(): line.get_color() for line in panel.get_lines()} for panel in figure.axes)
+    assert one == other
+    assert len(set(one.values())) == 2
+    pyplot.close(figure)
+
+
 def test_every_record_that_is_kept_can_be_drawn(tmp_path: Path) -> None:
     kept = [json.loads(path.read_text()) for path in (ROOT / "benchmarks" / "results").glob("service_*.json")]
     assert kept
