@@ -30,6 +30,7 @@ CONFIGS = (
     *FILES.values(),
 )
 CHAT_TEMPLATE = "tokenizer/chat_template.jinja"  # older checkpoints have it in tokenizer_config.json
+READABLE = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # weights, in safetensors' names and in torch's
 SAMPLE_BYTES = 2048
 HEADER_BYTES = 100_000_000  # the format's own limit
 DATA_END = re.compile(rb'"data_offsets"\s*:\s*\[\s*\d+\s*,\s*(\d{1,18})')  # in a header
@@ -59,6 +60,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     _check_tokenizer(path / "tokenizer" / "tokenizer.json", raw["tokenizer/tokenizer.json"])
     configs = checked_configs(raw)
     weights = [file for part in WEIGHTS for file in weight_files(path / part, WEIGHTS[part])]
+    for file in weights:
+        _check_types(file)
     for part, stacks in _stacks(configs).items():
         _check_layers(path / part, stacks)
     return Checkpoint(
@@ -163,6 +166,16 @@ def _stacks(configs: CheckpointConfigs) -> dict[str, dict[str, int]]:
         "transformer": {"layers": transformer.n_layers, **refiners},
         "text_encoder": {"layers": configs.text_encoder.num_hidden_layers},
     }
+
+
+def _check_types(file: Path) -> None:
+    """Numbers that stand for others by a scale beside them would be taken for the weights themselves."""
+    for name, tensor in read_safetensors_header(file).items():
+        if name.endswith((".weight", ".bias")) and tensor["dtype"] not in READABLE:
+            raise CheckpointError(
+                f"{file}: {name} is {tensor['dtype']}; {', '.join(READABLE)} are accepted. Quantised checkpoints are "
+                "not: give the original one, and --precision"
+            )
 
 
 def _check_layers(folder: Path, stacks: dict[str, int]) -> None:

@@ -11,13 +11,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from export.checkpoint import WEIGHTS, data_start, read_safetensors_header, weight_files
+from export.checkpoint import READABLE, WEIGHTS, data_start, read_safetensors_header, weight_files
 from export.errors import CheckpointError
 from export.spec import Precision
 
 HEADER_ALIGNMENT = 4096  # so that a reader may map the data by pages
 SAFETENSORS_DTYPES = {Precision.FP32: "F32", Precision.BF16: "BF16"}
-READABLE = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # torch's names
 BYTES = {Precision.FP32: 4, Precision.BF16: 2}
 
 
@@ -67,8 +66,6 @@ def _find(checkpoint: Path, sources: Mapping[str, tuple[str, str]]) -> dict[str,
         match = held[part].get(key) or held[part].get(f"model.{key}")
         if match is None:
             raise CheckpointError(f"{checkpoint / part} holds no tensor {key!r}; its config promises one")
-        if match.dtype not in READABLE:
-            raise CheckpointError(f"{match.file}: {key} is {match.dtype}; {', '.join(READABLE)} are accepted")
         found[name] = match
     return found
 

@@ -286,6 +286,15 @@ def test_one_file_beside_shards_is_ambiguous(copy: Path) -> None:
         open_checkpoint(copy)
 
 
+def test_weights_of_numbers_that_stand_for_others_are_refused(copy: Path) -> None:
+    """A quantised checkpoint need not say so in its config."""
+    name = "layers.0.attention.to_q.weight"
+    tensors = load_file(copy / WEIGHTS)
+    save_file(tensors | {name: tensors[name].to(torch.int8)}, copy / WEIGHTS)
+    with pytest.raises(CheckpointError, match=rf"{name} is I8; F32, BF16, F16 are accepted.*--precision"):
+        open_checkpoint(copy)
+
+
 def test_more_layers_than_there_are_cannot_be_promised(copy: Path) -> None:
     change(copy, TRANSFORMER, n_layers=9)
     with pytest.raises(CheckpointError, match=r"holds no tensor layers\.8\..*, and its config promises 9 layers"):
