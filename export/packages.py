@@ -37,12 +37,12 @@ def open_package(path: Path, module: nn.Module) -> "AOTICompiledModel":
     # device, and CUDA graphs need it so.
     package = AOTICompiledModel(torch._C._aoti.AOTIModelPackageLoader(str(path), MODEL, True, 1, index))
     wanted = package.get_constant_fqns()
-    held = _held(module, set(wanted))
+    held = held_weights(module, set(wanted))
     package.load_constants({name: held[name] for name in wanted}, check_full_update=True, user_managed=True)
     return package
 
 
-def _held(module: nn.Module, wanted: set[str]) -> dict[str, Tensor]:
+def held_weights(module: nn.Module, wanted: set[str]) -> dict[str, Tensor]:
     """The weights of `module`, in the form that was compiled: with merged projections, and with those in FP8."""
     # Nothing may hold on to the weights while they are merged: their memory is given back to the device as it goes.
     if isinstance(module, Denoiser | PromptEncoder) and not _weights(module).keys() >= wanted:

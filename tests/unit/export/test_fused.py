@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from export.modules.image_decoder import ImageDecoder
 from export.modules.merged import merge_projections
 from export.modules.prompt_encoder import PromptEncoder
 from export.onnx import GraphLimits, export_program
+from export.packages import held_weights
 from export.spec import Component, Precision, component_specs
 from tests.conftest import CHECKPOINT, ROOT
 
@@ -37,6 +39,19 @@ def test_the_kernels_compute_what_their_references_say() -> None:
     limits = {"fp8": 0.1, "bfloat16": 1e-2, "image decoder": 1e-5, "float32": 1e-6}
     accepted = {name: next(limit for kind, limit in limits.items() if kind in name) for name in errors}
     assert {name: e for name, e in errors.items() if not e <= accepted[name]} == {}
+
+
+def test_nothing_holds_what_is_merged_when_its_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    (module,) = load_components(
+        CHECKPOINT, precision=Precision.FP32, device="cpu", wanted=[Component.DENOISER]
+    ).values()
+    layers: Foreign = module.layers
+    replaced = [weakref.ref(layer.attention.to_q.weight) for layer in layers]
+    alive = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.append(sum(r() is not None for r in replaced)))
+    held_weights(module, {"layers.0.attention.qkv"})
+    assert alive[-1] == 0
+    assert len(set(alive)) == len(replaced) + 1  # block by block
 
 
 @pytest.mark.parametrize("component", [Component.PROMPT_ENCODER, Component.DENOISER])
