@@ -18,7 +18,7 @@ def merge_projections(component: Denoiser | PromptEncoder) -> None:
     """
     for owner, name, parts in _projections(component):
         if _merge(owner, name, parts):
-            # What the parts took: in all more than half of the weights, which torch would keep from others on the device.
+            # What the parts took: in all more than half of the weights, which torch would keep from others there.
             torch.cuda.empty_cache()
 
 
