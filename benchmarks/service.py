@@ -44,6 +44,7 @@ from benchmarks.traffic import Manners, Traffic, check_answer
 from client import Drawing, ZImageClient
 from export.manifest import Backend
 from export.spec import Component
+from server.heap import settle
 
 STEPS = 8
 WARM_UP = 2
@@ -73,6 +74,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     _check_gpus(options.gpus, chosen.device)
     versions = {backend: checked_version(chosen, backend) for backend in _served(chosen, options)}
     pipeline = load_pipeline(chosen)
+    settle()
     measured: list[Row] = []
     for backend, (version, manifest) in versions.items():
         with (

@@ -23,6 +23,7 @@ from server.engines.base import Shapes
 from server.engines.eager import EagerModules
 from server.engines.load import EngineLoader
 from server.engines.served import ServedComponent
+from server.heap import settle
 
 if TYPE_CHECKING:
     from diffusers import ZImagePipeline
@@ -109,7 +110,9 @@ def open_subject(choice: Choice) -> "tuple[Subject, ZImagePipeline]":
     """
     pipeline = load_pipeline(choice)
     modules = SharedModules(pipeline, choice.precision, choice.device)
-    return _open(choice, modules, (Backend.EAGER, *choice.compiled)), pipeline
+    subject = _open(choice, modules, (Backend.EAGER, *choice.compiled))
+    settle()
+    return subject, pipeline
 
 
 def open_served(choice: Choice, backend: str) -> Subject:

@@ -42,6 +42,22 @@ def norm_rotate(
     return tuple(_rotated(_normalised(x, w, eps), cos, sin).to(qkv.dtype) for x, w in ((q, weight_q), (k, weight_k)))  # type: ignore[return-value]
 
 
+def norm_rotate_halves(
+    qkv: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Queries [B, S, heads, head_dim] and keys of `qkv`, normalised and rotated, where a pair is a value of each half.
+
+    `qkv` [B, S, (heads + 2 * key_heads) * head_dim]; `weight_q`, `weight_k` [head_dim]; `cos`, `sin` [B, S, head_dim].
+    Source: `Qwen3Attention` and `apply_rotary_pos_emb` of transformers 5.
+    """
+    every = qkv.unflatten(-1, (-1, weight_q.shape[0]))  # type: ignore[no-untyped-call]
+    key_heads = (every.shape[2] - heads) // 2
+    q, k, _ = every.split([heads, key_heads, key_heads], 2)
+    q = _halves_rotated(_normalised(q, weight_q, eps), cos, sin)
+    k = _halves_rotated(_normalised(k, weight_k, eps), cos, sin)
+    return q.to(qkv.dtype), k.to(qkv.dtype)
+
+
 def quantize(x: Tensor) -> Quantized:
     """The rows of `x` [..., width], each scaled so that its largest value is the largest that e4m3 holds."""
     rows = x.float().flatten(0, -2)
@@ -122,3 +138,8 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)  # type: ignore[no-untyped-call]
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+
+
+def _halves_rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    return x * cos.unsqueeze(2).float() + torch.cat((-b, a), -1) * sin.unsqueeze(2).float()

@@ -159,6 +159,29 @@ def _norm_rotate(
     tl.store(out + row * width + head * head_dim + d, y.to(q.dtype.element_ty), mask=head < heads)
 
 
+@triton.jit
+def _norm_rotate_halves(
+    qkv, weight_q, weight_k, cos, sin, q, k, heads, key_heads, eps, pairs: tl.constexpr, block: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)  # the queries' first, then the keys'
+    d = tl.arange(0, block)
+    x = qkv + (row * (heads + 2 * key_heads) + head) * 2 * pairs
+    weight = weight_q
+    out = q + (row * heads + head) * 2 * pairs
+    if head >= heads:
+        weight = weight_k
+        out = k + (row * key_heads + head - heads) * 2 * pairs
+    a, b = _load(x, 0, d, pairs), _load(x, 1, d, pairs)
+    norm = tl.rsqrt(((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / (2 * pairs) + eps).to(tl.float32))
+    a = a * norm * _load(weight, 0, d, pairs)
+    b = b * norm * _load(weight, 1, d, pairs)
+    first = a * _load(cos, 2 * row, d, pairs) - b * _load(sin, 2 * row, d, pairs)
+    second = b * _load(cos, 2 * row + 1, d, pairs) + a * _load(sin, 2 * row + 1, d, pairs)
+    tl.store(out + d, first.to(q.dtype.element_ty), mask=d < pairs)
+    tl.store(out + pairs + d, second.to(q.dtype.element_ty), mask=d < pairs)
+
+
 @triton_op("zserve::norm_modulate", mutates_args={})
 def norm_modulate(x: Tensor, weight: Tensor, modulation: Tensor, part: int, eps: float) -> Tensor:
     """See `reference.norm_modulate`. All inputs are contiguous."""
@@ -281,5 +304,22 @@ def norm_rotate(
     wrap_triton(_norm_rotate)[(batch * tokens, 2)](
         qkv, weight_q, weight_k, cos, sin, q, k, tokens, eps,
         heads, triton.next_power_of_2(heads), head_dim, num_warps=WARPS,
+    )  # fmt: skip
+    return q, k
+
+
+@triton_op("zserve::norm_rotate_halves", mutates_args={})
+def norm_rotate_halves(
+    qkv: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """See `reference.norm_rotate_halves`. All inputs are contiguous, head_dim is even."""
+    batch, tokens, width = qkv.shape
+    head_dim = weight_q.shape[0]
+    key_heads = (width // head_dim - heads) // 2
+    q = qkv.new_empty((batch, tokens, heads, head_dim))
+    k = qkv.new_empty((batch, tokens, key_heads, head_dim))
+    wrap_triton(_norm_rotate_halves)[(batch * tokens, heads + key_heads)](
+        qkv, weight_q, weight_k, cos, sin, q, k, heads, key_heads, eps,
+        head_dim // 2, triton.next_power_of_2(head_dim // 2), num_warps=1,
     )  # fmt: skip
     return q, k

@@ -25,7 +25,7 @@ from server.frontend.trace_file import append_trace
 from server.frontend.tracing import Tracer
 from server.frontend.triton_metrics import TritonCollector
 from server.frontend.workers import COMMAND
-from server.heap import keep_freed_memory
+from server.heap import keep_freed_memory, settle
 from server.rpc.access import AccessInterceptor
 from server.rpc.health import Health, enable_reflection
 from server.rpc.interceptors import ErrorInterceptor
@@ -238,6 +238,7 @@ async def _idle(model: Model, seconds: float) -> bool:
 async def serve(config: ServeConfig) -> int:
     """Runs the frontend; returns the exit status."""
     keep_freed_memory(arenas=1)
+    settle()
     with tempfile.TemporaryDirectory(prefix="zserve-") as sockets:
         return await Frontend(config, Path(sockets)).run()
 

@@ -27,7 +27,7 @@ from server.engines.eager import EagerModules
 from server.engines.load import EngineLoader
 from server.engines.served import ServedComponent
 from server.errors import EngineLoadError, ZServeError
-from server.heap import keep_freed_memory
+from server.heap import keep_freed_memory, settle
 from server.launch import WorkerConfig, announce
 from server.requests import InstanceInfo, MemoryUse
 from server.worker.batching import BatchPolicy
@@ -58,25 +58,28 @@ def main() -> int:
     keep_freed_memory(arenas=HEAPS)
     config = WorkerConfig.parse(sys.argv[1:])
     config.log.apply(config.instance)
+    parts = Parts()
     try:
-        service = build_service(config)
+        service = build_service(config, parts)
     except (ZServeError, ExportError, OSError) as error:
         sys.stdout.write(f"{error}\n")
         return 1
     except torch.OutOfMemoryError as error:
         sys.stdout.write(f"not enough memory to start ({memory.figures()}): {str(error).splitlines()[0]}\n")
         return 1
+    settle()
+    parts.done("heap")
+    log.info("ready %s", parts)
     asyncio.run(serve(service, config.socket))
     return 0
 
 
-def build_service(config: WorkerConfig) -> WorkerService:
-    """Loads the engines of a version, warms them up and starts the device's thread."""
+def build_service(config: WorkerConfig, parts: "Parts") -> WorkerService:
+    """Loads the engines of a version, warms them up and starts the device's thread; `parts` hears what is done."""
     # Between the engines' calls torch does small things, for which a second thread is not worth waiting: on two cores
     # with much else to do that made the median step 20 ms instead of 46 to 265 (benchmarks/preview.py). Engines that
     # are torch's use what they are given.
     torch.set_num_threads(1)
-    parts = Parts()
     parts.done("imports")
     device = _device(config.device)
     model = read_model_config(config.model)
@@ -96,7 +99,6 @@ def build_service(config: WorkerConfig) -> WorkerService:
     warm_up = WarmUp(executor, manifest.checkpoint.dimensions, announce, CAPTIONS[device], PREPARING[device])
     loop.call(lambda: warm_up.run(model, costs)).result()
     parts.done("warm-up")
-    log.info("ready %s", parts)
     used = replace(used, host_loaded=memory.host_bytes(), device_loaded=memory.device_bytes())
 
     device_name = _device_name(device, config.device)
@@ -113,6 +115,7 @@ def build_service(config: WorkerConfig) -> WorkerService:
         )
 
     tokenizer = PromptTokenizer(Path(manifest.checkpoint.path))
+    parts.done("tokenizer")
     return WorkerService(model, describe, loop=loop, tokenizer=tokenizer, shift=manifest.checkpoint.shift)
 
 

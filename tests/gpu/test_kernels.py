@@ -49,6 +49,24 @@ def test_the_kernels_compute_what_their_references_say(
     assert all(map(close, got, reference.norm_rotate(qkv, *weights, *tables, EPS)))
 
 
+# The published prompt encoder's heads and the demo's; tokens that fill no block.
+@pytest.mark.parametrize(
+    ("batch", "tokens", "heads", "key_heads", "head_dim"), [(1, 64, 32, 8, 128), (3, 77, 3, 1, 64)]
+)
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_queries_and_keys_of_the_prompt_are_rotated_as_their_reference_says(
+    batch: int, tokens: int, heads: int, key_heads: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    from export.kernels import triton_kernels as kernels
+
+    torch.manual_seed(1)
+    qkv = made(batch, tokens, (heads + 2 * key_heads) * head_dim, dtype=dtype)
+    weights = [made(head_dim, dtype=dtype) for _ in range(2)]
+    tables = [made(batch, tokens, head_dim, dtype=dtype) for _ in range(2)]
+    got = kernels.norm_rotate_halves(qkv, *weights, *tables, heads, EPS)
+    assert all(map(close, got, reference.norm_rotate_halves(qkv, *weights, *tables, heads, EPS)))
+
+
 # The published feed-forward at 1024x1024, at 512x512 (where the last tiles are taken in halves), and the demo's.
 @pytest.mark.parametrize(("tokens", "dim", "hidden"), [(4160, 3840, 10240), (1088, 3840, 10240), (77, 192, 512)])
 def test_swiglu_computes_what_its_reference_says(tokens: int, dim: int, hidden: int) -> None:

@@ -18,7 +18,9 @@ from export.modules import load_components
 from export.modules.denoiser import Denoiser
 from export.modules.fused import fused
 from export.modules.fused_decoder import fused_decoder
+from export.modules.fused_encoder import fused_encoder
 from export.modules.image_decoder import ImageDecoder
+from export.modules.prompt_encoder import PromptEncoder
 from export.spec import Component, Precision, ShapePoint, component_specs, example_inputs
 from tests.conftest import CHECKPOINT
 
@@ -40,6 +42,8 @@ def main() -> None:
         modulation, next_modulation = made(BATCH, 4 * DIM), made(BATCH, 4 * DIM)
         qkv, weight_q, weight_k = made(BATCH, TOKENS, 3 * DIM), made(HEAD_DIM), made(HEAD_DIM)
         cos, sin = (made(TOKENS, HEAD_DIM // 2, dtype=torch.float32) for _ in range(2))
+        grouped, tables = made(BATCH, TOKENS, (3 + 2 + 2) * 12), [made(BATCH, TOKENS, 12) for _ in range(2)]
+        weights_of_halves = made(12), made(12)
         gate_value = made(BATCH * TOKENS, 2 * DIM)
         moved = reference.gated_residual(x, branch, weight, modulation, 3, EPS)
         pairs = {
@@ -57,6 +61,10 @@ def main() -> None:
             "norm_rotate": (
                 kernels.norm_rotate(qkv, weight_q, weight_k, cos, sin, EPS),
                 reference.norm_rotate(qkv, weight_q, weight_k, cos, sin, EPS),
+            ),
+            "norm_rotate_halves": (
+                kernels.norm_rotate_halves(grouped, *weights_of_halves, *tables, 3, EPS),
+                reference.norm_rotate_halves(grouped, *weights_of_halves, *tables, 3, EPS),
             ),
         }
         both = kernels.gated_residual_norm_modulate_quantize(
@@ -82,6 +90,7 @@ def main() -> None:
             errors[f"{name} {dtype}"] = max(map(_error, got, expected))
         errors |= _image_errors(dtype)
     errors |= _swiglu_errors()
+    errors["fused prompt encoder in float32"] = _prompt_encoder_error()
     errors["fused denoiser in float32"] = _denoiser_error(Precision.FP32)
     errors["fused denoiser in fp8"] = _denoiser_error(Precision.FP8)
     errors |= _image_decoder_errors()
@@ -125,6 +134,21 @@ def _swiglu_errors() -> dict[str, float]:
         swiglu.launch(x, w13, out, programs)
         errors[f"swiglu of {programs} programs in float32"] = _error(out, reference.swiglu(x, w13))
     return errors
+
+
+def _prompt_encoder_error() -> float:
+    """Of the demo's, which still computes the same in its own form afterwards."""
+    plain = load_components(CHECKPOINT, precision=Precision.FP32, device="cpu", wanted=[Component.PROMPT_ENCODER])
+    encoder = plain[Component.PROMPT_ENCODER]
+    assert isinstance(encoder, PromptEncoder)
+    vocabulary = open_checkpoint(CHECKPOINT).dimensions.vocabulary
+    ids = torch.randint(0, vocabulary, (2, 64), generator=torch.Generator().manual_seed(1))
+    lengths = torch.tensor([40, 64])
+    with torch.inference_mode():
+        expected = encoder(ids, lengths)
+        got = fused_encoder(encoder)(ids, lengths)
+        assert torch.equal(encoder(ids, lengths), expected)
+    return _error(got, expected)
 
 
 def _denoiser_error(precision: Precision) -> float:
