@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from export.build.base import BuildInputs, Built, Runner
-from export.build.scratch import scratch_for_all_programs
+from export.build.corrections import corrected_code
 from export.errors import BuildError
 from export.hubs import is_disk_full
 from export.kernels import attention as flash
@@ -58,7 +58,7 @@ class AotInductorBuilder:
         device = next(module.parameters()).device
         program, configs = _prepared(inputs, module, device)
         try:
-            with scratch_for_all_programs():
+            with corrected_code():
                 torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
         except (OSError, RuntimeError) as error:
             cause: Exception = getattr(error, "inner_exception", error)  # Inductor wraps most
