@@ -7,14 +7,13 @@ drawn anywhere.
 import argparse
 import importlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
 from benchmarks.plots import PLOTS, check_plot, draw
-from benchmarks.record import BenchmarkError, Record, check_writable, provenance, write
+from benchmarks.record import BenchmarkError, Neighbours, Record, check_writable, provenance, write
 from client import GenerationFailedError
 from export.errors import ExportError
 from server.errors import ZServeError
@@ -98,7 +97,6 @@ def _check(name: str, options: argparse.Namespace) -> None:
 
 
 def _measure(name: str, module: ModuleType, options: argparse.Namespace) -> Record:
-    origin, before = provenance(), os.getloadavg()
+    origin, neighbours = provenance(), Neighbours()
     measured = module.run(options)
-    load = {"before": before, "after": os.getloadavg()}
-    return {"benchmark": name, **origin, "load_average": load, **measured}
+    return {"benchmark": name, **origin, **neighbours.record(), **measured}

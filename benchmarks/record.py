@@ -1,7 +1,8 @@
 """What a benchmark leaves behind: rows of figures, and where they came from.
 
 A record is one JSON object: `benchmark`, machine, versions, commit, date, the machine's load averages over 1, 5 and 15
-minutes before and after, the benchmark's own `settings`, and `rows`.
+minutes before and after, the share of its CPU time that its host gave to other machines meanwhile (`cpu_stolen`; 0
+where the host does not say), the benchmark's own `settings`, and `rows`.
 A row's `case` says what was measured; percentiles and numbers beside it are figures, texts are facts about them.
 """
 
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from verify.machine import commit, cpu_name
 
@@ -56,6 +58,22 @@ def provenance() -> dict[str, Any]:
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+class Neighbours:
+    """How busy the machine was, and its host, from here on."""
+
+    def __init__(self) -> None:
+        self._load, self._times = os.getloadavg(), psutil.cpu_times()
+
+    def record(self) -> dict[str, Any]:
+        """`load_average` and `cpu_stolen` of a record, until now."""
+        taken = {name: now - getattr(self._times, name) for name, now in psutil.cpu_times()._asdict().items()}
+        whole = sum(seconds for name, seconds in taken.items() if not name.startswith("guest"))  # which are user's too
+        return {
+            "load_average": {"before": self._load, "after": os.getloadavg()},
+            "cpu_stolen": round(taken.get("steal", 0.0) / max(whole, 0.01), 4),
+        }
 
 
 def _version(name: str) -> str | None:

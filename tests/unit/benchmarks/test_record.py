@@ -2,12 +2,13 @@
 
 import json
 import sys
+from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.record import BenchmarkError, figures, percentiles, provenance, ratios, read, row, write
+from benchmarks.record import BenchmarkError, Neighbours, figures, percentiles, provenance, ratios, read, row, write
 from tests.unit.benchmarks.records import components
 
 
@@ -57,6 +58,27 @@ def test_a_record_says_where_it_comes_from() -> None:
     assert told["versions"]["torch"]
     assert set(told) == {"machine", "versions", "commit", "date"}
     assert {"triton", "fa3_fwd", "cuda", "driver"} < set(told["versions"])
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "stolen"),
+    [
+        (
+            {"user": 10.0, "idle": 5.0, "steal": 1.0, "guest": 10.0},
+            {"user": 16, "idle": 7, "steal": 3, "guest": 16},
+            0.2,
+        ),
+        ({"user": 10.0, "idle": 5.0}, {"user": 11.0, "idle": 6.0}, 0.0),  # a system that has no such figure
+    ],
+)
+def test_a_record_says_what_the_host_gave_to_others(
+    before: dict[str, float], after: dict[str, float], stolen: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readings = [namedtuple("times", times)(**times) for times in (before, after)]  # type: ignore[misc]
+    monkeypatch.setattr("psutil.cpu_times", lambda: readings.pop(0))
+    said = Neighbours().record()
+    assert said["cpu_stolen"] == stolen
+    assert said["load_average"].keys() == {"before", "after"}
 
 
 def test_a_record_says_which_driver_the_gpu_has(monkeypatch: pytest.MonkeyPatch) -> None:
