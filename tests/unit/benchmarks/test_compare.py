@@ -51,6 +51,21 @@ def test_check_fails_on_a_lost_speed_up(
     assert [name.rpartition(" over ")[2] for name in lost] == ["diffusers", "eager"] * status
 
 
+def test_what_one_of_several_runs_has_is_not_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, compiled_ms in (("slow", 90.0), ("good", 50.0), ("slower", 95.0), ("committed", 50.0)):
+        write(tmp_path / f"{name}.json", components(compiled_ms))
+
+    def check(*names: str) -> int:
+        return main(["check", *(str(tmp_path / f"{name}.json") for name in (*names, "committed"))])
+
+    assert check("slow", "good") == 0
+    assert check("good", "slow") == 0
+    capsys.readouterr()
+    assert check("slow", "slower") == 1
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [r["measured"] for r in rows] == pytest.approx([100 / 90, 1.0], rel=1e-3)
+
+
 @pytest.mark.parametrize(("eager_ms", "moved"), [(180.0, 2.0), (110.0, None), (45.0, 0.5)])
 def test_check_looks_at_ratios_alone_and_warns_of_another_speed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], eager_ms: float, moved: float | None

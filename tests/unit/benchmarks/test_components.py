@@ -30,7 +30,8 @@ def test_what_the_makefile_measures_has_the_cases_of_the_committed_record() -> N
         ["make", "--dry-run", "bench-check"], cwd=ROOT, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True,
         check=True,
     )  # fmt: skip
-    (line,) = [line for line in told.stdout.splitlines() if " bench components " in line]
+    line, again = [line.strip() for line in told.stdout.splitlines() if " bench components " in line]
+    assert again.split(" --output ")[0] == line.split(" --output ")[0]
     parser = argparse.ArgumentParser()
     components.add_arguments(parser)
     parser.add_argument("--output")
