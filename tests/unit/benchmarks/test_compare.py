@@ -66,6 +66,14 @@ def test_what_one_of_several_runs_has_is_not_lost(tmp_path: Path, capsys: pytest
     assert [r["measured"] for r in rows] == pytest.approx([100 / 90, 1.0], rel=1e-3)
 
 
+@pytest.mark.parametrize(("p90", "status"), [(1.85, 0), (1.65, 0), (1.6, 1)])
+def test_a_lower_median_of_scattered_repetitions_is_no_loss(tmp_path: Path, p90: float, status: int) -> None:
+    """Of 1.8 times as fast then, 1.62 has to be reached by one repetition in ten."""
+    today = components()
+    today["rows"][2]["speedup"]["eager"] = {"p10": 1.2, "p50": 1.4, "p90": p90}
+    assert run(tmp_path, "check", today, components()) == status
+
+
 @pytest.mark.parametrize(("eager_ms", "moved"), [(180.0, 2.0), (110.0, None), (45.0, 0.5)])
 def test_check_looks_at_ratios_alone_and_warns_of_another_speed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], eager_ms: float, moved: float | None
