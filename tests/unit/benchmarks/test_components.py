@@ -57,14 +57,14 @@ def test_diffusers_encoder_is_held_against_eager_by_its_velocity(
 ) -> None:
     row, eager = measured.measure(Case(Component.PROMPT_ENCODER, SIZE, batch))
     assert row["relative_error"] < 1e-3
-    assert (row["forwards"], eager["forwards"]) == (3, 3)  # warmed up or timed
+    assert (row["forwards"], eager["forwards"]) == (6, 6)  # warmed up or timed, and each after another
     embeddings = measured.diffusers._embeddings
     monkeypatch.setattr(measured.diffusers, "_embeddings", lambda prompts: embeddings(["a dog"] * len(prompts)))
     with pytest.raises(BenchmarkError, match=r"prompt_encoder on diffusers is .* from eager"):
         measured.measure(Case(Component.PROMPT_ENCODER, SIZE, batch))
 
 
-@pytest.mark.parametrize("wrong", [1, 4])
+@pytest.mark.parametrize("wrong", [1, 7])
 def test_the_first_output_and_the_last_timed_one_are_checked(measured: Components, wrong: int) -> None:
     """Such as one that a recorded graph makes, which the first call is not."""
     subject, case = measured.subject, Case(Component.IMAGE_DECODER, SIZE, 1)

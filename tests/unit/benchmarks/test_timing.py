@@ -31,20 +31,24 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return made
 
 
-def test_rows_take_turns_and_warm_up_does_not_count(clock: Clock) -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_rows_take_turns_and_warm_up_does_not_count(clock: Clock, device: str) -> None:
+    """On a CPU each call is made twice, and the second counts."""
     order: list[str] = []
+    again = 2 if device == "cpu" else 1
 
     def call(name: str, takes: float) -> int:
+        second = order[-1:] == [name] and order.count(name) % 2
         order.append(name)
-        clock.now += takes
+        clock.now += takes if second or device == "cuda" else 100.0
         return len(order)
 
     calls = {"a": lambda: call("a", 5.0), "b": lambda: call("b", 7.0)}
-    taken, last = side_by_side(calls, warm_up=1, repetitions=2, device=CPU)
+    taken, last = side_by_side(calls, warm_up=1, repetitions=2, device=torch.device(device))
     assert taken == {"a": [5.0, 5.0], "b": [7.0, 7.0]}
-    assert last == {"a": 6, "b": 5}  # what the last calls returned
-    assert Counter(order) == {"a": 3, "b": 3}
-    assert order[2:] == ["a", "b", "b", "a"]  # each repetition begins with another
+    assert last == {"a": 6 * again, "b": 5 * again}  # what the last calls returned
+    assert Counter(order) == {"a": 3 * again, "b": 3 * again}
+    assert order[2 * again :: again] == ["a", "b", "b", "a"]  # each repetition begins with another
 
 
 def test_a_stage_may_come_several_times(clock: Clock) -> None:
