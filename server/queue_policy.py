@@ -8,7 +8,7 @@ from typing import Any
 from server.errors import ConfigError
 from server.turns import TurnPolicy
 
-DEFAULT_MAX_QUEUE_SIZE = 128  # of images: Triton's 0 means no bound; a queue without one only hides an overload
+DEFAULT_MAX_QUEUE_SIZE = 128  # requests: Triton's 0 means no bound; a queue without one only hides an overload
 DEFAULT_PRIORITY_LEVELS = 8
 
 BATCHING_FIELDS = {

@@ -3,6 +3,8 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
+from math import log2
 
 import torch
 
@@ -58,14 +60,13 @@ class WarmUp:
         for seconds in taken:
             costs.observe(StepCost(0, 0, 1, seconds, Component.PROMPT_ENCODER))
         for size in dict.fromkeys((model.default_size, *model.warmup_sizes)):
-            self._run_size(size, model.max_batch_size, costs)
+            self._run_size(size, rows_to_try(model), costs)
 
-    def _run_size(self, size: Size, max_batch: int, costs: CostTable) -> None:
+    def _run_size(self, size: Size, every: Sequence[int], costs: CostTable) -> None:
         width, height = size
         for seconds in self._time(Component.IMAGE_DECODER, ShapePoint(1, CAPTION_MULTIPLE, height, width)):
             costs.observe(StepCost(height, width, 1, seconds, Component.IMAGE_DECODER))
-        rows = 1
-        while rows <= 2 * max_batch:  # guidance doubles the rows of a batch
+        for fewer, rows in pairwise((0, *every)):
             measured, *others = (ShapePoint(rows, caption, height, width) for caption in self._captions)
             try:
                 for seconds in self._time(Component.DENOISER, measured):
@@ -77,9 +78,8 @@ class WarmUp:
                     raise
                 log.warning("%dx%d: no memory for steps of %d rows, so larger ones are not tried", width, height, rows)
                 break
-            if _is_enough(costs, size, rows):
+            if _is_enough(costs, size, fewer, rows):
                 break
-            rows *= 2
 
     def _time(self, component: Component, point: ShapePoint) -> list[float]:
         """Seconds of each of `REPEATS` calls, after those that prepare them."""
@@ -107,12 +107,23 @@ class WarmUp:
         return call
 
 
-def _is_enough(costs: CostTable, size: Size, rows: int) -> bool:
+def rows_to_try(model: ModelConfig) -> list[int]:
+    """Rows of a step that warm-up measures, ascending: only batches of these are ever shared.
+
+    Powers of two, the largest batch and those that are preferred; and twice as many, for guidance doubles them.
+    """
+    largest = model.max_batch_size
+    batches = {largest, *(b for b in model.queue.preferred_batch_sizes if b <= largest)}
+    batches |= {1 << power for power in range(largest.bit_length())}
+    return sorted(batches | {2 * batch for batch in batches})
+
+
+def _is_enough(costs: CostTable, size: Size, fewer: int, rows: int) -> bool:
     """Whether steps of more rows would gain next to nothing."""
     width, height = size
     step = costs.step(height, width, rows)
-    full = rows > 1 and step > max(SHORT_STEP, FULL * costs.step(height, width, rows // 2))
-    return full or step > LONGEST_SHARED_STEP
+    alike = FULL ** log2(rows / fewer) * costs.step(height, width, fewer) if fewer else step
+    return step > max(SHORT_STEP, alike) or step > LONGEST_SHARED_STEP
 
 
 def _seconds(call: Callable[[], object]) -> float:

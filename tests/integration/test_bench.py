@@ -36,7 +36,7 @@ def test_components_names_every_engine_and_counts_its_calls(
     found = {(r["case"]["component"], r["case"]["engine"]): r for r in told["rows"]}
     assert set(found) == {(component.value, backend) for component in Component for backend in BACKENDS}
     for (_, engine), row in found.items():
-        assert row["forwards"] == 2  # warm-up and measured
+        assert row["forwards"] == 4  # warm-up and measured, each after another
         assert row["ms"]["n"] == 1
         assert set(row["speedup"]) == {"diffusers", "eager"} - {engine}
         assert row["relative_error"] < 1e-3

@@ -11,7 +11,8 @@ from torch import Tensor
 from export.spec import Component, ModelDimensions
 from server.config import ModelConfig
 from server.costs import CostTable
-from server.worker.warmup import REPEATS, WarmUp
+from server.queue_policy import QueuePolicy
+from server.worker.warmup import REPEATS, WarmUp, rows_to_try
 from tests.fakes import FakeClock
 
 DIMENSIONS = ModelDimensions(latent_channels=4, caption_dim=8, vocabulary=10)
@@ -94,6 +95,18 @@ def test_batches_are_tried_until_the_device_is_full(
     executor = FakeExecutor(clock, slow=0, by_rows=by_rows)
     costs = warm_up(executor, max_batch_size=4)
     assert set(costs.measured(64, 64)) == expected
+
+
+@pytest.mark.parametrize(
+    ("largest", "preferred", "expected"),
+    [(1, (), [1, 2]), (4, (), [1, 2, 4, 8]), (3, (), [1, 2, 3, 4, 6]), (4, (3, 9), [1, 2, 3, 4, 6, 8])],
+)
+def test_the_largest_batch_and_those_that_are_preferred_are_tried(
+    largest: int, preferred: tuple[int, ...], expected: list[int]
+) -> None:
+    """Only what was measured is shared; twice as many rows are, with guidance."""
+    queue = QueuePolicy(preferred_batch_sizes=preferred)
+    assert rows_to_try(ModelConfig(name="demo", max_batch_size=largest, queue=queue)) == expected
 
 
 def test_a_shape_without_memory_is_tried_again_once_some_has_been_freed(clock: FakeClock) -> None:
