@@ -63,11 +63,13 @@ class Turns(Generic[T]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def add(self, item: T, now: float) -> None:
-        """Takes an item in at its place."""
-        entry = self._entry(item, next(self._numbers), now)
+    def add(self, item: T, now: float, *, number: int | None = None) -> int:
+        """Takes an item in at its place; its number decides among equals, the next one where none is given."""
+        number = next(self._numbers) if number is None else number
+        entry = self._entry(item, number, now)
         insort(self._entries, entry, key=_position)
         self._next_lift = min(self._next_lift, entry.lifted_at)
+        return number
 
     def remove(self, leaving: Collection[T]) -> None:
         """Takes out those of `leaving` that are in."""

@@ -41,7 +41,7 @@ class ServedComponent:
         """The component's output, and the engine that made it.
 
         Raises:
-            EngineRunError: eager failed too.
+            RuntimeError: eager failed too.
             torch.OutOfMemoryError: there was no memory for this call, or for eager's weights.
             CheckpointError, OSError: eager's weights cannot be read.
         """
@@ -59,6 +59,10 @@ class ServedComponent:
                 raise
             self.quarantine(str(error))
         return self._fallback().run(inputs), self._use
+
+    def by_eager(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """What eager makes of `inputs`, whichever engine is in use; raises like `run`."""
+        return self._fallback().run(inputs)
 
     def quarantine(self, reason: str) -> None:
         """Gives a compiled engine up for eager, for good; eager's weights are read when they are needed."""

@@ -46,7 +46,7 @@ class TensorRtEngine:
                 raise EngineLoadError(str(error)) from error
             self._held = max(0, before - torch.cuda.mem_get_info()[0])
         memory.add_outside_torch(self._held)
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._streams: dict[int, torch.cuda.Stream] = {}  # by priority
         self._scratch = Scratch(device)
         self._plain: dict[int, Foreign] = {}  # one context a profile
         self._recorded: dict[tuple[tuple[int, ...], ...], RecordedCall] = {}
@@ -59,19 +59,27 @@ class TensorRtEngine:
         if profile is None:
             raise EngineRunError(f"TensorRT: no profile of {self._spec.component} takes these shapes")
         caller = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(caller)
+        stream = self._stream(caller.priority)
+        stream.wait_stream(caller)
         try:
-            with torch.cuda.stream(self._stream), torch.inference_mode():
+            with torch.cuda.stream(stream), torch.inference_mode():
                 output = self._call(inputs) if profile == RECORDED_PROFILE else self._run_plain(profile, inputs)
         except PlanError as error:
             raise EngineRunError(str(error)) from error
-        caller.wait_stream(self._stream)
+        caller.wait_stream(stream)
         output.record_stream(caller)  # else its memory would be given out again while the caller still reads it
         return output
 
+    def _stream(self, priority: int) -> torch.cuda.Stream:
+        """The engine's own, of the caller's priority, which kernels have from their stream: the denoiser's go first."""
+        if priority not in self._streams:
+            self._streams[priority] = torch.cuda.Stream(self._device, priority=priority)  # type: ignore[no-untyped-call]
+        return self._streams[priority]
+
     def close(self) -> None:
         with suppress(RuntimeError):  # a device in error: there is nothing to wait for
-            self._stream.synchronize()
+            for stream in self._streams.values():
+                stream.synchronize()
         self._recorded.clear()
         self._plain.clear()
         self._scratch.free()

@@ -97,7 +97,7 @@ class Serving:
         """Tells the events of one worker."""
         assert self._place.worker is not None, "the place has no worker"
         waited = time.monotonic() - self._arrived
-        request = self._request
+        request = replace(self._request, waited=waited, delayed=self._place.claim.delayed)
         if request.timeout is not None:
             request = replace(request, timeout=max(0.001, request.timeout - waited))
         async with aclosing(self._place.worker.generate(request)) as events:

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -29,6 +30,10 @@ WORKER_CHANNEL_OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 500),
 ]
+
+# How long a request has waited before a worker gets it (milliseconds), and whether that was longer than it was to. Only
+# a worker heeds them.
+WAITED, DELAYED = "zserve-waited-ms", "zserve-delayed"
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -64,7 +69,10 @@ class ImageGenerationServicer(pb_grpc.ImageGenerationServicer):
 
     def _decode(self, request: pb.GenerateRequest, context: Context) -> GenerationRequest:
         model = self._service.model(request.model)
-        return convert.decode_request(request, model.config, context.time_remaining())
+        decoded = convert.decode_request(request, model.config, context.time_remaining())
+        told = {str(name): str(value) for name, value in context.invocation_metadata() or ()}
+        waited = told.get(WAITED, "")
+        return replace(decoded, waited=int(waited) / 1e3 if waited.isdecimal() else 0.0, delayed=DELAYED in told)
 
 
 def _encode_status(status: ModelStatus) -> pb.Model:
@@ -101,7 +109,8 @@ class ImageGenerationClient:
             WorkerLostError: the worker ended, or is not there.
             ZServeError: what the worker raised.
         """
-        call = self._stub.Generate(convert.encode_request(request), timeout=request.timeout)
+        told = [(WAITED, str(round(1e3 * request.waited))), *([(DELAYED, "")] if request.delayed else [])]
+        call = self._stub.Generate(convert.encode_request(request), timeout=request.timeout, metadata=told)
         try:
             async for message in call:
                 event = convert.decode_event(message)

@@ -64,12 +64,12 @@ def make_sequences(
     now: float,
     delivery: float = 0.0,
 ) -> tuple[ImageSequence, ...]:
-    """The sequences of all images of `request`, which arrived at `now`.
+    """The sequences of all images of `request`, which reached this worker at `now`.
 
     They are due `delivery` seconds before the request is.
     """
     due = None if request.timeout is None else now + request.timeout - delivery
-    claim = Claim(request.priority, now, due)
+    claim = Claim(request.priority, now - request.waited, due, request.delayed)
     return tuple(_sequence(request, i, prompts, key, shift, claim) for i in range(request.num_images))
 
 
@@ -130,9 +130,10 @@ class Executor:
         """Puts the sequence back to its noise."""
         request = sequence.request
         noise = initial_noise(sequence.seed, height=request.height, width=request.width, channels=self._channels)
-        sequence.latents = noise.to(self._device)
-        sequence.schedule = _schedule(sequence.sigmas, request.guidance_scale).to(self._device)
-        sequence.velocity = None
+        # Both before either is kept: where there is no memory for one, noise would be taken for what was denoised.
+        latents = noise.to(self._device)
+        schedule = _schedule(sequence.sigmas, request.guidance_scale).to(self._device)
+        sequence.latents, sequence.schedule, sequence.velocity = latents, schedule, None
 
     def denoise(self, sequences: Sequence[ImageSequence]) -> Pending[float]:
         """Moves each of `sequences`, all of one shape, one step of its own schedule on.
@@ -270,11 +271,22 @@ class Executor:
         return finish
 
     def _again(self, output: Tensor, use: EngineUse, inputs: dict[str, Tensor]) -> Output:
-        """A useless output is made again by eager, unless that made it, and its engine is not used any more."""
+        """A useless output is made again by eager, unless that made it, and its engine is not used any more.
+
+        An image that eager gives one colour too is no fault of the engine.
+        """
         if use.backend is Backend.EAGER:
             return output, use
+        if use.component is Component.IMAGE_DECODER:
+            eagers = self._lanes[use.component].start(lambda: self._by_eager(use.component, inputs)).result()
+            if not _is_picture(eagers):
+                return output, use
         self.quarantine(use.component, f"the {use.component}'s output is not finite or of one value")
         return self._run(use.component, inputs)
+
+    def _by_eager(self, component: Component, inputs: dict[str, Tensor]) -> Callable[[], Tensor]:
+        made = self._components[component].by_eager(inputs)
+        return lambda: made
 
     def _velocity(self, sequences: Sequence[ImageSequence], latents: Tensor, times: Tensor, guidance: Tensor) -> Tensor:
         """[B, C, h, w]; with guidance, the prompt's velocity pushed away from the negative prompt's."""

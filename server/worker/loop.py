@@ -73,7 +73,7 @@ class _Step:
     began: float
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Flight:
     """A plan that runs beside the steps, for its one sequence."""
 
@@ -81,6 +81,7 @@ class _Flight:
     sequence: ImageSequence
     pending: Pending[Pixels] | Pending[None]
     began: float
+    alone: bool  # whether it has had the device for itself
 
 
 class WorkerLoop(threading.Thread):
@@ -204,7 +205,9 @@ class WorkerLoop(threading.Thread):
 
     def _drop_hopeless(self) -> None:
         free = 0.0 if self._step is None else self._nearly_done(self._step) + AHEAD
-        for sequence in self._planner.hopeless(self._clock(), free):
+        # One at a time: with it go all images of its request, and what was hopeless behind them may not be any more.
+        while hopeless := self._planner.hopeless(self._clock(), free):
+            sequence = hopeless[0]
             behind = "" if sequence.started else " behind what goes before it"
             self._fail(
                 sequence.key,
@@ -259,6 +262,7 @@ class WorkerLoop(threading.Thread):
         for sequence in sequences:
             if not sequence.left:  # it is decoded when this step is done
                 self._planner.set_aside(sequence)
+        self._crowd()
         step = _Step(plan, pending, [(s, s.step, self._begin_preview(s)) for s in sequences], began)
         self._settle()
         self._step, self._in_company = step, bool(self._flights)
@@ -282,6 +286,7 @@ class WorkerLoop(threading.Thread):
             seconds = step.pending.result()
         except Exception as error:  # noqa: BLE001 - the boundary between one request and the others
             self._give_up(step.plan, error)
+            self._note_overdue()
             return
         self._free_at = self._clock()
         if not self._in_company:  # a step that shares the device costs more
@@ -303,10 +308,11 @@ class WorkerLoop(threading.Thread):
         else:
             self._notify(sequence.key, SequenceStarted(began))
             pending = self._executor.encode(sequence)
-        flight = _Flight(plan, sequence, pending, began)
+        flight = _Flight(plan, sequence, pending, began, alone=self._step is None and not self._flights)
+        self._crowd()
         if pending.done():
             self._land(flight)
-            self._planner.observe(plan, self._clock() - began)
+            self._observe(flight)
         else:
             self._planner.set_aside(sequence)
             self._flights.append(flight)
@@ -319,11 +325,23 @@ class WorkerLoop(threading.Thread):
             self._settle()
         while (flight := next((f for f in self._flights if self._is_over(f.pending)), None)) is not None:
             self._flights.remove(flight)
-            self._planner.observe_beside(flight.plan, self._clock() - flight.began)
+            self._observe(flight)
             if self._planner.take_back(flight.sequence, self._clock()):
                 with self._blamed(flight.plan):
                     self._land(flight)
         self._note_overdue()
+
+    def _crowd(self) -> None:
+        """Something more runs beside what is under way."""
+        for flight in self._flights:
+            flight.alone = False
+
+    def _observe(self, flight: "_Flight") -> None:
+        """Takes in what it has cost; a prompt that was known already has cost nothing."""
+        if flight.plan.stage is Stage.ENCODE and flight.sequence.prompt_cached:
+            return
+        observe = self._planner.observe if flight.alone else self._planner.observe_beside
+        observe(flight.plan, self._clock() - flight.began)
 
     def _land(self, flight: "_Flight") -> None:
         result = flight.pending.result()

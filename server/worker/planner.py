@@ -39,6 +39,7 @@ class PlannedSequence:
     stage: Stage = Stage.ENCODE
     step: int = 0  # steps done
     latest: float = float("inf")  # when its next stage has to begin for the deadline to be met
+    number: int = 0  # among equals: it keeps its place while it is set aside
 
     @property
     def left(self) -> int:
@@ -106,7 +107,7 @@ class Planner:
     def add(self, sequence: PlannedSequence, now: float) -> None:
         """Takes a sequence in."""
         self._note_latest(sequence)
-        self._turns.add(sequence, now)
+        sequence.number = self._turns.add(sequence, now)
         self._load.note(now, busy=True)
 
     def remove(self, key: int, now: float) -> None:
@@ -125,7 +126,7 @@ class Planner:
         if sequence not in self._aside:
             return False
         self._aside.remove(sequence)
-        self._turns.add(sequence, now)
+        self._turns.add(sequence, now, number=sequence.number)
         return True
 
     def hopeless(self, now: float, free: float = 0.0) -> list[PlannedSequence]:
@@ -201,20 +202,23 @@ class Planner:
                 return self._costs.decode(shape.height, shape.width)
 
     def observe(self, plan: Plan, seconds: float) -> None:
-        """Takes in what `plan` has cost."""
-        shape, count = plan.sequences[0].shape, len(plan.sequences)
-        if plan.stage is Stage.DECODE:
-            self._costs.observe(StepCost(shape.height, shape.width, 1, seconds, Component.IMAGE_DECODER))
-        elif plan.stage is Stage.DENOISE and shape.one_forward:
-            self._costs.observe(StepCost(shape.height, shape.width, count * shape.rows, seconds))
+        """Takes in what `plan` has cost that had the device for itself."""
+        self._observe(self._costs, plan, seconds)
 
     def observe_beside(self, plan: Plan, seconds: float) -> None:
         """Takes in how long encoding or decoding took that ran beside other work, which goes first."""
-        shape = plan.sequences[0].shape
-        if plan.stage is Stage.DECODE:
-            self._beside.observe(StepCost(shape.height, shape.width, 1, seconds, Component.IMAGE_DECODER))
-        else:
-            self._beside.observe(StepCost(0, 0, 1, seconds, Component.PROMPT_ENCODER))
+        self._observe(self._beside, plan, seconds)
+
+    @staticmethod
+    def _observe(costs: CostTable, plan: Plan, seconds: float) -> None:
+        shape, count = plan.sequences[0].shape, len(plan.sequences)
+        match plan.stage:
+            case Stage.ENCODE:
+                costs.observe(StepCost(0, 0, 1, seconds / shape.rows, Component.PROMPT_ENCODER))
+            case Stage.DENOISE if shape.one_forward:
+                costs.observe(StepCost(shape.height, shape.width, count * shape.rows, seconds))
+            case Stage.DECODE:
+                costs.observe(StepCost(shape.height, shape.width, 1, seconds, Component.IMAGE_DECODER))
 
     def forecast(self, now: float) -> dict[int, Forecast]:
         """By key, when each request that has not begun will, if nothing more urgent arrives."""

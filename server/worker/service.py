@@ -167,7 +167,7 @@ class WorkerService:
 
     def _completed(self, request: GenerationRequest, state: _Progress) -> Completed:
         seconds = {c: sum(s.seconds.get(c, 0.0) for s in state.finished) for c in Component}
-        last = state.finished[-1]
+        first, last = min(state.finished, key=lambda s: s.image_index), state.finished[-1]
         return Completed(
             Timings(
                 queue_ms=1e3 * ((state.started or state.arrived) - state.arrived),
@@ -178,7 +178,7 @@ class WorkerService:
                 total_ms=1e3 * (time.monotonic() - state.arrived),
             ),
             tuple(last.engines[c] for c in Component),
-            prompt_cached=state.finished[0].prompt_cached,
+            prompt_cached=first.prompt_cached,
             denoiser_forwards=request.forwards,
         )
 

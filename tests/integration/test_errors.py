@@ -1,6 +1,7 @@
 """Every error class through a real channel: its status, its text, and nothing of what was not foreseen."""
 
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from dataclasses import replace
 
 import grpc
 import grpc.aio
@@ -12,7 +13,7 @@ from server import errors
 from server.config import ModelConfig
 from server.errors import ZServeError, error_of_status
 from server.requests import Event, GenerationRequest, Queued
-from server.rpc.images import ImageGenerationClient, ImageGenerationServicer
+from server.rpc.images import WAITED, ImageGenerationClient, ImageGenerationServicer
 from server.rpc.interceptors import ErrorInterceptor
 from server.service import ModelStatus
 from tests.fakes import a_request
@@ -24,6 +25,7 @@ class FailingService:
     def __init__(self) -> None:
         self.error: Exception = ZServeError("")
         self.closed = 0
+        self.asked: list[GenerationRequest] = []
 
     def model(self, name: str) -> ModelStatus:
         return ModelStatus(ModelConfig("demo"), (), ready=True)
@@ -32,6 +34,7 @@ class FailingService:
         raise self.error
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        self.asked.append(request)
         try:
             yield Queued(0)
             raise self.error
@@ -127,6 +130,28 @@ async def test_a_workers_error_is_raised_again_as_itself(running: tuple[FailingS
             async for event in client.generate(a_request()):
                 assert event == Queued(0)
     await client.close()
+
+
+async def test_a_worker_hears_how_long_a_request_has_waited(running: tuple[FailingService, str]) -> None:
+    service, url = running
+    client, waited = ImageGenerationClient(url), replace(a_request(), waited=91.5, delayed=True)
+    for request in (waited, a_request()):
+        with pytest.raises(ZServeError):
+            async for _ in client.generate(request):
+                pass
+    await client.close()
+    assert [(asked.waited, asked.delayed) for asked in service.asked] == [(91.5, True), (0.0, False)]
+
+
+@pytest.mark.parametrize("told", ["", "-1", "1e3", "nan"])
+async def test_a_time_that_is_none_is_no_error(running: tuple[FailingService, str], told: str) -> None:
+    """Anybody may send the frontend what it tells its workers by; it takes no notice."""
+    service, url = running
+    async with grpc.aio.insecure_channel(url) as channel:
+        with pytest.raises(grpc.aio.AioRpcError):
+            stub = pb_grpc.ImageGenerationStub(channel)
+            await stub.GenerateImage(pb.GenerateRequest(prompt="a cat"), metadata=[(WAITED, told)])
+    assert [asked.waited for asked in service.asked] == [0.0]
 
 
 def test_the_tree_at_the_top_of_the_file_is_true() -> None:

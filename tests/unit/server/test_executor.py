@@ -12,12 +12,15 @@ from export.manifest import Backend, CheckpointRecord, Manifest, PreviewProjecti
 from export.modules import build_components
 from export.preview import fit_preview
 from export.spec import Component, ModelDimensions, Precision, component_specs
+from server.costs import CostTable
 from server.engines.eager import EagerEngine
 from server.engines.served import ServedComponent
 from server.errors import NonFiniteError
 from server.requests import GenerationRequest, ImageFormat, LongPrompt
+from server.worker.batching import BatchPolicy
 from server.worker.executor import Executor, ImageSequence, make_sequences
 from server.worker.images import Pixels, encode_image
+from server.worker.planner import Plan, Planner
 from server.worker.prompts import PromptTokenizer
 from tests.conftest import CHECKPOINT
 from tests.fakes import FakeEngine, a_request
@@ -209,6 +212,50 @@ def test_a_useless_output_is_made_again_by_eager(
     assert np.array_equal(draw(with_engine(pipeline, component, answer), sequence), expected)
     assert sequence.engines[component].backend is Backend.EAGER
     assert "not finite or of one value" in sequence.engines[component].fallback_reason
+
+
+def test_an_image_that_is_of_one_colour_by_eager_too_is_no_fault_of_the_engine(
+    pipeline: ZImagePipeline, tokenizer: PromptTokenizer
+) -> None:
+    black = torch.zeros(1, 64, 64, 3, dtype=torch.uint8)
+    parts = components(pipeline)
+    engine, eager = FakeEngine(lambda inputs: black), FakeEngine(lambda inputs: black)
+    parts[Component.IMAGE_DECODER] = ServedComponent(SPECS[Component.IMAGE_DECODER], engine, lambda: eager)
+    (sequence,) = sequences(tokenizer, a_request())
+    assert not draw(Executor(parts, manifest(), "cpu", prompt_cache_size=8), sequence).any()
+    assert sequence.engines[Component.IMAGE_DECODER].backend is engine.backend
+    assert parts[Component.IMAGE_DECODER].compiled
+    assert eager.calls == 1
+
+
+def test_a_reset_without_memory_leaves_what_was_there(
+    executor: Executor, tokenizer: PromptTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Noise must not be taken for what was denoised."""
+    (sequence,) = sequences(tokenizer, a_request())
+    draw(executor, sequence)
+    before = sequence.latents
+
+    def without_memory(*arguments: object) -> Tensor:
+        raise torch.OutOfMemoryError("a schedule")
+
+    monkeypatch.setattr("server.worker.executor._schedule", without_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        executor.reset(sequence)
+    assert sequence.latents is before
+
+
+def test_a_request_goes_on_waiting_with_its_worker(tokenizer: PromptTokenizer) -> None:
+    """One of level 4 that has waited 90 s is as urgent as those of level 1, and came before them."""
+    waited = dataclasses.replace(a_request(), priority=4, waited=90.0)
+    (old,) = make_sequences(waited, ((1,),), key=1, shift=3.0, now=0.0)
+    (new,) = make_sequences(dataclasses.replace(a_request(), priority=1), ((1,),), key=2, shift=3.0, now=0.0)
+    planner = Planner(CostTable(), BatchPolicy(1))
+    planner.add(new, 0.0)
+    planner.add(old, 0.0)
+    plan = planner.plan(0.0)
+    assert isinstance(plan, Plan)
+    assert plan.sequences == (old,)
 
 
 def test_a_denoiser_that_overflows_is_noticed_before_the_image_leaves(

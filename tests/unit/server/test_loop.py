@@ -294,6 +294,19 @@ def test_a_device_that_is_lost_in_a_step_ends_the_worker(harness: Harness, monke
     assert not [e for e in drain(events) if isinstance(e, FinishedImage | Failed)]
 
 
+def test_a_worker_that_is_idle_after_a_step_failed_is_alive(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failed(self: FakeMark) -> None:
+        raise RuntimeError("a step")
+
+    monkeypatch.setattr(FakeMark, "synchronize", failed)
+    steps, events = Steps(harness), harness.submit(num_inference_steps=1)
+    steps.given(1)
+    steps.nearly_done()  # and is waited for
+    assert isinstance(until_the_end(events)[-1], Failed)
+    harness.clock.now += 1000.0
+    assert harness.loop.alive
+
+
 @pytest.mark.parametrize("how", ["no preview", "spoilt preview"])
 def test_a_preview_that_fails_is_left_out_and_no_step_is_taken_twice(
     harness: Harness, caplog: pytest.LogCaptureFixture, how: str
@@ -360,6 +373,45 @@ def test_a_passed_deadline_is_said(harness: Harness) -> None:
     assert isinstance(failed, Failed)
     assert isinstance(failed.error, DeadlinePassedError)
     assert isinstance(until_the_end(good)[-1], FinishedImage)
+
+
+def test_nobody_is_given_up_for_images_that_leave_with_their_request(harness: Harness) -> None:
+    """Behind the urgent one two of three images would be late, so their request goes, and the other has time."""
+    costs = CostTable([StepCost(64, 64, 1, 1.0)])
+    harness.loop = WorkerLoop(harness.executor, Planner(costs, BatchPolicy(1)), clock=harness.clock)
+    several = harness.submit(num_images=3, num_inference_steps=8, timeout=30.1)
+    other = harness.submit(num_inference_steps=8, timeout=32.1)
+    urgent = harness.submit(num_inference_steps=20, priority=1)
+    harness.loop.start()
+    assert isinstance(until_the_end(urgent)[-1], FinishedImage)
+    assert isinstance(until_the_end(other)[-1], FinishedImage)
+    ended = until_the_end(several, images=3)
+    assert isinstance(ended[-1], Failed)
+    assert not [e for e in ended if isinstance(e, Progress)]
+
+
+def test_what_a_decode_costs_is_learnt_where_it_had_the_device_for_itself(harness: Harness) -> None:
+    costs = CostTable([StepCost(64, 64, 1, 0.1)])
+    harness.loop = WorkerLoop(harness.executor, Planner(costs, BatchPolicy(1)), clock=harness.clock)
+    alone, crowded = beside(harness, "decode", "alone"), beside(harness, "decode", "crowded")
+
+    def decoded(prompt: str, mark: FakeMark, seconds: float) -> None:
+        events = harness.submit(prompt)
+        until(lambda: mark.looks > 0)
+        if prompt == "crowded":
+            until_the_end(harness.submit())
+        harness.clock.now += seconds
+        mark.passed.set()
+        assert isinstance(until_the_end(events)[-1], FinishedImage)
+        harness.loop.call(lambda: None).result(PATIENCE)
+
+    harness.loop.start()
+    decoded("alone", alone, 5.0)
+    assert costs.decode(64, 64) == 5.0
+    for _ in range(9):
+        decoded("crowded", crowded, 7.0)
+        crowded.passed.clear()
+    assert costs.decode(64, 64) < 7.0  # that of those beside it, which take no time here
 
 
 def test_a_batch_without_memory_is_halved_and_nobody_fails(harness: Harness) -> None:

@@ -57,6 +57,15 @@ def run_out(tested: Planner, now: float = 0.0) -> list[int]:
     return finished
 
 
+def test_a_sequence_keeps_its_place_among_equals_while_it_is_set_aside() -> None:
+    tested, images = planner(BatchPolicy(max_batch=1)), [sequence(1) for _ in range(3)]
+    fill(tested, *images)
+    tested.set_aside(images[0])
+    assert run(tested).sequences == (images[1],)
+    assert tested.take_back(images[0], 0.0)
+    assert run(tested).sequences == (images[0],)
+
+
 def test_one_sequence_goes_through_its_stages() -> None:
     tested = planner()
     fill(tested, sequence(1, steps=2))

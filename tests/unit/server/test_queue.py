@@ -1,6 +1,7 @@
 """Who gets which worker when, what waits, and what is refused; with workers that are ordinary objects."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
 
@@ -52,9 +53,11 @@ class FakeWorker:
     costs: CostTable = field(default_factory=lambda: SECOND)
     breaks_after: int | None = None
     served: list[str] = field(default_factory=list)
+    requests: list[GenerationRequest] = field(default_factory=list)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         self.served.append(request.request_id)
+        self.requests.append(request)
         image = Image(0, request.seed, 64, 64, ImageFormat.RAW, b"")
         done = Completed(Timings(), (), prompt_cached=False, denoiser_forwards=2)
         for number, event in enumerate((Started(self.name), Progress(1, 2, 0), image, Progress(2, 2, 0), done)):
@@ -220,6 +223,21 @@ async def test_a_lost_request_goes_on_with_another_worker_and_no_image_comes_twi
     assert sum(isinstance(e, Image) for e in events) == 1
     assert isinstance(events[-1], Completed)
     assert queue.running == queue.waiting == 0
+
+
+async def test_a_worker_is_told_how_long_a_request_has_waited() -> None:
+    delaying = QueuePolicy(default=LevelPolicy(timeout=0.05, on_timeout=TimeoutAction.DELAY))
+    worker = FakeWorker(state=WorkerState.RESTARTING)
+    queue = make(worker, clock=time.monotonic, queue=delaying)  # type: ignore[arg-type]
+    queue.loaded = True
+    serving = asyncio.create_task(serve(queue))
+    await asyncio.sleep(0.2)
+    worker.state = WorkerState.READY
+    queue.change()
+    await serving
+    (request,) = worker.requests
+    assert 0.2 <= request.waited < 5.0
+    assert request.delayed
 
 
 async def test_a_request_that_loses_two_workers_once_begun_is_poison() -> None:
