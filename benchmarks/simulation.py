@@ -144,7 +144,7 @@ class Simulation:
         gpu.planner.advance(plan)
         for sequence in plan.sequences:
             place, arrival = self._running[sequence.key]
-            place.started, place.steps_done = True, sequence.step
+            place.started, place.steps_done = True, {0: sequence.step}
             if plan.stage is Stage.DECODE:
                 self._end(sequence.key, self.now - arrival.at)
 

@@ -33,7 +33,8 @@ def output_paths(prompts: list[str], output: Path, extension: str, count: int) -
     """
     if not is_file(output):
         taken: Counter[str] = Counter()
-        return [_free(slug(prompt), output, extension, count, taken) for prompt in prompts]
+        given: set[Path] = set()
+        return [_free(slug(prompt), output, extension, count, taken, given) for prompt in prompts]
     if output.suffix.lower() not in ENDINGS:
         raise ValueError(f"{output}: files end in {', '.join(ENDINGS)}; a folder with a dot has to be there already")
     if len(prompts) > 1:
@@ -41,13 +42,17 @@ def output_paths(prompts: list[str], output: Path, extension: str, count: int) -
     return [_numbered(output, count)]
 
 
-def _free(stem: str, folder: Path, extension: str, count: int, taken: Counter[str]) -> list[Path]:
-    """The first names that neither an earlier prompt nor an earlier run has; `taken`: how often each stem was."""
+def _free(stem: str, folder: Path, extension: str, count: int, taken: Counter[str], given: set[Path]) -> list[Path]:
+    """The first names that neither an earlier prompt nor an earlier run has.
+
+    `taken`: how often each stem was; `given`: all names of this run, for one prompt may be called as another's second.
+    """
     while True:
         taken[stem] += 1
         name = stem if taken[stem] == 1 else f"{stem}-{taken[stem]}"
         paths = _numbered(folder / f"{name}.{extension}", count)
-        if not any(path.exists() for path in paths):
+        if not any(path in given or path.exists() for path in paths):
+            given.update(paths)
             return paths
 
 

@@ -54,7 +54,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: not a ZImagePipeline folder, or a file is missing, cut short or out of range. The message
             names the file, and for weights its expected and real size.
     """
-    path = path.resolve()
+    try:
+        return _open(path.resolve())
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or path} cannot be read: {error.strerror}") from error
+
+
+def _open(path: Path) -> Checkpoint:
     _check_pipeline(path)
     raw = {name: _read_json(path / name) for name in CONFIGS}
     _check_tokenizer(path / "tokenizer" / "tokenizer.json", raw["tokenizer/tokenizer.json"])

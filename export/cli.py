@@ -311,11 +311,11 @@ def _targets(text: str) -> tuple[Target, ...]:
         if match is None:
             raise argparse.ArgumentTypeError(f"{name!r}: compute capabilities such as sm89 or sm120 are accepted")
         targets.append(Target("cuda", f"{match[1]}.{match[2]}"))
-    return tuple(dict.fromkeys(targets))
+    return tuple(sorted(set(targets), key=lambda t: float(t.compute_capability or 0)))  # in any order the same plans
 
 
 def _size(text: str) -> str:
     match = re.fullmatch(r"(\d+)x(\d+)", text)
     if not match or any(int(side) % SIZE_MULTIPLE or not int(side) for side in match.groups()):
         raise argparse.ArgumentTypeError(f"{text!r}: WIDTHxHEIGHT with multiples of {SIZE_MULTIPLE} is accepted")
-    return text
+    return f"{int(match[1])}x{int(match[2])}"  # without zeros before them, as a manifest has it

@@ -31,7 +31,7 @@ from export.onnx import GraphSource
 from export.parity import Checker, ParityCheck
 from export.preview import fit_preview
 from export.profiles import parity_points
-from export.repository import new_version, remove, take, versions, write_config
+from export.repository import Existing, new_version, remove, take, versions, write_config
 from export.request import ExportRequest
 from export.reuse import earlier_engines, newest_kept, published, reusable_engines, runs_here, taken_from
 from export.spec import Component, ComponentSpec, component_specs
@@ -179,7 +179,8 @@ class _Jobs:
         spec = component_specs(version.checkpoint.dimensions)[component]
         source = GraphSource(version.checkpoint.path, version.checkpoint.dimensions, request.precision, request.limits)
         with lent(partial(self._read_module, component)) as module:
-            inputs = BuildInputs(source, spec, request.profiles, request.repository, module)
+            others = None if request.existing is Existing.REPLACE else request.repository
+            inputs = BuildInputs(source, spec, request.profiles, others, module)
             try:
                 built = self.builder.build(inputs, version.folder)
             except torch.OutOfMemoryError as error:

@@ -248,12 +248,15 @@ def check_engine(record: EngineRecord, folder: Path, target: Target, rebuild: st
         StaleEngineError: they are not; the message says what differs and ends with the command in `rebuild`.
     """
     what = f"{record.component} engine {folder / record.file}"
-    wrong = (
-        _wrong_size(record, folder)
-        or wrong_library(record)
-        or _wrong_target(record, target)
-        or _wrong_content(record, folder)
-    )
+    try:
+        wrong = (
+            _wrong_size(record, folder)
+            or wrong_library(record)
+            or _wrong_target(record, target)
+            or _wrong_content(record, folder)
+        )
+    except OSError as error:
+        wrong = f"cannot be read ({error.strerror})"
     if wrong:
         raise StaleEngineError(f"{what} {wrong}; rebuild it: {rebuild}")
 

@@ -2,8 +2,8 @@
 
 An engine can kill the process that loads it (an AOTInductor package linked against the wrong libstdc++ does), so the
 exporter has every engine loaded and run by another process, `python -m export.parity`, before it publishes a version.
-That process reads one `ParityCheck` a line and answers with one `Parity`; both are JSON. It starts beside the first
-build, so its imports cost no time of their own.
+That process reads one `ParityCheck` a line and answers with one `Parity`, or `NO_MEMORY`; all are JSON. It starts
+beside the first build, so its imports cost no time of their own.
 """
 
 import json
@@ -19,12 +19,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from export.errors import BuildError, ParityError
+from export.errors import BuildError, ParityError, ResourcesError
 from export.manifest import Backend, Parity
 from export.spec import Component, ComponentSpec, ModelDimensions, Precision, ShapePoint, example_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+NO_MEMORY = "no_memory"  # in an answer: what the allocator said, instead of a `Parity`
 
 
 @dataclass(frozen=True)
@@ -78,13 +81,20 @@ class Checker(AbstractContextManager["Checker"]):
 
         Raises:
             BuildError: the engine could not be loaded or run, or killed the process; which is of no more use then.
+            ResourcesError: there was no memory for it.
             ParityError: its relative error is over `tolerance`.
         """
         what = f"the {check.backend} engine of {check.component}"
         answer = self._ask(check.as_line())
         if not answer:
-            raise BuildError(f"{what} {self._end(check.backend)}")
-        parity = Parity(**json.loads(answer))
+            raise BuildError(f"{what} {self._end(what, check.backend)}")
+        told = json.loads(answer)
+        if lacking := told.get(NO_MEMORY):
+            raise ResourcesError(
+                f"{what} is not published: {check.device} has too little memory to check it ({lacking}); end what else "
+                "computes there, or export on a larger machine"
+            )
+        parity = Parity(**told)
         if not parity.relative_error <= tolerance:  # written so that NaN fails
             raise ParityError(
                 f"{what} differs from eager by {parity.relative_error:.2e} relative, {tolerance:.0e} is accepted; "
@@ -103,13 +113,13 @@ class Checker(AbstractContextManager["Checker"]):
             return ""
         return self._process.stdout.readline()
 
-    def _end(self, backend: Backend) -> str:
-        """What became of the process."""
+    def _end(self, what: str, backend: Backend) -> str:
+        """What became of the process that checked `what`; raises `ResourcesError` where memory did."""
         status = self._process.wait()
         if status == -signal.SIGKILL:
-            return (
-                "is not published: the process that checked it was killed (SIGKILL), probably for want of memory; "
-                "end other programs, or export on a larger machine"
+            raise ResourcesError(
+                f"{what} is not published: the process that checked it was killed (SIGKILL), probably for want of "
+                "memory; end other programs, or export on a larger machine"
             )
         if status < 0:
             name = signal.Signals(-status).name
@@ -183,15 +193,19 @@ def main() -> None:
     """Answers the checks on standard input; what libraries print goes to standard error."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    import torch
     from diffusers import AutoencoderKL, ZImageTransformer2DModel  # noqa: F401 slow to import, so before they are needed
     from transformers import AutoModel, Qwen3Model  # noqa: F401
 
     from export.memory import free_memory
 
     for line in sys.stdin:
-        parity = measure_parity(ParityCheck.of_line(line))
+        try:
+            answer = asdict(measure_parity(ParityCheck.of_line(line)))
+        except torch.OutOfMemoryError as error:
+            answer = {NO_MEMORY: str(error).splitlines()[0]}
         free_memory()  # before the answer, upon which the other process reads the next component
-        answers.write(json.dumps(asdict(parity)) + "\n")
+        answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
 

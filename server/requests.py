@@ -43,7 +43,7 @@ class GenerationRequest:
     priority: int  # 1 is the highest
     long_prompt: LongPrompt
     timeout: float | None  # seconds left when it was decoded
-    queue_timeout: float | None = None  # seconds until a worker has to have begun; None for the model's policy
+    queue_timeout: float | None = None  # seconds until a worker has to have taken it; None for the model's policy
     waited: float = 0.0  # seconds, in the frontend's queue: for a worker, whose order goes on with it
     delayed: bool = False  # its queue timeout has passed there, and put it behind all others of its level
 

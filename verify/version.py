@@ -35,12 +35,13 @@ def open_version(arguments: argparse.Namespace) -> Version:
     Raises:
         ManifestError: it is not there, or its manifest cannot be read.
     """
-    numbers = versions(arguments.model)
+    model = arguments.model.resolve()  # of `.` too: its name and its repository are told in commands
+    numbers = versions(model)
     number = arguments.version or (numbers[-1] if numbers else None)
     if number not in numbers:
         there = f"there are {numbers}" if numbers else "there is none; `zserve export` makes one"
         raise ManifestError(f"{arguments.model} has no version {number or 'at all'}: {there}")
-    folder = arguments.model / str(number)
+    folder = model / str(number)
     return Version(folder, Manifest.read(folder))
 
 

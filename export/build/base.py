@@ -30,7 +30,7 @@ class BuildInputs:
     source: GraphSource
     spec: ComponentSpec
     profiles: tuple[ShapeProfile, ...]
-    repository: Path  # where another model may have what this one needs
+    repository: Path | None  # where another model may have what this one needs; None: everything is built
     module: Callable[[], nn.Module]  # reads the weights into memory, so only builders that need them there call it
 
     def program(self, module: nn.Module, example: ShapePoint = EXPORT_EXAMPLE) -> ExportedProgram:

@@ -3,23 +3,36 @@
 from pathlib import Path
 
 from export.errors import ManifestError
-from export.manifest import FILE_NAME, EngineRecord, Manifest, PlanRecord, Target, check_engine
+from export.manifest import (
+    FILE_NAME,
+    Backend,
+    EngineRecord,
+    Manifest,
+    PlanRecord,
+    Target,
+    built_with,
+    check_engine,
+    source_hash,
+)
 
 
-def find_plan(repository: Path, plan: PlanRecord, targets: tuple[Target, ...]) -> Path | None:
-    """A whole plan of any model in `repository` that was built from the same graph in the same way."""
+def find_plan(repository: Path, backend: Backend, plan: PlanRecord, targets: tuple[Target, ...]) -> Path | None:
+    """A whole plan of any model in `repository` that this code built from the same graph in the same way."""
     for manifest in sorted(repository.glob(f"*/[0-9]*/{FILE_NAME}")):
         for record in _engines(manifest.parent):
-            if record.plan == plan and record.built_for == targets and _holds(record, manifest.parent):
+            alike = (record.backend, record.plan, record.built_for) == (backend, plan, targets)
+            if alike and record.built_with == built_with(record.built_with) and _holds(record, manifest.parent):
                 return manifest.parent / record.file
     return None
 
 
 def _engines(folder: Path) -> tuple[EngineRecord, ...]:
+    """Of a version, if it is of the export's code as it is now."""
     try:
-        return Manifest.read(folder).engines
+        manifest = Manifest.read(folder)
     except ManifestError:
         return ()
+    return manifest.engines if manifest.source == source_hash() else ()
 
 
 def _holds(record: EngineRecord, folder: Path) -> bool:

@@ -58,7 +58,7 @@ class TensorRtBuilder:
             decomposed_attention=attention.decomposed,
         )
         if self._options.weights is PlanWeights.STRIPPED:
-            shared = find_plan(inputs.repository, record, self._options.targets)
+            shared = inputs.repository and find_plan(inputs.repository, self._backend, record, self._options.targets)
             if shared is None:
                 self.write_plan(graph, inputs, plan)
             else:

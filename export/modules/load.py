@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from export.errors import CheckpointError
+from export.modules.blocks import Foreign
 from export.modules.denoiser import Denoiser
 from export.modules.image_decoder import ImageDecoder
 from export.modules.prompt_encoder import PromptEncoder
@@ -102,7 +103,11 @@ def _read(folder: Path, dtype: torch.dtype, **config: int) -> nn.Module:
     try:
         match folder.name:
             case "text_encoder":
-                model, loading = AutoModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+                encoder: Foreign
+                encoder, loading = AutoModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+                # Causal without a mask, which `prompt_encoder` relies on, whatever the config asks for.
+                encoder.set_attn_implementation("sdpa")
+                model = encoder
             case name:
                 # Weights are mapped from their file either way; without `low_cpu_mem_usage=False` diffusers asks for
                 # accelerate at every load.

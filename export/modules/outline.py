@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from export.modules.blocks import Foreign
 from export.modules.load import PARTS, TORCH_DTYPES, build_component
 from export.spec import Component, Precision
 
@@ -51,7 +52,11 @@ def _outline_part(checkpoint: Path, name: str) -> nn.Module:
         case "transformer":
             part = ZImageTransformer2DModel.from_config(ZImageTransformer2DModel.load_config(folder))
         case "text_encoder":
-            part = AutoModel.from_config(AutoConfig.from_pretrained(folder), dtype=torch.get_default_dtype())
+            encoder: Foreign = AutoModel.from_config(
+                AutoConfig.from_pretrained(folder), dtype=torch.get_default_dtype()
+            )
+            encoder.set_attn_implementation("sdpa")  # as `load` does
+            part = encoder
         case _:
             part = AutoencoderKL.from_config(AutoencoderKL.load_config(folder))
     return part

@@ -30,7 +30,7 @@ class Place:
     worker: Worker | None = None
     refused: ZServeError | None = None
     started: bool = False  # its worker has begun with it
-    steps_done: int = 0
+    steps_done: dict[int, int] = field(default_factory=dict)  # by image; one that starts again counts anew
     attempts: int = 0  # workers it was given to
     strikes: int = 0  # workers that ended when they had begun with it
 
@@ -96,7 +96,7 @@ class Assignment:
         rows = 2 if request.guided else 1
         image = self._costs.image(request.height, request.width, steps=request.num_inference_steps, rows=rows)
         steps = request.num_inference_steps * request.num_images
-        return image * request.num_images * (1 - place.steps_done / steps)
+        return image * request.num_images * (1 - sum(place.steps_done.values()) / steps)
 
     def forecasts(self, waiting: Sequence[Place]) -> list[float]:
         """Seconds until each of `waiting`, the first ones in the queue, starts."""

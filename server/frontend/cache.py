@@ -55,7 +55,8 @@ class ResponseCache:
 
 def response_key(request: GenerationRequest, instance: InstanceInfo, model: object) -> ResponseKey:
     """Everything an image's bytes depend on: the request but for when and for whom, and the engines that draw it."""
-    drawn = replace(request, request_id="", priority=0, timeout=None, queue_timeout=None, preview_interval=0)
+    when = replace(request, timeout=None, queue_timeout=None, waited=0.0, delayed=False)
+    drawn = replace(when, request_id="", priority=0, preview_interval=0)
     parts = (drawn, instance.version, instance.precision, _backends(instance.engines))
     return ResponseKey(model, hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).digest())
 

@@ -105,7 +105,7 @@ class Dispatcher:
                 if key is not None and isinstance(event, Image | Completed):
                     made.append(event)
                 yield event
-        if key is not None:
+        if key is not None and queue in self.queues():  # else its model was unloaded while the client was reading
             began = time.monotonic_ns()
             self._cache.put(key, tuple(made))
             queue.statistics.cache_miss.ns += time.monotonic_ns() - began

@@ -128,7 +128,7 @@ class ModelQueue:
             place.strikes += 1
             place.queue_timeout_at = float("inf")  # it had its worker in time; that one's end is not its own delay
         self._take_out(place)
-        place.started, place.steps_done = False, 0
+        place.started, place.steps_done = False, {}
         self.change()
 
     def rejoin(self, place: Place) -> None:

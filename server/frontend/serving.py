@@ -112,8 +112,8 @@ class Serving:
             case Started():
                 self._place.started = True
                 return replace(event, attempt=self._place.attempts)
-            case Progress():
-                self._place.steps_done += 1
+            case Progress(step, _, index):
+                self._place.steps_done[index] = step
             case Image(index) if index in self._sent:
                 return None
             case Image(index):

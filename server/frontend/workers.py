@@ -62,7 +62,8 @@ class _Ending:
         if self.known:
             return self.known
         if self.status < 0:
-            return f"was ended by {signal.Signals(-self.status).name}"
+            named = -self.status in set(signal.Signals)  # real-time signals have no names of their own
+            return f"was ended by {signal.Signals(-self.status).name if named else f'signal {-self.status}'}"
         said = self.said.strip().rpartition("\n")[2]
         return said if said and announced(said) is None else f"exited with status {self.status}"
 
@@ -209,7 +210,7 @@ class Worker:
         """Runs one process to its end; returns how it ended."""
         try:
             current = self._current = await self._start_process()
-        except OSError as error:  # no memory or no process left, or the interpreter is gone: it may be back
+        except (OSError, RuntimeError) as error:  # no memory, process or thread left, no interpreter: it may be back
             return _Ending(known=f"could not be started: {error}")
         watch = asyncio.create_task(self._watch(current))
         try:

@@ -34,6 +34,7 @@ WORKER_CHANNEL_OPTIONS = [
 # How long a request has waited before a worker gets it (milliseconds), and whether that was longer than it was to. Only
 # a worker heeds them.
 WAITED, DELAYED = "zserve-waited-ms", "zserve-delayed"
+MOST_DIGITS = 15
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -71,7 +72,7 @@ class ImageGenerationServicer(pb_grpc.ImageGenerationServicer):
         model = self._service.model(request.model)
         decoded = convert.decode_request(request, model.config, context.time_remaining())
         told = {str(name): str(value) for name, value in context.invocation_metadata() or ()}
-        waited = told.get(WAITED, "")
+        waited = told.get(WAITED, "")[:MOST_DIGITS]
         return replace(decoded, waited=int(waited) / 1e3 if waited.isdecimal() else 0.0, delayed=DELAYED in told)
 
 

@@ -307,6 +307,8 @@ class WorkerLoop(threading.Thread):
             pending = self._executor.decode(sequence)
         else:
             self._notify(sequence.key, SequenceStarted(began))
+            if self._step is None:  # before its prompt does what ends this process
+                self._tell()
             pending = self._executor.encode(sequence)
         flight = _Flight(plan, sequence, pending, began, alone=self._step is None and not self._flights)
         self._crowd()

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from export.checkpoint import open_checkpoint
-from export.errors import BuildError, ParityError
+from export.errors import BuildError, ParityError, ResourcesError
 from export.manifest import Backend, Manifest
 from export.parity import Checker, ParityCheck
 from export.repository import versions
@@ -127,26 +127,35 @@ def check_of(component: Component, backend: Backend, file: Path) -> ParityCheck:
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("end", "kind", "message"),
     [
-        ("SEGV", r"denoiser killed the process that loaded it \(SIGSEGV\).*CXX=/usr/bin/g\+\+"),
-        ("KILL", r"denoiser is not published: .* \(SIGKILL\), probably for want of memory; end other programs"),
+        ("kill -SEGV $$", BuildError, r"denoiser killed the process that loaded it \(SIGSEGV\).*CXX=/usr/bin/g\+\+"),
+        (
+            "kill -KILL $$",
+            ResourcesError,
+            r"denoiser is not published: .* \(SIGKILL\), probably for want of memory; end other programs",
+        ),
+        (
+            """while true; do echo '{"no_memory": "12 GB wanted"}'; read check; done""",
+            ResourcesError,
+            r"denoiser is not published: cpu has too little memory to check it \(12 GB wanted\); end what else",
+        ),
     ],
 )
 def test_an_engine_that_kills_its_process_is_named_and_not_published(
-    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    end: str, kind: type[Exception], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A Python that dies at its second engine as AOTInductor packages, and want of memory, have made it die."""
     deadly = tmp_path / "python"
     good = '{"relative_error": 0, "cosine": 1, "points": 3}'
-    deadly.write_text(f"#!/bin/sh\nread check; echo '{good}'; read check; kill -{name} $$\n")
+    deadly.write_text(f"#!/bin/sh\nread check; echo '{good}'; read check; {end}\n")
     deadly.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(deadly))
     first, second = (check_of(c, Backend.AOTINDUCTOR, tmp_path / f"{c}.pt2") for c in list(Component)[:2])
     with Checker() as checker:
         assert checker.check(first, 1e-5).relative_error == 0
         for _ in range(2):
-            with pytest.raises(BuildError, match=message):
+            with pytest.raises(kind, match=message):
                 checker.check(second, 1e-5)
 
 

@@ -1,5 +1,6 @@
 """`zserve inspect`, `zserve parity` and `zserve verify`, as their users call them."""
 
+import errno
 import json
 import re
 import shutil
@@ -67,6 +68,29 @@ def test_inspect_knows_what_is_usable(repository: Path, capsys: pytest.CaptureFi
     assert "relative error" in table
     assert "MatMul" in table, "the graph's nodes"
     assert "cannot be served" not in table
+
+
+def test_the_command_that_rebuilds_is_for_a_model_wherever_it_is_called_from(
+    repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / MODEL
+    shutil.copytree(repository / MODEL, model)
+    for file in model.glob("*/denoiser.onnx*"):
+        file.write_bytes(b"damaged")
+    monkeypatch.chdir(model)
+    assert inspection.main([".", "--device", "cpu"]) == 0
+    assert f"--repository {tmp_path} " in " ".join(capsys.readouterr().out.split())
+
+
+def test_an_engine_that_cannot_be_read_is_said(
+    repository: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("export.manifest.sha256", refuse)
+    assert inspection.main([str(repository / MODEL), "--device", "cpu"]) == 0
+    assert "cannot be read (Permission denied); rebuild it:" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -120,7 +120,7 @@ class GenerateRequest(_message.Message):
     sampler: _builtins.str
     """empty or "euler": the model has no other"""
     queue_timeout_microseconds: _builtins.int
-    """Longest wait for a worker to begin, where the model's queue policy lets a request set it; 0 for the policy's own."""
+    """Longest wait for a worker to take it, where the model's queue policy lets a request set it; 0 for the policy's own."""
     def __init__(
         self,
         *,

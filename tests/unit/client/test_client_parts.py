@@ -3,6 +3,7 @@
 import io
 import re
 import tomllib
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,13 @@ def test_nothing_that_is_there_is_overwritten_by_a_name_that_was_made(tmp_path: 
     (tmp_path / "b-2.png").touch()
     assert output_paths(["a", "a"], tmp_path, "png", 1) == [[tmp_path / "a-2.png"], [tmp_path / "a-3.png"]]
     assert output_paths(["b"], tmp_path, "png", 2) == [[tmp_path / "b-2-1.png", tmp_path / "b-2-2.png"]]
+
+
+@pytest.mark.parametrize("prompts", list(permutations(["cat", "cat", "cat 2"])))
+@pytest.mark.parametrize("count", [1, 2])
+def test_no_two_images_of_a_run_have_one_name(prompts: tuple[str, ...], count: int) -> None:
+    paths = [path for each in output_paths(list(prompts), Path("out"), "png", count) for path in each]
+    assert len(set(paths)) == 3 * count
 
 
 def test_a_folder_may_have_a_dot_if_it_is_there(tmp_path: Path) -> None:

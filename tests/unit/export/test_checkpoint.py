@@ -1,5 +1,6 @@
 """A broken checkpoint is named, with what is wrong and what to do."""
 
+import errno
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks import published
+from export import checkpoint
 from export.checkpoint import CONFIGS, data_start, open_checkpoint, read_safetensors_header
 from export.configs import FILES, checked_configs
 from export.errors import CheckpointError
@@ -41,6 +43,15 @@ def test_a_truncated_file_is_named_with_both_sizes(copy: Path) -> None:
     with (copy / WEIGHTS).open("r+b") as f:
         f.truncate(size - 1000)
     with pytest.raises(CheckpointError, match=rf"{WEIGHTS} is damaged: {size} bytes expected, {size - 1000} found"):
+        open_checkpoint(copy)
+
+
+def test_a_file_that_cannot_be_read_is_named(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(copy / WEIGHTS))
+
+    monkeypatch.setattr(checkpoint, "_check_types", refuse)
+    with pytest.raises(CheckpointError, match=f"{WEIGHTS} cannot be read: Permission denied"):
         open_checkpoint(copy)
 
 

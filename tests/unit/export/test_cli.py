@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from export import exporter
-from export.cli import BAD_ARGUMENTS, NOT_POSSIBLE, main
+from export.cli import BAD_ARGUMENTS, NOT_POSSIBLE, _size, _targets, main
 from export.errors import ArgumentsError, BuildError, ExportError, ParityError, ResourcesError, UnsupportedError
+from export.manifest import Target
 from tests.conftest import CHECKPOINT
 
 REFUSED = [
@@ -112,6 +113,12 @@ def test_the_help_tells_the_exit_statuses(capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit):
         main(["--help"])
     assert f"{NOT_POSSIBLE} not possible on this machine" in " ".join(capsys.readouterr().out.split())
+
+
+def test_targets_are_in_one_order_and_sizes_without_zeros_before_them() -> None:
+    """As manifests have them: plans for the same GPUs are the same however they were listed."""
+    assert _targets("sm120,sm89,sm89") == _targets("sm89,sm120") == (Target("cuda", "8.9"), Target("cuda", "12.0"))
+    assert _size("0512x0256") == "512x256"
 
 
 def test_fp16_is_refused_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,9 @@
 """The components against diffusers itself, which is the definition of right."""
 
+import json
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -43,6 +47,22 @@ def diffusers_velocity(
     rows = [row.unsqueeze(1).to(pipeline.transformer.dtype) for row in latents]
     out = pipeline.transformer(rows, times, captions, return_dict=False)[0]
     return -torch.stack(list(out)).squeeze(2).float()
+
+
+def test_attention_of_the_prompt_is_causal_whatever_the_config_asks_for(tmp_path: Path) -> None:
+    """transformers' own implementation of it is not, where it is given no mask."""
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(CHECKPOINT, copy)
+    config = copy / "text_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"_attn_implementation": "eager"}))
+    plain, asked = (
+        load_components(path, precision=Precision.FP32, device="cpu", wanted=[Component.PROMPT_ENCODER])
+        for path in (CHECKPOINT, copy)
+    )
+    ids, lengths = torch.arange(32)[None] + 5, torch.tensor([20])
+    with torch.inference_mode():
+        got, expected = (modules[Component.PROMPT_ENCODER](ids, lengths) for modules in (asked, plain))
+    assert relative(got, expected) < 1e-5
 
 
 @pytest.mark.parametrize(("size", "lengths"), CASES)

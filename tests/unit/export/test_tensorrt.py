@@ -17,7 +17,7 @@ from export.build.plan_graph import fit_for_tensorrt
 from export.build.shared_plans import find_plan
 from export.checkpoint import data_start, open_checkpoint
 from export.errors import BuildError, UnsupportedError
-from export.manifest import Backend, EngineRecord, Manifest, PlanWeights, Target, sha256
+from export.manifest import FILE_NAME, Backend, EngineRecord, Manifest, PlanWeights, Target, sha256
 from export.modules import load_components
 from export.onnx import GraphLimits, GraphSource, outline_graph
 from export.profiles import serving_profiles
@@ -176,15 +176,21 @@ def test_fine_tunes_share_a_plan_that_is_equal_and_whole(
     folder, manifest = exported
     plan = engine(manifest, Component.DENOISER).plan
     assert plan is not None
-    shared = find_plan(tensorrt_repository, plan, TARGETS)
+    shared = find_plan(tensorrt_repository, Backend.TENSORRT_RTX, plan, TARGETS)
     assert shared is not None
     assert shared.name == "denoiser.plan"
-    assert find_plan(tensorrt_repository, plan, TARGETS[:1]) is None
-    assert find_plan(tensorrt_repository, replace(plan, graph="another"), TARGETS) is None
+    assert find_plan(tensorrt_repository, Backend.TENSORRT, plan, TARGETS) is None
+    assert find_plan(tensorrt_repository, Backend.TENSORRT_RTX, plan, TARGETS[:1]) is None
+    assert find_plan(tensorrt_repository, Backend.TENSORRT_RTX, replace(plan, graph="another"), TARGETS) is None
     copy = tmp_path / "m" / "1"
     shutil.copytree(folder, copy)
+    assert find_plan(tmp_path, Backend.TENSORRT_RTX, plan, TARGETS) is not None
+    told = json.loads((copy / FILE_NAME).read_text())
+    (copy / FILE_NAME).write_text(json.dumps(told | {"source": "of an earlier zserve"}))
+    assert find_plan(tmp_path, Backend.TENSORRT_RTX, plan, TARGETS) is None
+    (copy / FILE_NAME).write_text(json.dumps(told))
     (copy / "denoiser.plan").write_bytes(b"damaged")
-    assert find_plan(tmp_path, plan, TARGETS) is None
+    assert find_plan(tmp_path, Backend.TENSORRT_RTX, plan, TARGETS) is None
 
 
 def test_a_graph_does_not_depend_on_its_weights(tmp_path: Path) -> None:

@@ -657,6 +657,23 @@ def test_a_restart_without_memory_harms_nobody(harness: Harness, monkeypatch: py
     assert isinstance(until_the_end(good)[-1], FinishedImage)
 
 
+def test_a_request_is_known_to_have_started_before_its_prompt_can_end_the_process(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or nobody would know which request it was."""
+    encode, known = harness.executor.encode, []
+
+    def deadly(sequence: ImageSequence) -> Pending[None]:
+        known.append([type(e) for e in drain(events)])
+        return encode(sequence)
+
+    monkeypatch.setattr(harness.executor, "encode", deadly)
+    events = harness.submit(num_inference_steps=1)
+    harness.loop.start()
+    until_the_end(events)
+    assert SequenceStarted in known[0]
+
+
 def test_a_decode_without_memory_does_not_end_sharing(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
     decode, failed = harness.executor.decode, threading.Event()
 

@@ -240,6 +240,15 @@ async def test_a_worker_is_told_how_long_a_request_has_waited() -> None:
     assert request.delayed
 
 
+async def test_steps_that_are_taken_again_are_not_counted_twice() -> None:
+    queue = make(FakeWorker())
+    (place,) = enter(queue)
+    needed = queue._assignment.seconds(place)
+    for step, left in ((1, 0.5), (2, 0.0), (1, 0.5), (2, 0.0)):  # the second two after a restart from noise
+        place.steps_done[0] = step
+        assert queue._assignment.seconds(place) == pytest.approx(left * needed)
+
+
 async def test_a_request_that_loses_two_workers_once_begun_is_poison() -> None:
     queue = make(*(FakeWorker(breaks_after=1) for _ in range(3)))
     with pytest.raises(PoisonRequestError):
