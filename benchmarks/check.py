@@ -26,8 +26,8 @@ HOW_OFTEN = ("warm_up", "repetitions", "seconds")  # settings that need not be e
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The records, and what is tolerated."""
-    parser.add_argument("measured", type=Path, nargs="+", help="the record of a run just made; of several the best is")
-    parser.add_argument("committed", type=Path, help="the record to hold it against")
+    parser.add_argument("measured", type=Path, nargs="+", help="records of runs just made; of several the best counts")
+    parser.add_argument("committed", type=Path, help="the record to hold them against")
     parser.add_argument(
         "--tolerance", type=_percent, default=10.0, help="%% of a speed-up, 0 to 100 (default: %(default)s)"
     )

@@ -3,8 +3,9 @@
 Method: `diffusers` is its own eager pipeline called as in its documentation; the other rows are the server's own
 executor over their engines: encode, 8 steps, decode, pixels in host memory. All draw the same prompts from the same
 seeds, no prompt twice so that no cache helps, one row after the other in each repetition and each repetition beginning
-with another. Every image is held against diffusers' own, the first before anything is timed; every engine is named and
-the calls of every component are counted. With --batch k, k images of k prompts of one padded length share every step.
+with another. What is loaded is left out of Python's collections, as in a worker. Every image is held against diffusers'
+own, the first before anything is timed; every engine is named and the calls of every component are counted. With
+--batch k, k images of k prompts of one padded length share every step.
 
 Units: milliseconds from the prompt to the pixels of all images, by the host's clock; stages on the device (CUDA events
 for diffusers; the executor waits after every step anyway); `other` is what no stage took. x is how many times as fast,

@@ -8,7 +8,8 @@ the best closed-loop rate, independent of how the server fares, for a warm-up of
 seconds that count; clients send the deadline as their call's, and give up then. A failure that is no overload's ends
 the run. Every image of the first part is held against diffusers', every answer has to name the engine and 8 forwards.
 No prompt comes twice (1,500 under load, then from the first again), so the server's prompt cache helps nobody.
-With --gpus K the server has a worker on each of the first K.
+With --gpus K the server has a worker on each of the first K. What this
+process has loaded is left out of Python's collections, as in the server's.
 
 Units: milliseconds at the client, from the call to the last event; `overhead` is the call less what the three
 components took, and `overhead_parts` where it went: outside the worker (client, frontend, both connections), waiting

@@ -307,7 +307,7 @@ class WorkerLoop(threading.Thread):
             pending = self._executor.decode(sequence)
         else:
             self._notify(sequence.key, SequenceStarted(began))
-            if self._step is None:  # before its prompt does what ends this process
+            if self._step is None:  # or, where encoding hangs, nobody would know that it was this request
                 self._tell()
             pending = self._executor.encode(sequence)
         flight = _Flight(plan, sequence, pending, began, alone=self._step is None and not self._flights)

@@ -1,4 +1,5 @@
-"""The real worker with engines that fail: a request's width says how, FAULTY_WARM_UP which one fails at the start.
+"""The real worker with engines that fail: a request's width says how, FAULTY_WARM_UP which one fails at the start. A
+prompt that is as long as may be hangs while it is encoded.
 
 The gate is a file that a test makes: a request of four steps and the gated width takes three of them and the last one
 only once the file is there, on a machine of any speed.
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from export.manifest import EngineRecord
-from export.spec import PIXELS_PER_LATENT, Component, ComponentSpec
+from export.spec import MAX_PROMPT_TOKENS, PIXELS_PER_LATENT, Component, ComponentSpec
 from server.engines.base import Engine, Shapes
 from server.engines.load import EngineLoader
 from server.worker import main as worker
@@ -41,6 +42,8 @@ class FaultyEngine:
     def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
         if os.environ.get("FAULTY_WARM_UP") == self._component:
             os.abort()
+        if self._component is Component.PROMPT_ENCODER and inputs["input_ids"].shape[1] == MAX_PROMPT_TOKENS:
+            time.sleep(600)
         output = self._engine.run(inputs)
         return self._spoil(inputs, output) if self._component is Component.DENOISER else output
 
@@ -75,7 +78,8 @@ class ImpatientLoop(WorkerLoop):
     """Gives up at once on what is known to hang, and on nothing else however slow the machine is."""
 
     def _run(self, plan: Plan) -> None:
-        self._patience = 0.2 if plan.sequences[0].shape.width == HANGS else 600.0
+        _, width, captions = plan.sequences[0].shape
+        self._patience = 0.2 if width == HANGS or MAX_PROMPT_TOKENS in captions else 600.0
         super()._run(plan)
 
 

@@ -143,6 +143,15 @@ async def test_a_worker_hears_how_long_a_request_has_waited(running: tuple[Faili
     assert [(asked.waited, asked.delayed) for asked in service.asked] == [(91.5, True), (0.0, False)]
 
 
+async def test_a_time_of_many_digits_is_no_error(running: tuple[FailingService, str]) -> None:
+    service, url = running
+    service.error = errors.UnavailableError("as it should", retry_after=1.0)
+    async with grpc.aio.insecure_channel(url) as channel:
+        stub = pb_grpc.ImageGenerationStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError, match="as it should"):
+            await stub.GenerateImage(pb.GenerateRequest(prompt="a cat"), metadata=[(WAITED, 400 * "9")])
+
+
 @pytest.mark.parametrize("told", ["", "-1", "1e3", "nan"])
 async def test_a_time_that_is_none_is_no_error(running: tuple[FailingService, str], told: str) -> None:
     """Anybody may send the frontend what it tells its workers by; it takes no notice."""

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -114,9 +115,13 @@ async def test_a_stopped_process_is_replaced(server: Running, gate: Gate) -> Non
     await all_ready(server)
 
 
-async def test_a_device_that_does_not_come_back_is_given_up(server: Running) -> None:
-    with pytest.raises(GenerationFailedError) as failure:
-        await draw(server.client, asked(width=faulty_worker.HANGS))
+@pytest.mark.parametrize(
+    "hanging", [{"width": faulty_worker.HANGS}, {"prompt": "a red circle " * 200, "truncate": True}]
+)
+async def test_a_device_that_does_not_come_back_is_given_up(server: Running, hanging: dict[str, Any]) -> None:
+    """From a step, or from the prompt, before which it has to be known that the request has begun."""
+    with pytest.raises(GenerationFailedError, match="do not send it again") as failure:
+        await draw(server.client, asked(**hanging))
     assert failure.value.code is grpc.StatusCode.INTERNAL
     await all_ready(server)
     assert (await draw(server.client, asked())).kinds[-1] == "completed"

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -204,6 +205,38 @@ async def test_a_worker_that_has_ended_has_no_number_any_more(tmp_path: Path) ->
     alone.worker.start()
     await alone.until(WorkerState.FAILED)
     assert alone.worker.pid is None
+    await alone.worker.stop()
+
+
+async def test_a_worker_that_ends_by_a_signal_without_a_name_is_replaced(tmp_path: Path) -> None:
+    alone = Alone(tmp_path, *LIGHT)
+    alone.worker.start()
+    await alone.until(WorkerState.READY)
+    os.kill(alone.worker.pid or 0, signal.SIGRTMIN + 1)
+    await alone.until(WorkerState.RESTARTING, f"was ended by signal {signal.SIGRTMIN + 1}")
+    await alone.until(WorkerState.READY)
+    await alone.worker.stop()
+
+
+async def test_a_worker_for_which_there_is_no_thread_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """asyncio's child watcher of Python 3.11 begins one for each process."""
+    start = asyncio.create_subprocess_exec
+    lacking = [RuntimeError("can't start new thread")]
+
+    async def start_or_not(*arguments: Any, **options: Any) -> asyncio.subprocess.Process:
+        if alone.worker.info is not None and lacking:
+            raise lacking.pop()
+        return await start(*arguments, **options)
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", start_or_not)
+    alone = Alone(tmp_path, *LIGHT)
+    alone.worker.start()
+    await alone.until(WorkerState.READY)
+    os.kill(alone.worker.pid or 0, signal.SIGKILL)
+    await alone.until(WorkerState.RESTARTING, "can't start new thread")
+    await alone.until(WorkerState.READY)
     await alone.worker.stop()
 
 

@@ -111,3 +111,4 @@ def test_engines_are_part_of_the_key_and_who_asks_is_not() -> None:
     key = key_of(a_request())
     assert key_of(a_request(), eager) != key
     assert key_of(replace(a_request(), request_id="other", priority=1, timeout=3.0)) == key
+    assert key_of(replace(a_request(), waited=3.0, delayed=True)) == key

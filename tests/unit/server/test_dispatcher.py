@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -48,3 +48,18 @@ async def test_images_that_the_client_has_taken_are_kept_for_a_response_cache_al
         pass
     assert painter.kept == kept
     await events.aclose()
+
+
+@pytest.mark.parametrize("unloaded", [False, True])
+async def test_an_answer_that_outlives_its_model_is_not_kept(unloaded: bool) -> None:
+    """A client may be reading what a worker drew before its model went."""
+    painter, request = Painter(), replace(a_request(), seed=7)
+    dispatcher, queue = Dispatcher(Metrics(), cache_bytes=2**20), make(painter, response_cache=True)
+    dispatcher.add(queue)
+    events = dispatcher.generate_on(queue, request)
+    await anext(events)
+    if unloaded:
+        dispatcher.remove(queue)
+    assert [type(e) async for e in events][-1] is Completed
+    again = [e async for e in dispatcher.generate_on(queue, request)]
+    assert any(isinstance(e, Completed) and e.response_cached for e in again) is not unloaded
