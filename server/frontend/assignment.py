@@ -30,14 +30,19 @@ class Place:
     worker: Worker | None = None
     refused: ZServeError | None = None
     started: bool = False  # its worker has begun with it
+    alone: bool = False  # its worker has had nothing else since
     steps_done: dict[int, int] = field(default_factory=dict)  # by image; one that starts again counts anew
     attempts: int = 0  # workers it was given to
-    strikes: int = 0  # workers that ended when they had begun with it
+    losses: int = 0  # of those, the ones that ended
+    strikes: int = 0  # of those in turn, the ones that had begun with it or had nothing else
 
     @property
     def suspect(self) -> bool:
-        """Whether it may be what ends workers: from then on it gets one for itself, so that no other is blamed."""
-        return self.strikes > 0
+        """Whether it may be what ends workers: from then on it gets one for itself, so that no other is blamed.
+
+        One that ends them before they can say that they have begun is known by that others suffer beside it, twice.
+        """
+        return self.strikes > 0 or self.losses > 1
 
 
 class Assignment:
@@ -108,7 +113,11 @@ class Assignment:
         return next((w.costs for w in self.ready()), CostTable())
 
     def _give(self, place: Place, worker: Worker) -> None:
-        self._held.setdefault(worker, []).append(place)
+        held = self._held.setdefault(worker, [])
+        place.alone = not held
+        for other in held:
+            other.alone = False
+        held.append(place)
         place.worker = worker
         place.attempts += 1
         place.moved.set()

@@ -124,8 +124,10 @@ class ModelQueue:
         """
         if self._closed is not None:
             raise self._closed
-        if place.started:
+        place.losses += 1
+        if place.started or place.alone:
             place.strikes += 1
+        if place.started:
             place.queue_timeout_at = float("inf")  # it had its worker in time; that one's end is not its own delay
         self._take_out(place)
         place.started, place.steps_done = False, {}

@@ -136,8 +136,8 @@ class Serving:
             self._metrics.poisoned.labels(self._queue.config.name).inc()
             log.error("request %s is refused: %d workers ended with it; %r", request.request_id, POISON, request)
             raise PoisonRequestError(
-                f"{POISON} worker processes ended while they drew request {request.request_id}, the last one with "
-                "nothing else to do; do not send it again as it is"
+                f"{POISON} worker processes ended with request {request.request_id}, the last one with nothing else to "
+                "do; do not send it again as it is"
             )
         if place.attempts > self._max_retries:
             error.retry_after = 1.0

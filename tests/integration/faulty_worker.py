@@ -1,5 +1,5 @@
 """The real worker with engines that fail: a request's width says how, FAULTY_WARM_UP which one fails at the start. A
-prompt that is as long as may be hangs while it is encoded.
+prompt that is as long as may be hangs while it is encoded, and one ends the process as soon as it is read.
 
 The gate is a file that a test makes: a request of four steps and the gated width takes three of them and the last one
 only once the file is there, on a machine of any speed.
@@ -20,10 +20,13 @@ from export.spec import MAX_PROMPT_TOKENS, PIXELS_PER_LATENT, Component, Compone
 from server.engines.base import Engine, Shapes
 from server.engines.load import EngineLoader
 from server.worker import main as worker
+from server.worker.events import Listener
+from server.worker.executor import ImageSequence
 from server.worker.loop import WorkerLoop
 from server.worker.planner import Plan
 
 KILLS, HANGS, STARVES, OVERFLOWS, TOO_LARGE_TOGETHER, GATED = (80, 96, 112, 128, 144, 160)  # widths in pixels
+ENDS_AT_ONCE = "a prompt that is the end of whoever reads it"
 GATE = "FAULTY_GATE"  # the environment variable that names the file
 STEPS_BEFORE_THE_GATE = 3
 GATED_FROM = 0.4  # of the way from noise to image: the fourth step of four begins at 0.5
@@ -74,8 +77,13 @@ class FaultyLoader(EngineLoader):
         return FaultyEngine(super()._compiled(record, spec), spec.component)
 
 
-class ImpatientLoop(WorkerLoop):
+class FaultyLoop(WorkerLoop):
     """Gives up at once on what is known to hang, and on nothing else however slow the machine is."""
+
+    def submit(self, sequences: tuple[ImageSequence, ...], listener: Listener) -> None:
+        if sequences[0].request.prompt == ENDS_AT_ONCE:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().submit(sequences, listener)
 
     def _run(self, plan: Plan) -> None:
         _, width, captions = plan.sequences[0].shape
@@ -85,5 +93,5 @@ class ImpatientLoop(WorkerLoop):
 
 if __name__ == "__main__":
     worker.EngineLoader = FaultyLoader  # type: ignore[misc]
-    worker.WorkerLoop = ImpatientLoop  # type: ignore[misc]
+    worker.WorkerLoop = FaultyLoop  # type: ignore[misc]
     sys.exit(worker.main())

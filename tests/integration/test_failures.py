@@ -91,8 +91,10 @@ async def test_a_killed_worker_is_replaced_and_its_request_starts_over(server: R
     await all_ready(server)
 
 
-async def test_a_request_that_ends_workers_is_refused_alone(server: Running) -> None:
-    bad = draw(server.client, asked(width=faulty_worker.KILLS))
+@pytest.mark.parametrize("killing", [{"width": faulty_worker.KILLS}, {"prompt": faulty_worker.ENDS_AT_ONCE}])
+async def test_a_request_that_ends_workers_is_refused_alone(server: Running, killing: dict[str, Any]) -> None:
+    """With a step, or before the worker can say that it has begun."""
+    bad = draw(server.client, asked(**killing))
     good = [draw(server.client, asked(seed=seed, num_inference_steps=8)) for seed in range(12)]
     refused, *drawn = await asyncio.gather(bad, *good, return_exceptions=True)
     assert isinstance(refused, GenerationFailedError)

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -270,12 +271,55 @@ async def test_a_worker_that_the_server_stops_is_no_strike_and_no_attempt(max_re
     assert queue.running == queue.waiting == 0
 
 
-async def test_losing_workers_before_it_began_is_not_its_fault_but_ends_too() -> None:
+async def test_losing_workers_in_company_before_it_began_is_not_its_fault_but_ends_too() -> None:
     queue = make(*(FakeWorker(breaks_after=0) for _ in range(4)))
+    enter(queue, 4)  # one for each
     with pytest.raises(WorkerLostError) as failure:
-        await serve(queue, max_retries=2)
+        await serve(queue, max_retries=1)
     assert failure.value.retry_after == 1.0
-    assert sum(bool(w.served) for w in queue.workers) == 3  # type: ignore[attr-defined]
+    assert sum(bool(w.served) for w in queue.workers) == 2  # type: ignore[attr-defined]
+
+
+class Reader(FakeWorker):
+    """Ends, with all that it has, when it reads a request of priority 5; begins with others when it has read them all.
+
+    `next` are the processes that take its place.
+    """
+
+    def __init__(self, *, after: "Reader | None" = None) -> None:
+        state = WorkerState.READY if after is None else WorkerState.RESTARTING
+        super().__init__(state=state)
+        self.ended = asyncio.Event()
+        self.next: Reader | None = None
+        if after is not None:
+            after.next = self
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        await asyncio.sleep(0)  # all that it is given are there before it reads the first
+        if request.priority == 5:
+            self.state = WorkerState.RESTARTING
+            self.ended.set()
+            if self.next is not None:
+                self.next.state = WorkerState.READY
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.ended.wait(), 0.05)
+            raise WorkerLostError("gone")
+        async for event in super().generate(request):
+            yield event
+
+
+async def test_a_request_that_ends_workers_as_they_read_it_is_found_and_nobody_fails_with_it() -> None:
+    workers = [Reader()]
+    for _ in range(9):
+        workers.append(Reader(after=workers[-1]))
+    queue = make(*workers, max_batch_size=2, queue=QueuePolicy(levels=5))
+    good = [serve(queue, priority=level) for level in (3, 3, 3)]
+    bad = serve(queue, priority=5)
+    refused, *answered = await asyncio.gather(bad, *good, return_exceptions=True)
+    assert isinstance(refused, PoisonRequestError)
+    assert [isinstance(events, list) and isinstance(events[-1], Completed) for events in answered] == [True] * 3
+    assert [worker.ended.is_set() for worker in workers] == [True] * 4 + [False] * 6, "twice in company, twice alone"
+    assert queue.running == queue.waiting == 0
 
 
 async def test_a_suspect_gets_a_worker_for_itself() -> None:
