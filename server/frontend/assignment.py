@@ -96,10 +96,11 @@ class Assignment:
         place.worker = None
 
     def seconds(self, place: Place) -> float:
-        """Device time that the request still needs."""
+        """Device time that the request still needs: of its worker's device, or of the first worker's while it waits."""
         request = place.request
         rows = 2 if request.guided else 1
-        image = self._costs.image(request.height, request.width, steps=request.num_inference_steps, rows=rows)
+        costs = self._costs if place.worker is None else place.worker.costs
+        image = costs.image(request.height, request.width, steps=request.num_inference_steps, rows=rows)
         steps = request.num_inference_steps * request.num_images
         return image * request.num_images * (1 - sum(place.steps_done.values()) / steps)
 

@@ -277,12 +277,15 @@ class Executor:
         """
         if use.backend is Backend.EAGER:
             return output, use
-        if use.component is Component.IMAGE_DECODER:
-            eagers = self._lanes[use.component].start(lambda: self._by_eager(use.component, inputs)).result()
-            if not _is_picture(eagers):
-                return output, use
-        self.quarantine(use.component, f"the {use.component}'s output is not finite or of one value")
-        return self._run(use.component, inputs)
+        reason = f"the {use.component}'s output is not finite or of one value"
+        if use.component is not Component.IMAGE_DECODER:
+            self.quarantine(use.component, reason)  # first: eager may not fit into the memory beside it
+            return self._run(use.component, inputs)
+        eagers = self._lanes[use.component].start(lambda: self._by_eager(use.component, inputs)).result()
+        if not _is_picture(eagers):
+            return output, use
+        self.quarantine(use.component, reason)
+        return eagers, self._components[use.component].use
 
     def _by_eager(self, component: Component, inputs: dict[str, Tensor]) -> Callable[[], Tensor]:
         made = self._components[component].by_eager(inputs)

@@ -228,6 +228,22 @@ def test_an_image_that_is_of_one_colour_by_eager_too_is_no_fault_of_the_engine(
     assert eager.calls == 1
 
 
+def test_an_image_that_eager_has_made_to_judge_the_engine_is_the_answer(
+    pipeline: ZImagePipeline, tokenizer: PromptTokenizer
+) -> None:
+    picture = torch.randint(256, (1, 64, 64, 3), dtype=torch.uint8)
+    black = torch.zeros_like(picture)
+    engine, eager = FakeEngine(lambda inputs: black), FakeEngine(lambda inputs: picture)
+    parts = components(pipeline)
+    parts[Component.IMAGE_DECODER] = ServedComponent(SPECS[Component.IMAGE_DECODER], engine, lambda: eager)
+    (sequence,) = sequences(tokenizer, a_request())
+    drawn = draw(Executor(parts, manifest(), "cpu", prompt_cache_size=8), sequence)
+    assert np.array_equal(drawn, picture[0].numpy())
+    assert sequence.engines[Component.IMAGE_DECODER] == parts[Component.IMAGE_DECODER].use
+    assert not parts[Component.IMAGE_DECODER].compiled
+    assert eager.calls == 1
+
+
 def test_a_reset_without_memory_leaves_what_was_there(
     executor: Executor, tokenizer: PromptTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -251,6 +251,14 @@ async def test_steps_that_are_taken_again_are_not_counted_twice() -> None:
         assert queue._assignment.seconds(place) == pytest.approx(left * needed)
 
 
+async def test_what_a_worker_has_to_do_is_reckoned_with_its_own_costs() -> None:
+    slow = FakeWorker("slow", costs=CostTable([StepCost(64, 64, 1, 5.0)]))
+    fast = FakeWorker("fast")
+    queue = make(slow, fast, max_batch_size=2)
+    places = enter(queue, 4)
+    assert [p.worker for p in places] == [slow, fast, fast, fast]  # type: ignore[comparison-overlap]
+
+
 async def test_a_request_that_loses_two_workers_once_begun_is_poison() -> None:
     queue = make(*(FakeWorker(breaks_after=1) for _ in range(3)))
     with pytest.raises(PoisonRequestError):
