@@ -26,12 +26,14 @@ import torch
 from export.spec import Component
 from server.engines.memory import out_of_memory_error
 from server.errors import DeadlinePassedError, NonFiniteError
-from server.requests import Progress, Queued
-from server.worker.events import Failed, FinishedImage, Listener, LoopEvent, PreviewPixels, SequenceStarted
+from server.requests import Progress
+from server.worker.events import Failed, FinishedImage, Listener, PreviewPixels, SequenceStarted
 from server.worker.executor import Executor, ImageSequence
 from server.worker.images import Pixels
 from server.worker.lanes import Pending
 from server.worker.planner import Plan, Planner, Stage, Wait
+from server.worker.reports import Reports
+from server.worker.under_way import Flight, Step, images_of
 
 T = TypeVar("T")
 
@@ -63,27 +65,6 @@ class _Call:
     answer: "Future[Any]"
 
 
-@dataclass(frozen=True, eq=False)
-class _Step:
-    """A step that the device has been given, and what it has to tell when it is done: which step, and a preview."""
-
-    plan: Plan
-    pending: Pending[float]
-    taken: list[tuple[ImageSequence, int, Pending[Pixels] | None]]
-    began: float
-
-
-@dataclass(eq=False)
-class _Flight:
-    """A plan that runs beside the steps, for its one sequence."""
-
-    plan: Plan
-    sequence: ImageSequence
-    pending: Pending[Pixels] | Pending[None]
-    began: float
-    alone: bool  # whether it has had the device for itself
-
-
 class WorkerLoop(threading.Thread):
     """Runs sequences until it is stopped. `patience`: seconds that anything may take, whatever it should."""
 
@@ -101,13 +82,11 @@ class WorkerLoop(threading.Thread):
         self._clock = clock
         self._patience = patience
         self._inbox: queue.SimpleQueue[_Submit | _Cancel | _Call | None] = queue.SimpleQueue()
-        self._flights: list[_Flight] = []
-        self._step: _Step | None = None
+        self._flights: list[Flight] = []
+        self._step: Step | None = None
         self._free_at = 0.0  # when the step before that one was seen done
         self._in_company = False  # whether that step has shared the device with anything
-        self._listeners: dict[int, Listener] = {}
-        self._told: dict[int, int] = {}  # by key, the queue position that was reported last
-        self._untold: list[tuple[Listener, LoopEvent]] = []
+        self._reports = Reports()
         self._moved = False  # whether positions in the queue may have changed
         self._overdue_at = float("inf")  # when the plan that runs now should long have ended
         self._running = True
@@ -144,7 +123,7 @@ class WorkerLoop(threading.Thread):
             self._tell_positions()
             self._go_on(self._planner.plan(self._clock()))
         self._settle()
-        self._tell()
+        self._reports.tell()
 
     def _go_on(self, plan: Plan | Wait | None) -> None:
         """What has been decided, as soon as it is due."""
@@ -161,7 +140,7 @@ class WorkerLoop(threading.Thread):
         else:
             self._settle()
 
-    def _nearly_done(self, step: _Step) -> float:
+    def _nearly_done(self, step: Step) -> float:
         """When the next one has to be planned."""
         return max(step.began, self._free_at) + self._planner.expected_seconds(step.plan) - AHEAD
 
@@ -182,7 +161,7 @@ class WorkerLoop(threading.Thread):
 
     def _receive(self, seconds: float | None) -> None:
         """Handles the next message, if it comes within `seconds`; None waits for ever."""
-        self._tell()
+        self._reports.tell()
         try:
             message = self._inbox.get(timeout=seconds if seconds is None else max(0.0, seconds))
         except queue.Empty:
@@ -190,7 +169,7 @@ class WorkerLoop(threading.Thread):
         match message:
             case _Submit(sequences, listener):
                 self._moved = True
-                self._listeners[sequences[0].key] = listener
+                self._reports.follow(sequences[0].key, listener)
                 for sequence in sequences:
                     self._planner.add(sequence, self._clock())
             case _Cancel(key):
@@ -223,11 +202,7 @@ class WorkerLoop(threading.Thread):
             return
         self._moved = False
         now = self._clock()
-        forecasts = self._planner.forecast(now)
-        for key, forecast in forecasts.items():
-            if self._told.get(key) != forecast.position:
-                self._notify(key, Queued(forecast.position, 1e3 * (forecast.starts - now)))
-        self._told = {key: forecast.position for key, forecast in forecasts.items()}
+        self._reports.note_positions(self._planner.forecast(now), now)
 
     def _run(self, plan: Plan) -> None:
         """Gives a plan to the device; a step behind the one that runs, which is then waited for."""
@@ -246,16 +221,16 @@ class WorkerLoop(threading.Thread):
         try:
             yield
         except NonFiniteError as error:
-            self._start_again(_images(plan), error)
+            self._start_again(images_of(plan), error)
         except torch.OutOfMemoryError as error:
-            self._retry_smaller(_images(plan), error)
+            self._retry_smaller(images_of(plan), error)
         except Exception as error:  # noqa: BLE001 - the boundary between one request and the others
             self._find_the_culprit(plan, error)
 
     def _denoise(self, plan: Plan, began: float) -> None:
-        sequences = _images(plan)
+        sequences = images_of(plan)
         if self._step is None:  # where giving a step to the device is doing it, what is known would wait for its end
-            self._tell()
+            self._reports.tell()
         pending = self._executor.denoise(sequences)
         # At once: the latents will have moved, and whatever fails from here on, no step is run again.
         self._planner.advance(plan)
@@ -263,7 +238,7 @@ class WorkerLoop(threading.Thread):
             if not sequence.left:  # it is decoded when this step is done
                 self._planner.set_aside(sequence)
         self._crowd()
-        step = _Step(plan, pending, [(s, s.step, self._begin_preview(s)) for s in sequences], began)
+        step = Step(plan, pending, [(s, s.step, self._begin_preview(s)) for s in sequences], began)
         self._settle()
         self._step, self._in_company = step, bool(self._flights)
         if self._is_over(pending):
@@ -297,20 +272,20 @@ class WorkerLoop(threading.Thread):
             self._report_step(sequence, number, 1e3 * seconds, len(step.taken), row)
             self._report_preview(sequence, number, preview)
         self._note_overdue()
-        self._tell()
+        self._reports.tell()
 
     def _start(self, plan: Plan, began: float) -> None:
         """Gives the device what is not a step, and goes on with others if that is not done at once."""
-        (sequence,) = _images(plan)
+        (sequence,) = images_of(plan)
         pending: Pending[Pixels] | Pending[None]
         if plan.stage is Stage.DECODE:
             pending = self._executor.decode(sequence)
         else:
-            self._notify(sequence.key, SequenceStarted(began))
+            self._reports.note(sequence.key, SequenceStarted(began))
             if self._step is None:  # or, where encoding hangs, nobody would know that it was this request
-                self._tell()
+                self._reports.tell()
             pending = self._executor.encode(sequence)
-        flight = _Flight(plan, sequence, pending, began, alone=self._step is None and not self._flights)
+        flight = Flight(plan, sequence, pending, began, alone=self._step is None and not self._flights)
         self._crowd()
         if pending.done():
             self._land(flight)
@@ -319,7 +294,7 @@ class WorkerLoop(threading.Thread):
             self._planner.set_aside(sequence)
             self._flights.append(flight)
             self._in_company = True
-        self._tell()
+        self._reports.tell()
 
     def _collect(self) -> None:
         """What is done: a step sooner than it should, and what runs beside, which nobody may want any more."""
@@ -338,17 +313,17 @@ class WorkerLoop(threading.Thread):
         for flight in self._flights:
             flight.alone = False
 
-    def _observe(self, flight: "_Flight") -> None:
+    def _observe(self, flight: Flight) -> None:
         """Takes in what it has cost; a prompt that was known already has cost nothing."""
         if flight.plan.stage is Stage.ENCODE and flight.sequence.prompt_cached:
             return
         observe = self._planner.observe if flight.alone else self._planner.observe_beside
         observe(flight.plan, self._clock() - flight.began)
 
-    def _land(self, flight: "_Flight") -> None:
+    def _land(self, flight: Flight) -> None:
         result = flight.pending.result()
         if result is not None:
-            self._notify(flight.sequence.key, FinishedImage(flight.sequence, result))
+            self._reports.note(flight.sequence.key, FinishedImage(flight.sequence, result))
         self._planner.advance(flight.plan)
         self._moved = True
 
@@ -363,7 +338,8 @@ class WorkerLoop(threading.Thread):
         self._overdue_at = min((self._overdue(plan, began) for plan, began in given), default=float("inf"))
 
     def _report_step(self, sequence: ImageSequence, done: int, step_ms: float, batch_size: int, row: int) -> None:
-        self._notify(sequence.key, Progress(done, sequence.steps, sequence.image_index, step_ms, batch_size, row))
+        event = Progress(done, sequence.steps, sequence.image_index, step_ms, batch_size, row)
+        self._reports.note(sequence.key, event)
 
     def _begin_preview(self, sequence: ImageSequence) -> Pending[Pixels] | None:
         """Behind the step that was given to the device last, if its request wants one."""
@@ -384,7 +360,7 @@ class WorkerLoop(threading.Thread):
         except Exception as error:  # noqa: BLE001 - the boundary between a preview and the images
             self._leave_out_preview(sequence, done, error)
             return
-        self._notify(sequence.key, PreviewPixels(done, sequence.image_index, pixels))
+        self._reports.note(sequence.key, PreviewPixels(done, sequence.image_index, pixels))
 
     @staticmethod
     def _leave_out_preview(sequence: ImageSequence, done: int, error: Exception) -> None:
@@ -431,7 +407,7 @@ class WorkerLoop(threading.Thread):
             self._give_up(plan, error)
             return
         for sequence in plan.sequences:
-            if self._running and sequence.key in self._listeners:  # else its request has failed meanwhile
+            if self._running and self._reports.follows(sequence.key):  # else its request has failed meanwhile
                 self._run(Plan(plan.stage, (sequence,)))
 
     def _give_up(self, plan: Plan, error: Exception) -> None:
@@ -443,27 +419,12 @@ class WorkerLoop(threading.Thread):
         for sequence in plan.sequences:
             self._fail(sequence.key, error)
 
-    def _notify(self, key: int, event: LoopEvent) -> None:
-        listener = self._listeners.get(key)
-        if listener is not None:
-            self._untold.append((listener, event))
-
-    def _tell(self) -> None:
-        """Tells the listeners what has happened, in order."""
-        untold, self._untold = self._untold, []
-        for listener, event in untold:
-            listener(event)
-
     def _fail(self, key: int, error: Exception) -> None:
         """Answers the request once, and takes all its sequences out."""
-        self._notify(key, Failed(error))
+        self._reports.note(key, Failed(error))
         self._forget(key)
 
     def _forget(self, key: int) -> None:
         self._moved = True
         self._planner.remove(key, self._clock())
-        self._listeners.pop(key, None)
-
-
-def _images(plan: Plan) -> list[ImageSequence]:
-    return [s for s in plan.sequences if isinstance(s, ImageSequence)]
+        self._reports.forget(key)

@@ -1,0 +1,34 @@
+"""What the device has been given and has not finished: a step, and plans beside it."""
+
+from dataclasses import dataclass
+
+from server.worker.executor import ImageSequence
+from server.worker.images import Pixels
+from server.worker.lanes import Pending
+from server.worker.planner import Plan
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A step, and what it has to tell when it is done: which step of each sequence, and a preview."""
+
+    plan: Plan
+    pending: Pending[float]
+    taken: list[tuple[ImageSequence, int, Pending[Pixels] | None]]
+    began: float
+
+
+@dataclass(eq=False)
+class Flight:
+    """A plan that runs beside the steps, for its one sequence."""
+
+    plan: Plan
+    sequence: ImageSequence
+    pending: Pending[Pixels] | Pending[None]
+    began: float
+    alone: bool  # whether it has had the device for itself
+
+
+def images_of(plan: Plan) -> list[ImageSequence]:
+    """Its sequences, as what they are."""
+    return [s for s in plan.sequences if isinstance(s, ImageSequence)]
