@@ -23,7 +23,7 @@ FORMATS = {
 }
 FORMAT_NAMES = {number: name for name, number in FORMATS.items()}
 STATUS_DETAILS = "grpc-status-details-bin"  # where gRPC keeps google.rpc.Status
-UINT32, UINT64 = 2**32 - 1, 2**64 - 1
+UINT32, INT63 = 2**32 - 1, 2**63 - 1
 
 
 class GenerationFailedError(Exception):
@@ -103,7 +103,7 @@ class ImageRequest:
         if self.image_format not in FORMATS:
             raise ValueError(f"image_format: {self.image_format!r} is not accepted; {', '.join(FORMATS)} are")
         counts = ("width", "height", "num_inference_steps", "num_images", "quality", "preview_interval", "priority")
-        for name, most in (*dict.fromkeys(counts, UINT32).items(), ("seed", UINT64)):
+        for name, most in (*dict.fromkeys(counts, UINT32).items(), ("seed", INT63)):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= most:
                 raise ValueError(f"{name}: {value} is not accepted; 0 to {most} are")

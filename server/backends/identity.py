@@ -62,7 +62,7 @@ class IdentityModel:
                 for i, o in zip(self.spec.inputs, self.spec.outputs, strict=True)
                 if i.name in request.inputs
             )
-            repeat = int(_number(request, "repeat", 1, MAX_REPEAT)) if self.spec.decoupled else 1
+            repeat = _whole_number(request, "repeat", 1, MAX_REPEAT) if self.spec.decoupled else 1
             for number in range(1, repeat + 1):
                 record.spent = await self._batcher.run(request)
                 record.responded()
@@ -82,6 +82,13 @@ def _number(request: InferRequest, name: str, default: int | str, high: float) -
     if not 0 <= value <= high:
         raise InvalidRequestError.of(name, text, f"a number from 0 to {high:g} is")
     return value
+
+
+def _whole_number(request: InferRequest, name: str, default: int, high: int) -> int:
+    value = _number(request, name, default, high)
+    if value != int(value):
+        raise InvalidRequestError.of(name, value, f"a whole number from 0 to {high} is")
+    return int(value)
 
 
 def _float(text: float | str) -> float:

@@ -232,8 +232,8 @@ class ModelQueue:
         ordered = self._turns.ordered(now)
         wait = self._assignment.forecasts(ordered[: ordered.index(place) + 1])[-1]
         if now + BATCHING_GAIN * wait + own >= place.claim.deadline:
+            left = max(0.0, place.claim.deadline - now)
             raise DeadlinePassedError(
-                f"the deadline, {place.claim.deadline - now:.3g} s from now, cannot be met: the request needs "
-                f"{own:.3g} s of the device, which is free for it in {wait:.3g} s. Allow more time, or ask for fewer "
-                "steps or a smaller size"
+                f"the deadline, {left:.3g} s from now, cannot be met: the request needs {own:.3g} s of the device, which "
+                f"is free for it in {wait:.3g} s. Allow more time, or ask for fewer steps or a smaller size"
             )

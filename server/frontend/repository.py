@@ -183,13 +183,14 @@ class Repository:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.gather(*(model.unload() for model in self.live))
+        await asyncio.gather(*(_unload(model) for model in self.live))
 
     def _own(self, work: Coroutine[Any, Any, None]) -> "asyncio.Future[None]":
         """Does `work` to its end, even when nobody waits for it any more; only `close` stops it."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(_is_known)
         return asyncio.shield(task)
 
     async def _load_in_turn(self, name: str, entry: Entry, override: Override | None) -> None:
@@ -248,8 +249,9 @@ class Repository:
             version.model = model = self._backends(folder.file.backend)(folder, self._host)
             self._live.add(version)
             await model.load()
+            model.statistics.load_seconds = time.monotonic() - began
         except asyncio.CancelledError:  # it is unloaded, or the server shuts down
-            await model.unload()
+            await _unload(model)
             self._rest(version)
             raise
         except ZServeError as error:
@@ -257,9 +259,10 @@ class Repository:
             return
         except Exception as error:
             log.exception("backend %s failed to load %s", folder.file.backend, folder.file.name)
+            if version.model is not None:
+                await _unload(version.model)
             self._rest(version, f"{type(error).__name__}: {error}")
             return
-        model.statistics.load_seconds = time.monotonic() - began
         version.state = ModelState.READY
         self._host.changed()  # now: what it replaces may take long to go
         log.info("model %s version %s is ready", folder.file.name, folder.version)
@@ -285,7 +288,7 @@ class Repository:
                 await asyncio.wait_for(model.statistics.idle(), DRAIN_SECONDS)
             except TimeoutError:
                 log.warning("model %s is unloaded with requests under way", model.spec.name)
-            await model.unload()
+            await _unload(model)
         self._rest(version)
         self._host.changed()
 
@@ -332,6 +335,20 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _is_known(task: "asyncio.Task[None]") -> None:
+    """What it failed with has been logged, and whoever asked for it may have left: asyncio need not miss that."""
+    if not task.cancelled():
+        task.exception()
+
+
+async def _unload(model: Model) -> None:
+    """Whatever a backend does: its version is at rest afterwards, and others are none the worse."""
+    try:
+        await model.unload()
+    except Exception:
+        log.exception("a backend failed to unload %s", model.spec.name)
 
 
 async def _together(works: Iterable[Coroutine[Any, Any, None]]) -> None:

@@ -1,6 +1,7 @@
 """One model of the repository and its versions: their state, and what tells them from others."""
 
 import asyncio
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,6 +11,8 @@ from pathlib import Path, PurePosixPath
 from server.backends.base import Model, ModelFolder
 from server.errors import ConfigError, InvalidRequestError, ModelNotFoundError, ModelNotReadyError
 from server.rpc.triton.model_config import read_model_file
+
+log = logging.getLogger(__name__)
 
 MAX_VERSION = 2**63 - 1
 UNLOADED = "unloaded"  # the reason of a version that was there and is not wanted now
@@ -62,7 +65,10 @@ class Version:
         if self.state is ModelState.LOADING and self.loading is not None:
             self.loading.cancel()
         elif self.model is not None:
-            self.model.retire()
+            try:
+                self.model.retire()
+            except Exception:  # the boundary between one backend and the server
+                log.exception("a backend failed to retire %s", self.folder.file.name)
         self.state = ModelState.UNLOADING
 
     def rest(self, reason: str = UNLOADED) -> None:

@@ -93,8 +93,13 @@ def encode_request(request: GenerationRequest) -> pb.GenerateRequest:
         priority=request.priority,
         request_id=request.request_id,
         long_prompt=WIRE_LONG_PROMPTS[request.long_prompt],
-        queue_timeout_microseconds=round(1e6 * (request.queue_timeout or 0)),
+        queue_timeout_microseconds=microseconds(request.queue_timeout),
     )
+
+
+def microseconds(seconds: float | None) -> int:
+    """As the message has them; 0 for None. What is rounded must not become more than the field holds."""
+    return min(round(1e6 * (seconds or 0)), 2**64 - 1)
 
 
 def _field(message: pb.GenerateRequest, name: str, default: int) -> int:

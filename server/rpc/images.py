@@ -52,7 +52,7 @@ class ImageGenerationServicer(pb_grpc.ImageGenerationServicer):
                 yield convert.encode_event(event, decoded.request_id)
 
     async def GenerateImage(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateImageResponse:
-        decoded = self._decode(request, context)
+        decoded = replace(self._decode(request, context), preview_interval=0)  # there is nowhere to put them
         response = pb.GenerateImageResponse(request_id=decoded.request_id)
         async with aclosing(self._service.generate(decoded)) as events:
             async for event in events:

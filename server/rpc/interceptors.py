@@ -144,6 +144,11 @@ def _text(error: ZServeError) -> str:
     return data.decode() if len(data) <= MOST_TEXT else data[:MOST_TEXT].decode(errors="ignore") + " ..."
 
 
+def _one_line(text: str) -> str:
+    """For the log: what clients send must not look like lines of its own."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 async def abort(error: Exception, context: Context, translate: Translate = unchanged) -> None:
     """Ends the call with the status that stands for `error`."""
     if isinstance(error, grpc.aio.AbortError):
@@ -154,7 +159,7 @@ async def abort(error: Exception, context: Context, translate: Translate = uncha
 def reported(error: Exception) -> tuple[grpc.StatusCode, str, Trailers]:
     """The status, the text and the trailing metadata for the client; the detail of what nobody foresaw is logged."""
     if isinstance(error, ZServeError):
-        log.info("%s: %s", error.status.name, error)
+        log.info("%s: %s", error.status.name, _one_line(_text(error)))
         return error.status, _text(error), retry_advice(error)
     reference = secrets.token_hex(4)
     log.error("internal error %s", reference, exc_info=error)

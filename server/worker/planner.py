@@ -97,6 +97,7 @@ class Planner:
         self._batching = Batching(costs, batches)
         self._turns = Turns[PlannedSequence](lambda s: s.claim, turns or TurnPolicy())
         self._aside: list[PlannedSequence] = []
+        self._begun: set[int] = set()  # keys of requests with an image that has begun, or is done
         self._beside = CostTable()  # what encoding and decoding take from when they are begun, beside steps
         self._load = Load()
 
@@ -114,12 +115,14 @@ class Planner:
         """Takes out all sequences of a request that was cancelled or failed; unknown ones are ignored."""
         self._turns.remove([s for s in self._turns.ordered(now) if s.key == key])
         self._aside = [s for s in self._aside if s.key != key]
+        self._begun.discard(key)
         self._load.note(now, busy=bool(len(self._turns) or self._aside))  # nobody plans when there is nothing
 
     def set_aside(self, sequence: PlannedSequence) -> None:
         """A stage of the sequence runs beside the others: it is not planned until it is taken back."""
         self._turns.remove([sequence])
         self._aside.append(sequence)
+        self._begun.add(sequence.key)
 
     def take_back(self, sequence: PlannedSequence, now: float) -> bool:
         """Its stage is over; False if the sequence was removed meanwhile."""
@@ -172,6 +175,7 @@ class Planner:
             match plan.stage:
                 case Stage.ENCODE:
                     sequence.stage = Stage.DENOISE
+                    self._begun.add(sequence.key)
                 case Stage.DENOISE:
                     sequence.step += 1
                     if sequence.left == 0:
@@ -224,11 +228,10 @@ class Planner:
         """By key, when each request that has not begun will, if nothing more urgent arrives."""
         ordered = self._turns.ordered(now)
         costs = self._costs_in_company(ordered)
-        begun = {s.key for s in ordered if s.started} | {s.key for s in self._aside}
         forecasts: dict[int, Forecast] = {}
         starts = now
         for sequence in ordered:
-            if sequence.key not in begun:
+            if sequence.key not in self._begun:
                 forecasts.setdefault(sequence.key, Forecast(len(forecasts), starts))
             starts += costs[sequence.shape].seconds(sequence)
         return forecasts

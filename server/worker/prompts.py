@@ -37,7 +37,8 @@ class PromptTokenizer:
         if len(ids) > MAX_PROMPT_TOKENS and long_prompt is LongPrompt.REFUSE:
             raise InvalidRequestError(
                 f"{field}: {len(ids)} tokens with the chat template around it are not accepted; {MAX_PROMPT_TOKENS} "
-                "at most are. Shorten it, or set long_prompt to TRUNCATE to have its end cut off"
+                "at most are. Shorten it, or set long_prompt to TRUNCATE (`zserve generate --truncate`) to have its "
+                "end cut off"
             )
         return tuple(ids[:MAX_PROMPT_TOKENS])
 

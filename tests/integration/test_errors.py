@@ -61,6 +61,18 @@ async def running() -> AsyncIterator[tuple[FailingService, str]]:
     await server.stop(None)
 
 
+async def test_the_log_has_one_line_of_what_a_client_made_up(
+    running: tuple[FailingService, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    service, url = running
+    service.error = errors.ModelNotFoundError("no model 'x\n2026-01-01 ERROR forged 猫" + "y" * 100_000)
+    with caplog.at_level("INFO", "server.rpc.interceptors"):
+        await answers(url)
+    lines = [record.message for record in caplog.records if record.name == "server.rpc.interceptors"]
+    assert len(lines) == 3
+    assert all("'x\\n2026-01-01 ERROR forged 猫y" in line and len(line) < 2000 for line in lines)
+
+
 async def answers(url: str) -> list[tuple[grpc.StatusCode, str]]:
     """How each kind of call ends: unary, streaming, and unary over a stream of events."""
     ends = []

@@ -119,7 +119,10 @@ def test_every_image_format(client: ZImageClient, image_format: str, kind: str |
 def test_the_unary_call_gives_the_same_image(server: ServerProcess, client: ZImageClient) -> None:
     with grpc.insecure_channel(server.url) as channel:
         stub = pb_grpc.ImageGenerationStub(channel)
-        answer = stub.GenerateImage(pb.GenerateRequest(prompt=PROMPT, seed=7, num_inference_steps=2))
+        previews = server.metric("zserve_previews_total")
+        request = pb.GenerateRequest(prompt=PROMPT, seed=7, num_inference_steps=2, preview_interval=1)
+        answer = stub.GenerateImage(request)
+        assert server.metric("zserve_previews_total") == previews, "it has no place for them"
     assert answer.images[0].data == client.draw(PROMPT, seed=7, num_inference_steps=2).images[0].data
     assert answer.completed.denoiser_forwards == 2
 

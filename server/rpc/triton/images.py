@@ -45,6 +45,7 @@ OUTPUTS = (TensorSpec("IMAGE", DataType.UINT8, (-1, -1, 3)), TensorSpec("SEED", 
 PROGRESS = "progress"
 STREAM_PARAMETERS = (PROGRESS, "preview_interval")
 OTHER_PARAMETERS = ("long_prompt", "sampler")
+WHOLE = f"a whole number from 0 to {2**32 - 1} is"
 MAX_TEXT_BYTES = 4 * convert.MAX_PROMPT_CHARACTERS  # of UTF-8; what is longer is not even decoded
 FORMATS = {f.value: wire for f, wire in convert.WIRE_FORMATS.items()}
 LONG_PROMPTS = {p.value: wire for p, wire in convert.WIRE_LONG_PROMPTS.items()}
@@ -84,7 +85,7 @@ def decode_request(request: InferRequest, model: ModelConfig) -> WantedImages:
     progress = _truth(values.pop(PROGRESS, False))
     message = pb.GenerateRequest(model=model.name, request_id=request.id)
     message.priority = model.queue.level_of(request.priority)
-    message.queue_timeout_microseconds = round(1e6 * (request.queue_timeout or 0))
+    message.queue_timeout_microseconds = convert.microseconds(request.queue_timeout)
     for name, value in {"image_format": ImageFormat.RAW.value, **values}.items():
         _set(message, name, value)
     generation = convert.decode_request(message, model, request.timeout)
@@ -181,7 +182,7 @@ def _set(message: pb.GenerateRequest, name: str, value: Parameter) -> None:
     try:
         setattr(message, name, _READERS.get(name, _whole)(value))
     except (ValueError, TypeError, OverflowError):
-        raise InvalidRequestError.of(name, value, _ACCEPTED.get(name, "a whole number in its range is")) from None
+        raise InvalidRequestError.of(name, value, _ACCEPTED.get(name, WHOLE)) from None
 
 
 def _whole(value: Parameter) -> int:
@@ -213,6 +214,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "long_prompt": _one_of(LONG_PROMPTS),
 }
 _ACCEPTED = {
+    "seed": f"a whole number from 0 to {convert.MAX_SEED} is",
     "guidance_scale": "a number is",
     "image_format": _listed(FORMATS),
     "long_prompt": _listed(LONG_PROMPTS),

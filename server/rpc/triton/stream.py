@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2 as pb
 
 from server.backends.base import Model, taking
+from server.errors import EngineRunError
 from server.frontend.tracing import Trace
 from server.rpc.interceptors import reported, unreadable
 from server.rpc.triton.errors import translate
@@ -89,7 +90,9 @@ class InferStream:
         try:
             model, call, trace = await self._begin(request)
         except Exception as error:  # noqa: BLE001 - the process boundary
-            await self._fail(error, pb.ModelInferResponse(id=request.id), previous)
+            response = pb.ModelInferResponse(id=request.id)
+            response.parameters[FINAL].bool_param = True
+            await self._fail(error, response, previous)
             return
         before = None if model.spec.decoupled else previous
         try:
@@ -106,13 +109,16 @@ class InferStream:
     async def _respond(
         self, model: Model, call: InferCall, trace: Trace | None, before: asyncio.Task[None] | None
     ) -> None:
-        final = False
+        given = final = False
         async with taking(model.infer(call.request)) as responses:
             async for response in responses:
+                given = True
                 if before is not None:
                     await asyncio.wait({before})
                 final = response.final
                 await self._send(call, response, trace)
+        if not given and not model.spec.decoupled:
+            raise EngineRunError(f"model {model.spec.name!r} gave no response")
         if not final and call.empty_final:
             await self._send(call, InferResponse(), trace)
 

@@ -155,7 +155,11 @@ BAD: dict[str, tuple[pb.ModelInferRequest, str, str]] = {
     "image prompt": (image(b"a" * 200_000), INVALID, "32768 characters at most are, this has 200000 bytes"),
     "preview interval": (image(preview_interval="often"), INVALID, "preview_interval: 'often'"),
     "previews without a stream": (image(preview_interval="1"), INVALID, "ModelStreamInfer"),
-    "image seed": (image(seed=-1), INVALID, "seed: -1"),
+    "image seed": (
+        image(seed=-1),
+        INVALID,
+        "seed: -1 is not accepted; a whole number from 0 to 9223372036854775807 is",
+    ),
     "image format": (image(image_format="bmp"), INVALID, "image_format: 'bmp'"),
     "image guidance": (image(guidance_scale=float("nan")), INVALID, "guidance_scale"),
     "image parameter": (image(stesp=4), INVALID, "num_inference_steps"),

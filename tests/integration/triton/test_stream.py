@@ -103,6 +103,12 @@ def test_an_error_leaves_the_stream_open(triton_client: triton.InferenceServerCl
     assert stream.result().get_response().id == "good"
 
 
+def test_half_a_response_cannot_be_asked_for(triton_client: triton.InferenceServerClient) -> None:
+    stream = Stream(triton_client)
+    triton_client.async_stream_infer("repeat", [number()], parameters={"repeat": "1.5"})
+    assert "repeat: 1.5 is not accepted; a whole number from 0 to 100000 is" in stream.error().message()
+
+
 def test_an_error_ends_the_stream_where_the_client_wants_that(triton_client: triton.InferenceServerClient) -> None:
     stream = Stream(triton_client, triton_grpc_error="true")
     triton_client.async_stream_infer("no_such_model", [some_bytes()])

@@ -91,6 +91,12 @@ def test_the_last_image_needs_a_seed_too() -> None:
         decode_request(pb.GenerateRequest(prompt="a cat", seed=MAX_SEED, num_images=2), MODEL, None)
 
 
+def test_a_queue_timeout_of_any_length_can_be_sent_on() -> None:
+    asked = pb.GenerateRequest(prompt="x", queue_timeout_microseconds=2**64 - 1)
+    request = decode_request(asked, MODEL, None)
+    assert encode_request(request).queue_timeout_microseconds == 2**64 - 1
+
+
 def test_a_request_survives_the_way_to_a_worker() -> None:
     request = dataclasses.replace(
         a_request(),

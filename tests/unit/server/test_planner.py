@@ -219,6 +219,22 @@ def test_forecasts_come_true() -> None:
     assert list(told) == [1, 2]
 
 
+def test_a_request_that_has_begun_waits_no_more_between_two_of_its_images() -> None:
+    tested = planner(BatchPolicy(max_batch=1))
+    fill(tested, sequence(1, steps=1), sequence(1, steps=1), sequence(2, steps=1))
+    assert list(tested.forecast(0.0)) == [1, 2]
+    waiting = []
+    for _ in range(6):  # both images of the first, one after the other
+        run(tested)
+        waiting.append(list(tested.forecast(0.0)))
+    assert waiting == [[2]] * 6
+    run(tested)
+    assert tested.forecast(0.0) == {}
+    tested.remove(1, 0.0)
+    fill(tested, sequence(1))
+    assert list(tested.forecast(0.0)) == [1]
+
+
 @dataclass
 class Machine:
     """A device that takes the measured time for every plan, and a log of what it did."""

@@ -1,6 +1,7 @@
 """What is loaded, tried again, dropped and left behind; with models that are ordinary objects."""
 
 import asyncio
+import gc
 import os
 import shutil
 from pathlib import Path
@@ -18,8 +19,8 @@ from server.errors import (
 )
 from server.frontend import repository as module
 from server.frontend.repository import Repository
-from server.frontend.versions import Override, folder_mark
-from tests.fakes import FakeBackend
+from server.frontend.versions import ModelState, Override, folder_mark
+from tests.fakes import FakeBackend, FakeModel
 
 ALL = "version_policy { all {} }"
 FAILS = "parameters { key: 'fails' value { string_value: 'yes' } }"
@@ -169,6 +170,61 @@ async def test_an_unload_ends_a_first_load_before_it_has_looked_at_the_folder(se
     with pytest.raises(OvertakenError):
         await load
     assert setup.backend.made == []
+
+
+async def test_a_backend_that_fails_to_go_leaves_nothing_behind(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    setup.write(ALL, ("1", "2"))
+    await setup.repository.load("m")
+    first, second = setup.backend.made
+
+    def kaput(model: FakeModel) -> None:
+        raise RuntimeError("kaput")
+
+    async def kaput_too(model: FakeModel) -> None:
+        await FakeModel.unload(model)
+        raise RuntimeError("kaput too")
+
+    monkeypatch.setattr(first, "retire", lambda: kaput(first))
+    monkeypatch.setattr(first, "unload", lambda: kaput_too(first))
+    setup.repository.unload_soon("m")
+    await setup.until(lambda: all(e.state is ModelState.UNAVAILABLE for e in setup.repository.index()))
+    assert second.unloaded.is_set()
+    await setup.repository.load("m")
+    assert len(setup.repository.loaded("m")) == 2
+    third, fourth = setup.backend.made[2:]
+    monkeypatch.setattr(third, "unload", lambda: kaput_too(third))
+    await setup.repository.close()
+    assert third.unloaded.is_set()
+    assert fourth.unloaded.is_set()
+    assert caplog.text.count("a backend failed to unload m") == 2
+
+
+async def test_a_model_without_statistics_is_not_loaded(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup.write()
+
+    async def load(model: FakeModel) -> None:
+        del model.statistics
+
+    monkeypatch.setattr(FakeModel, "load", load)
+    with pytest.raises(EngineLoadError, match="AttributeError"):
+        await setup.repository.load("m")
+    assert setup.unloaded == [True]
+    assert [e.state for e in setup.repository.index()] == [ModelState.UNAVAILABLE]
+
+
+async def test_who_leaves_a_load_that_fails_is_not_missed(setup: Setup, caplog: pytest.LogCaptureFixture) -> None:
+    setup.write()
+    load = await setup.begin()
+    load.cancel()
+    await asyncio.gather(load, return_exceptions=True)
+    setup.repository.unload_soon("m")
+    await setup.until(lambda: all(setup.unloaded))
+    await setup.repository.close()
+    del load
+    gc.collect()
+    assert "never retrieved" not in caplog.text
 
 
 async def test_requests_get_their_time_and_no_more(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
