@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -10,11 +11,12 @@ from pathlib import Path
 from server import observation
 from server.config import ControlMode, FallbackPolicy, ServeConfig
 from server.errors import ConfigError, ZServeError
-from server.flags import count, port, reader, switch
+from server.flags import byte_size, count, device, port, positive_seconds, reader, seconds, switch
 from server.settings import Compression, GrpcConfig, LogSettings, Restriction, TlsConfig
+from server.signals import stopping_signals
 
-STATUSES = """exit status: 0 told to stop, by SIGTERM or Ctrl-C; 1 it could not start: options that do not fit together,
-a port that is taken, models that cannot be loaded; 2 bad arguments"""
+STATUSES = """exit status: 0 told to stop, by SIGTERM, SIGHUP or Ctrl-C; 1 it could not start: options that do not fit
+together, a port that is taken, models that cannot be loaded; 2 bad arguments"""
 DEFAULTS = {f.name: f.default for f in fields(ServeConfig)}
 GRPC = {f.name: f.default for f in fields(GrpcConfig)}
 # Fields of GrpcConfig that are plain numbers or switches, and their help; the flag is --grpc- and the name.
@@ -63,7 +65,9 @@ def _add_models(g: "argparse._ArgumentGroup") -> None:
         metavar="NAME",
         help="with explicit control: load it at the start; * for all",
     )
-    g.add_argument("--repository-poll-secs", type=float, default=15.0, help="with poll control: seconds between looks")
+    g.add_argument(
+        "--repository-poll-secs", type=positive_seconds, default=15.0, help="with poll control: seconds between looks"
+    )
     switch(g, "strict-readiness", DEFAULTS["strict_readiness"], "ready only while every model is")
     switch(
         g,
@@ -73,13 +77,13 @@ def _add_models(g: "argparse._ArgumentGroup") -> None:
     )
     g.add_argument(
         "--exit-timeout-secs",
-        type=float,
+        type=seconds,
         default=DEFAULTS["exit_timeout_secs"],
         help="how long requests may take to finish when the server is told to stop",
     )
     g.add_argument(
         "--response-cache-byte-size",
-        type=int,
+        type=byte_size,
         default=DEFAULTS["response_cache_byte_size"],
         help="for models with response_cache { enable: true }",
     )
@@ -92,18 +96,26 @@ def _add_workers(g: "argparse._ArgumentGroup") -> None:
         action="store_true",
         help="no eager PyTorch in the place of an engine that cannot be loaded; implies --exit-on-error",
     )
-    g.add_argument("--device", default=DEFAULTS["device"], help="cpu, cuda, cuda:1 ...; auto: cuda where there is one")
+    g.add_argument(
+        "--device", type=device, default=DEFAULTS["device"], help="cpu, cuda, cuda:1 ...; auto: cuda where there is one"
+    )
     g.add_argument(
         "--max-retries",
-        type=int,
+        type=count,
         default=DEFAULTS["max_retries"],
         help="how often a request is started over when its worker process is lost",
     )
     g.add_argument(
         "--worker-timeout-secs",
-        type=float,
+        type=positive_seconds,
         default=DEFAULTS["worker_timeout_secs"],
         help="how long a worker, or its device, may not answer before it is replaced",
+    )
+    g.add_argument(
+        "--worker-start-timeout-secs",
+        type=positive_seconds,
+        default=DEFAULTS["worker_start_timeout_secs"],
+        help="how long a worker may take to load and warm up before it is given up",
     )
 
 
@@ -152,6 +164,8 @@ def _add_access(g: "argparse._ArgumentGroup") -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Serves; returns the exit status."""
+    for number in stopping_signals():  # until the server has its own way to stop, which lets requests finish
+        signal.signal(number, lambda *_: sys.exit(0))
     arguments = parser().parse_args(argv)
     try:
         config = read_config(arguments)
@@ -171,6 +185,8 @@ def read_config(arguments: argparse.Namespace) -> ServeConfig:
         ConfigError: they do not fit together.
     """
     a = arguments
+    if a.load_model and a.model_control_mode is not ControlMode.EXPLICIT:
+        raise ConfigError("--load-model needs --model-control-mode explicit")
     same = {name: getattr(a, name) for name in DEFAULTS if hasattr(a, name)}
     return ServeConfig(
         **same
@@ -199,7 +215,10 @@ def _grpc(a: argparse.Namespace) -> GrpcConfig:
 
 
 def _tls(a: argparse.Namespace) -> TlsConfig | None:
+    files = (a.grpc_server_cert, a.grpc_server_key, a.grpc_root_cert)
     if not (a.grpc_use_ssl or a.grpc_use_ssl_mutual):
+        if any(files):
+            raise ConfigError("certificates and keys are for TLS, which --grpc-use-ssl switches on")
         return None
     if not (a.grpc_server_cert and a.grpc_server_key):
         raise ConfigError("TLS needs --grpc-server-cert and --grpc-server-key")

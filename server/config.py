@@ -48,6 +48,7 @@ class ServeConfig:
     device: str = "auto"
     max_retries: int = 3
     worker_timeout_secs: float = 60.0
+    worker_start_timeout_secs: float = 1800.0
     response_cache_byte_size: int = 256 << 20
     id: str = "triton"  # the server's name in its metadata; clients of Triton may look for just that
     model_control_mode: ControlMode = ControlMode.NONE
@@ -109,6 +110,7 @@ SUPPORTED_FIELDS = {
     "model_warmup",
     "response_cache",
 }
+MOST = 2**31 - 1  # of any number in config.pbtxt, as GetModel tells them
 MAX_WORKERS = 256  # of a model on one machine
 INSTANCE_KINDS = {"KIND_AUTO": "auto", "KIND_GPU": "cuda", "KIND_CPU": "cpu"}
 
@@ -125,7 +127,7 @@ def read_model_config(folder: Path) -> ModelConfig:
     path = folder / "config.pbtxt"
     try:
         config = text_format.Parse(path.read_text("utf-8"), pb.ModelConfig())
-    except (OSError, text_format.ParseError) as error:
+    except (OSError, text_format.ParseError, UnicodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     unsupported = {field.name for field, _ in config.ListFields()} - SUPPORTED_FIELDS
     if unsupported:
@@ -193,13 +195,13 @@ def _read(kind: str, text: str, where: str) -> object:
         return tuple(_read("size", part.strip(), where) for part in text.split(",") if part.strip())
     if kind == "size":
         return _size(text, where)
-    if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(f"{where}: {text!r} is not a whole number above 0")
+    if not (text.isdecimal() and text.isascii()) or not 1 <= int(text) <= MOST:
+        raise ConfigError(f"{where}: {text!r} is not accepted; a whole number from 1 to {MOST} is")
     return int(text)
 
 
 def _size(text: str, where: str) -> Size:
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    match = re.fullmatch(r"([0-9]+)x([0-9]+)", text)
     if match is None:
         raise ConfigError(f"{where}: {text!r} is not WIDTHxHEIGHT")
     return int(match[1]), int(match[2])
@@ -213,6 +215,16 @@ def _checked(config: ModelConfig, path: Path) -> ModelConfig:
                     f"{path}: size {width}x{height}; each side must be a multiple of {SIZE_MULTIPLE} from "
                     f"{config.min_size} to {config.max_size}"
                 )
+    if config.default_num_inference_steps > config.max_num_inference_steps:
+        raise ConfigError(
+            f"{path}: default_num_inference_steps {config.default_num_inference_steps} is over max_num_inference_steps "
+            f"({config.max_num_inference_steps})"
+        )
+    wrong = [size for size in config.queue.preferred_batch_sizes if not 1 <= size <= config.max_batch_size]
+    if wrong:
+        raise ConfigError(
+            f"{path}: preferred_batch_size {wrong[0]} is not accepted; 1 to max_batch_size ({config.max_batch_size}) is"
+        )
     return config
 
 

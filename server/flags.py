@@ -1,6 +1,8 @@
 """Readers of command-line values, and switches that may have a value after them."""
 
 import argparse
+import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -33,11 +35,44 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def seconds(text: str) -> float:
+    """A time, 0 or more."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: a number of seconds is accepted")
+    return value
+
+
+def positive_seconds(text: str) -> float:
+    """A time above 0."""
+    value = seconds(text)
+    if not value:
+        raise argparse.ArgumentTypeError(f"{text!r}: a number of seconds above 0 is accepted")
+    return value
+
+
+def byte_size(text: str) -> int:
+    """A number of bytes, 0 or more."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: a whole number of bytes is accepted")
+    return int(text)
+
+
 def count(text: str) -> int:
     """A whole number that gRPC takes."""
     if not text.isdecimal() or int(text) > MOST:
         raise argparse.ArgumentTypeError(f"{text!r}: a whole number from 0 to {MOST} is accepted")
     return int(text)
+
+
+def device(text: str) -> str:
+    """A device to compute on."""
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: auto, cpu, cuda or a GPU such as cuda:1 is accepted")
+    return text
 
 
 def reader(read: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -29,7 +29,11 @@ class WorkerConfig:
     device: str
     threads: int  # for work inside one operator, on the CPU
     fallback: FallbackPolicy
+    accepted: (
+        Path  # a folder of the model's name with the config.pbtxt that counts, whatever `model` has in the meantime
+    )
     patience: float = 60.0  # seconds after which a device that does not come back is given up
+    start_patience: float = 1800.0  # seconds after which a process that is not ready is given up
     disabled: Mapping[Component, str] = field(default_factory=dict)  # engines not to be loaded, and why
     log: LogSettings = field(default_factory=LogSettings)
 
@@ -54,7 +58,9 @@ class WorkerConfig:
             device=values["device"],
             threads=int(values["threads"]),
             fallback=FallbackPolicy(values["fallback"]),
+            accepted=Path(values["accepted"]),
             patience=float(values["patience"]),
+            start_patience=float(values["start_patience"]),
             disabled={Component(name): reason for name, reason in json.loads(values["disabled"]).items()},
             log=LogSettings(**(log := json.loads(values["log"])) | {"log_format": LogFormat(log["log_format"])}),
         )

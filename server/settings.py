@@ -1,6 +1,7 @@
 """Settings of logging and tracing, which clients may change while the server runs, and of the gRPC transport."""
 
 import logging
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -206,14 +207,23 @@ class Restriction:
         key, equals, value = pair.partition("=")
         if not (colon and equals and key and value):
             raise ValueError("GROUP,...:KEY=VALUE is accepted")
-        return cls(_protocols(groups), RESTRICTED_HEADER + key.lower(), value)
+        if not re.fullmatch(r"[a-z0-9_.-]+", key.lower()):
+            raise ValueError("a KEY of letters, digits, '_', '-' and '.' is accepted, as in a header's name")
+        return cls(_protocols(groups), RESTRICTED_HEADER + key.lower(), _sendable(value))
 
     @classmethod
     def bearer(cls, text: str) -> "Restriction":
         """From `<file with the token>`, for all groups but health, or from `<group>,<group>:<file>`."""
         groups, colon, path = text.rpartition(":")
         protocols = _protocols(groups) if colon else frozenset(Protocol) - {Protocol.HEALTH}
-        return cls(protocols, BEARER_HEADER, f"Bearer {Path(path).read_text('utf-8').strip()}")
+        return cls(protocols, BEARER_HEADER, f"Bearer {_sendable(Path(path).read_text('utf-8').strip())}")
+
+
+def _sendable(secret: str) -> str:
+    """What a client can send as the value of a header; an empty one would let everybody in."""
+    if not secret or secret != secret.strip() or not all(" " <= c <= "~" for c in secret):
+        raise ValueError("a secret of printable ASCII characters in one line is accepted, and an empty one is not")
+    return secret
 
 
 def _protocols(text: str) -> frozenset[Protocol]:

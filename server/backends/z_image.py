@@ -2,7 +2,10 @@
 
 import asyncio
 import secrets
+import shutil
+import tempfile
 from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
 
 from server.backends.base import Host, ModelFolder, taking
 from server.config import cpu_threads, read_model_config
@@ -24,7 +27,8 @@ class ZImageModel:
         self._host = host
         self._config = read_model_config(folder.path)
         self._changed = asyncio.Event()
-        configs = _worker_configs(folder, host, self._config.devices)
+        self._accepted = _accepted(folder, host)
+        configs = _worker_configs(folder, host, self._accepted, self._config.devices)
         workers = [Worker(c, self._worker_changed, host.worker_command) for c in configs]
         self.queue = ModelQueue(self._config, workers)
         self.statistics: Statistics = self.queue.statistics
@@ -65,6 +69,7 @@ class ZImageModel:
             )
         )
         await asyncio.gather(*(worker.stop() for worker in self.queue.workers))
+        shutil.rmtree(self._accepted.parent, ignore_errors=True)
 
     async def infer(self, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
         """See `Model`."""
@@ -89,7 +94,15 @@ class ZImageModel:
         self._host.changed()
 
 
-def _worker_configs(folder: ModelFolder, host: Host, devices: Sequence[str]) -> list[WorkerConfig]:
+def _accepted(folder: ModelFolder, host: Host) -> Path:
+    """A folder with the config as it is now: a worker that is replaced must not read what was written since."""
+    kept = Path(tempfile.mkdtemp(dir=host.sockets)) / folder.path.name
+    kept.mkdir()
+    shutil.copy(folder.path / "config.pbtxt", kept)
+    return kept
+
+
+def _worker_configs(folder: ModelFolder, host: Host, accepted: Path, devices: Sequence[str]) -> list[WorkerConfig]:
     prefix = secrets.token_hex(3)  # two loads of one version may overlap; short, since a socket's path has 107 bytes
     return [
         WorkerConfig(
@@ -100,7 +113,9 @@ def _worker_configs(folder: ModelFolder, host: Host, devices: Sequence[str]) -> 
             device=host.config.device if device == "auto" else device,
             threads=cpu_threads(len(devices)),
             fallback=host.config.fallback,
+            accepted=accepted,
             patience=host.config.worker_timeout_secs,
+            start_patience=host.config.worker_start_timeout_secs,
             log=host.config.log,
         )
         for number, device in enumerate(devices)

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import signal
 import tempfile
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -36,6 +35,7 @@ from server.rpc.triton.errors import translate
 from server.rpc.triton.servicer import ServerState, TritonServer
 from server.rpc.triton.shared_memory import SharedMemory
 from server.settings import TraceMode
+from server.signals import stopping_signals
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class Frontend:
         await self._stop.wait()
 
     async def run(self) -> int:
-        """Serves until SIGTERM or Ctrl-C; returns the exit status."""
+        """Serves until a signal says to stop; returns the exit status."""
         names = self._names_at_start()
         server = await self._listen()
         self._metrics.watch(self._dispatcher.queues, self._readiness)
@@ -91,7 +91,7 @@ class Frontend:
         except ConfigError:
             await server.stop(None)
             raise
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in stopping_signals():
             asyncio.get_running_loop().add_signal_handler(number, self.stop)
         failed = asyncio.create_task(self._load(names))
         tasks = [failed, asyncio.create_task(self._follow_readiness()), asyncio.create_task(self._poll(failed))]

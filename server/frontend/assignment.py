@@ -96,7 +96,10 @@ class Assignment:
         place.worker = None
 
     def seconds(self, place: Place) -> float:
-        """Device time that the request still needs: of its worker's device, or of the first worker's while it waits."""
+        """Device time that the request still needs: of its worker's device, or of the first one's while it waits.
+
+        While no worker serves, as they did before.
+        """
         request = place.request
         rows = 2 if request.guided else 1
         costs = self._costs if place.worker is None else place.worker.costs
@@ -111,7 +114,7 @@ class Assignment:
 
     @property
     def _costs(self) -> CostTable:
-        return next((w.costs for w in self.ready()), CostTable())
+        return next((w.costs for w in (*self.ready(), *self._workers)), CostTable())
 
     def _give(self, place: Place, worker: Worker) -> None:
         held = self._held.setdefault(worker, [])

@@ -127,8 +127,7 @@ class ModelQueue:
         place.losses += 1
         if place.started or place.alone:
             place.strikes += 1
-        if place.started:
-            place.queue_timeout_at = float("inf")  # it had its worker in time; that one's end is not its own delay
+        place.queue_timeout_at = float("inf")  # it had its worker in time; that one's end is not its own delay
         self._take_out(place)
         place.started, place.steps_done = False, {}
         self.change()
@@ -234,6 +233,6 @@ class ModelQueue:
         if now + BATCHING_GAIN * wait + own >= place.claim.deadline:
             left = max(0.0, place.claim.deadline - now)
             raise DeadlinePassedError(
-                f"the deadline, {left:.3g} s from now, cannot be met: the request needs {own:.3g} s of the device, which "
-                f"is free for it in {wait:.3g} s. Allow more time, or ask for fewer steps or a smaller size"
+                f"the deadline, {left:.3g} s from now, cannot be met: the request needs {own:.3g} s of the device, "
+                f"which is free for it in {wait:.3g} s. Allow more time, or ask for fewer steps or a smaller size"
             )

@@ -243,7 +243,7 @@ class Worker:
     async def _watch(self, process: _Process) -> None:
         """Waits until it serves; from then on listens for its heartbeat. Ends it when there is none."""
         try:
-            self._see(await process.client.instance())
+            self._see(await process.client.instance(within=self.config.start_patience))
             process.was_ready = True
             self._set(WorkerState.READY, "")
             log.info("worker %s is ready on %s", self.config.instance, self.config.device)

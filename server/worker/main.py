@@ -82,7 +82,7 @@ def build_service(config: WorkerConfig, parts: "Parts") -> WorkerService:
     torch.set_num_threads(1)
     parts.done("imports")
     device = _device(config.device)
-    model = read_model_config(config.model)
+    model = read_model_config(config.accepted)
     folder = config.model / config.version
     manifest = Manifest.read(folder)
     model = _as_exported(model, manifest)

@@ -69,7 +69,7 @@ def main() -> None:
     config = WorkerConfig.parse(sys.argv[1:])
     sys.stdout.write(CHATTER)
     sys.stdout.flush()
-    asyncio.run(serve(LightService(config, read_model_config(config.model)), config.socket))
+    asyncio.run(serve(LightService(config, read_model_config(config.accepted)), config.socket))
 
 
 if __name__ == "__main__":

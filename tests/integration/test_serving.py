@@ -75,7 +75,7 @@ def test_ready_means_warmed_and_health_answers_before_and_watchers_are_told(copy
     assert server.stop() == 0
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_told_to_stop_it_finishes_what_runs_and_takes_nothing_new(copy: Path, how: signal.Signals) -> None:
     outcomes: list[int] = []
 

@@ -49,7 +49,11 @@ class Alone:
     def __init__(self, folder: Path, *command: str) -> None:
         model = light_repository(folder / "models") / "light"
         config = WorkerConfig(
-            model, "1", "light-0", folder / "socket", device="cpu", threads=1, fallback=FallbackPolicy.EAGER
+            *(model, "1", "light-0", folder / "socket"),
+            device="cpu",
+            threads=1,
+            fallback=FallbackPolicy.EAGER,
+            accepted=model,
         )
         self._changed = asyncio.Event()
         self.worker = Worker(config, lambda _: self._changed.set(), command)
@@ -280,6 +284,27 @@ async def test_a_version_that_is_half_loaded_takes_nothing_from_one_that_serves(
             await loading
         gate.touch()
         assert (await drawing).kinds[-1] == "completed"
+
+
+async def test_a_worker_that_is_replaced_has_the_config_that_was_loaded(tmp_path: Path) -> None:
+    """What was written since is not accepted before it is loaded, and may not even be a config."""
+    models = light_repository(tmp_path / "models")
+    async with serving(models, LIGHT) as server:
+        (models / "light" / "config.pbtxt").write_text("nonsense")
+        os.kill(server.workers[0].pid or 0, signal.SIGKILL)
+        await server.until(lambda: server.workers[0].restarts == 1 and server.workers[0].state is WorkerState.READY)
+        assert (await draw(server.client, ImageRequest("x"))).kinds[-1] == "completed"
+
+
+SLEEPS = (sys.executable, "-c", "import time; time.sleep(600)")
+
+
+async def test_a_worker_that_hangs_as_it_starts_is_given_up(tmp_path: Path) -> None:
+    alone = Alone(tmp_path, *SLEEPS)
+    alone.worker.config = replace(alone.worker.config, start_patience=0.5)
+    alone.worker.start()
+    await alone.until(WorkerState.FAILED, "is given up: it did not answer within 0.5 s")
+    await alone.worker.stop()
 
 
 async def test_an_unload_ends_workers_that_are_starting(tmp_path: Path) -> None:

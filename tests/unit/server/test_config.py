@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from export.spec import Component
+from server.cli import parser, read_config
 from server.config import FallbackPolicy, ModelConfig, read_model_config
 from server.errors import ConfigError
 from server.launch import WorkerConfig, announce, announced
@@ -86,7 +87,24 @@ def test_what_is_said_is_taken(tmp_path: Path) -> None:
         ('model_warmup { name: "large" }', "not WIDTHxHEIGHT"),
         ('model_warmup { name: "256x256" inputs { key: "x" value { } } }', "inputs not supported"),
         ('parameters { key: "color" value { string_value: "x" } }', "unknown parameter 'color'"),
-        ('parameters { key: "max_size" value { string_value: "big" } }', "not a whole number"),
+        (
+            'parameters { key: "max_size" value { string_value: "big" } }',
+            "'big' is not accepted; a whole number from 1",
+        ),
+        (
+            'parameters { key: "max_size" value { string_value: "٣" } }',
+            "not accepted; a whole number from 1 to 2147483647",
+        ),
+        (
+            'parameters { key: "max_num_images" value { string_value: "4294967297" } }',
+            "a whole number from 1 to 2147483647",
+        ),
+        ('parameters { key: "default_num_inference_steps" value { string_value: "60" } }', "60 is over .* [(]50[)]"),
+        (
+            "dynamic_batching { preferred_batch_size: [ 2, -3 ] }",
+            "preferred_batch_size -3 .* 1 to max_batch_size [(]4[)]",
+        ),
+        ("max_batch_size: 2 dynamic_batching { preferred_batch_size: 4 }", "preferred_batch_size 4 is not accepted"),
         ('parameters { key: "default_size" value { string_value: "256" } }', "not WIDTHxHEIGHT"),
         ('parameters { key: "default_size" value { string_value: "250x256" } }', "a multiple of 16"),
         ('parameters { key: "warmup_sizes" value { string_value: "4096x256" } }', "from 64 to 2048"),
@@ -95,6 +113,57 @@ def test_what_is_said_is_taken(tmp_path: Path) -> None:
 def test_what_is_not_understood_is_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read(tmp_path, text)
+
+
+def test_a_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.pbtxt").write_bytes(b"# caf\xe9")
+    with pytest.raises(ConfigError, match=r"config\.pbtxt cannot be read"):
+        read_model_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flag", "accepted"),
+    [
+        ("--worker-timeout-secs=0", "a number of seconds above 0 is accepted"),
+        ("--worker-timeout-secs=nan", "a number of seconds is accepted"),
+        ("--worker-start-timeout-secs=inf", "a number of seconds is accepted"),
+        ("--repository-poll-secs=0", "a number of seconds above 0 is accepted"),
+        ("--exit-timeout-secs=-1", "a number of seconds is accepted"),
+        ("--max-retries=-1", "a whole number from 0"),
+        ("--response-cache-byte-size=-1", "a whole number of bytes is accepted"),
+        ("--device=gpu", "auto, cpu, cuda or a GPU such as cuda:1 is accepted"),
+        ("--device=cpu:7", "auto, cpu, cuda or a GPU"),
+        ("--grpc-restricted-protocol=inference:a key=b", "a KEY of letters"),
+        ("--grpc-restricted-protocol=inference:key= b", "a secret of printable ASCII"),
+    ],
+)
+def test_a_flag_that_means_nothing_is_refused(flag: str, accepted: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parser().parse_args([flag])
+    assert ended.value.code == 2
+    assert accepted in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", " \n", "first\nsecond", "clé"])
+def test_a_token_that_nobody_or_everybody_has_is_refused(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "token").write_text(text)
+    with pytest.raises(SystemExit):
+        parser().parse_args(["--grpc-bearer-token", str(tmp_path / "token")])
+    assert "in one line is accepted, and an empty one is not" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--load-model=demo"], "--load-model needs --model-control-mode explicit"),
+        (["--grpc-server-cert=a.pem", "--grpc-server-key=b.pem"], "--grpc-use-ssl switches on"),
+    ],
+)
+def test_flags_that_would_be_ignored_are_refused(flags: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_config(parser().parse_args(flags))
 
 
 def test_a_group_of_gpus_without_a_list_is_all_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +177,22 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_a_workers_arguments_read_back() -> None:
-    config = WorkerConfig(Path("/m/a"), "3", "a-0", Path("/tmp/s"), "cuda:1", 2, FallbackPolicy.REFUSE, 9.0, OFF, LOG)
+    config = WorkerConfig(
+        *(
+            Path("/m/a"),
+            "3",
+            "a-0",
+            Path("/tmp/s"),
+            "cuda:1",
+            2,
+            FallbackPolicy.REFUSE,
+            Path("/t/a"),
+            9.0,
+            90.0,
+            OFF,
+            LOG,
+        )
+    )
     again = WorkerConfig.parse(config.arguments())
     assert again == config
     assert again.log.log_format is LogFormat.ISO8601

@@ -182,7 +182,7 @@ async def test_queue_timeouts(action: TimeoutAction) -> None:
 
 
 @pytest.mark.parametrize("started", [True, False])
-async def test_who_began_in_time_is_not_timed_out_by_the_queue_after_a_loss(started: bool) -> None:
+async def test_who_had_a_worker_in_time_is_not_timed_out_by_the_queue_after_a_loss(started: bool) -> None:
     clock, worker = FakeClock(), FakeWorker()
     queue = make(worker, clock=clock, queue=QueuePolicy(default=LevelPolicy(timeout=5.0)))
     (place,) = enter(queue)
@@ -191,13 +191,18 @@ async def test_who_began_in_time_is_not_timed_out_by_the_queue_after_a_loss(star
     queue.lose(place)
     queue.rejoin(place)
     clock.now = 6.0
-    if started:
-        assert queue.patience(place) is None
-        queue.time_out(place)
-        assert queue.waiting == 1
-    else:
-        with pytest.raises(QueueTimeoutError):
-            queue.time_out(place)
+    assert queue.patience(place) is None
+    queue.time_out(place)
+    assert queue.waiting == 1
+
+
+async def test_deadlines_are_reckoned_while_the_only_worker_restarts() -> None:
+    worker = FakeWorker(state=WorkerState.RESTARTING)
+    queue = make(worker)
+    with pytest.raises(DeadlinePassedError, match="needs 1 s of the device"):
+        enter(queue, timeout=0.9)
+    (place,) = enter(queue, timeout=1.5)
+    assert queue.patience(place) == pytest.approx(0.5)
 
 
 async def test_a_model_without_a_worker_refuses_but_waits_for_one_that_restarts() -> None:
