@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--priority", type=_natural, default=0, help="1 is the highest (default: the model's)")
     p.add_argument("--truncate", action="store_true", help="cut prompts past 512 tokens instead of refusing them")
-    p.add_argument("--concurrency", type=_natural, default=4, help="requests at a time (default: %(default)s)")
+    p.add_argument("--concurrency", type=_positive, default=4, help="requests at a time (default: %(default)s)")
     p.add_argument("--timeout", type=float, help="seconds for each request (default: none)")
     return p
 
@@ -95,6 +95,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
     prompts: list[str] = list(arguments.prompt)
+    if not all(p.strip() for p in prompts):
+        raise ValueError("an empty prompt is not accepted")
     if arguments.file == "-":
         prompts += sys.stdin.read().removeprefix("\ufeff").splitlines()
     elif arguments.file:
@@ -155,7 +157,7 @@ def _client(arguments: argparse.Namespace) -> AsyncZImageClient:
 
 async def _draw_all(jobs: list[Job], client: AsyncZImageClient, arguments: argparse.Namespace) -> int:
     bar = StepBar(images=len(jobs) * arguments.images)
-    turn = asyncio.Semaphore(max(1, arguments.concurrency))
+    turn = asyncio.Semaphore(arguments.concurrency)
 
     async def draw(job: Job) -> bool:
         async with turn:
@@ -209,6 +211,12 @@ def _header(text: str) -> tuple[str, str]:
 def _natural(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r}: a whole number is accepted")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not _natural(text):
+        raise argparse.ArgumentTypeError(f"{text!r}: a whole number above 0 is accepted")
     return int(text)
 
 

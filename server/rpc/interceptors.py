@@ -64,7 +64,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                     raise unreadable(request)
                 yield
             except Exception as error:  # noqa: BLE001 - the process boundary
-                await abort(error, context, translate)
+                # Of a stream the requests are read while it is answered.
+                await abort(unreadable(error) if isinstance(error, DecodeError) else error, context, translate)
 
         return wrapped(handler, reporting)
 

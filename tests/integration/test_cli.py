@@ -63,6 +63,8 @@ def test_generate_tells_what_failed_and_draws_the_rest(server: ServerProcess, tm
     ("arguments", "status", "message"),
     [
         (["generate"], 2, "no prompt; give one"),
+        (["generate", "a cat", ""], 2, "an empty prompt is not accepted"),
+        (["generate", "a cat", "--concurrency", "0"], 2, "a whole number above 0 is accepted"),
         (["generate", "x", "--size", "big"], 2, "WIDTHxHEIGHT is accepted"),
         (["generate", "x", "--url", "127.0.0.1:9"], 1, "UNAVAILABLE"),
         (["serve", "--grpc-port", "70000"], 2, "a port from 0 to 65535"),

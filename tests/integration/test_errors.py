@@ -13,6 +13,7 @@ from server import errors
 from server.config import ModelConfig
 from server.errors import ZServeError, error_of_status
 from server.requests import Event, GenerationRequest, Queued
+from server.rpc.health import enable_reflection
 from server.rpc.images import WAITED, ImageGenerationClient, ImageGenerationServicer
 from server.rpc.interceptors import ErrorInterceptor
 from server.service import ModelStatus
@@ -183,3 +184,16 @@ def test_the_tree_at_the_top_of_the_file_is_true() -> None:
         if statuses:
             assert statuses == [kind.status.name]
     assert isinstance(error_of_status(grpc.StatusCode.DATA_LOSS, "x"), ZServeError)
+
+
+async def test_bytes_that_are_no_message_are_the_clients_fault_on_a_stream_too() -> None:
+    server = grpc.aio.server(interceptors=[ErrorInterceptor()])
+    enable_reflection(server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        call = channel.stream_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")
+        with pytest.raises(grpc.aio.AioRpcError, match="the request cannot be read") as caught:
+            await anext(aiter(call(iter([b"\xff\xff"]))))
+    await server.stop(None)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
