@@ -310,12 +310,15 @@ def built_with(libraries: Iterable[str]) -> dict[str, str]:
     return {name: installed_version(name) or "unknown" for name in dict.fromkeys((*libraries, *GRAPH_LIBRARIES))}
 
 
-def rebuild_command(manifest: Manifest, repository: Path, record: EngineRecord, here: Target) -> str:
-    """The shell command that makes this version's engines again: for `here`, where they could be built for it."""
+def rebuild_command(manifest: Manifest, model: Path, record: EngineRecord, here: Target) -> str:
+    """The shell command that makes the engines of a version of `model` again: for `here`, if they can be built for it.
+
+    The folder's name counts: it may be another than the one it was exported to.
+    """
     options = {
         "--checkpoint": manifest.checkpoint.path,
-        "--repository": repository,
-        "--name": manifest.name,
+        "--repository": model.parent,
+        "--name": model.name,
         "--backend": record.backend,
         "--precision": manifest.precision,
         "--max-batch": manifest.max_batch,

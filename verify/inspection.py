@@ -91,7 +91,7 @@ def _checkpoint_problem(manifest: Manifest) -> str:
 
 
 def _problem(version: Version, record: EngineRecord, here: Target) -> str:
-    rebuild = rebuild_command(version.manifest, version.folder.parent.parent, record, here)
+    rebuild = rebuild_command(version.manifest, version.folder.parent, record, here)
     try:
         check_engine(record, version.folder, here, rebuild)
     except StaleEngineError as error:

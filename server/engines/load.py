@@ -63,7 +63,7 @@ class EngineLoader:
             return ServedComponent(spec, eager(), eager, reason=str(error))
 
     def _compiled(self, record: EngineRecord, spec: ComponentSpec) -> Engine:
-        rebuild = rebuild_command(self.manifest, self.folder.parent.parent, record, self.target)
+        rebuild = rebuild_command(self.manifest, self.folder.parent, record, self.target)
         check_engine(record, self.folder, self.target, rebuild)
         path, limits = self.folder / record.file, ShapeLimits.of(spec, self.manifest)
         match record.backend:

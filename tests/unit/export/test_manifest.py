@@ -42,7 +42,7 @@ def manifest(record: EngineRecord) -> Manifest:
 
 def rebuilt(record: EngineRecord, here: Target = ADA) -> Any:
     """What `zserve export` reads in the command."""
-    command = shlex.split(rebuild_command(manifest(record), Path("my repository"), record, here))
+    command = shlex.split(rebuild_command(manifest(record), Path("my repository/renamed"), record, here))
     assert command[:2] == ["zserve", "export"]
     return parser().parse_args(command[2:])
 
@@ -50,7 +50,7 @@ def rebuilt(record: EngineRecord, here: Target = ADA) -> Any:
 def test_the_command_says_again_what_was_asked_for() -> None:
     asked = rebuilt(engine(Backend.TENSORRT_RTX, ADA, PLAN))
     assert (asked.checkpoint, asked.repository) == ("/data/my models/z; image", Path("my repository"))
-    assert (asked.name, asked.backend, asked.precision, asked.force) == ("m", "tensorrt_rtx", "bf16", True)
+    assert (asked.name, asked.backend, asked.precision, asked.force) == ("renamed", "tensorrt_rtx", "bf16", True)
     assert (asked.max_batch, asked.max_size, asked.default_size) == (2, 1024, "512x256")
     assert (asked.strip_weights, asked.profiling_verbosity) == (True, "detailed")
     plain = rebuilt(engine(Backend.TENSORRT, ADA, replace(PLAN, weights=PlanWeights.INSIDE)))

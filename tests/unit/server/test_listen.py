@@ -1,12 +1,15 @@
 """A gRPC server on its port: what its transport does with more calls than Python can take at once."""
 
 import asyncio
+from pathlib import Path
 
 import grpc
 import grpc.aio
+import pytest
 
+from server.errors import ConfigError
 from server.rpc.listen import bind, make_server
-from server.settings import GrpcConfig
+from server.settings import GrpcConfig, TlsConfig
 
 BURST = 4000  # calls; where nobody says otherwise, gRPC keeps none beyond 3,000
 
@@ -34,3 +37,12 @@ async def test_no_call_of_a_burst_is_dropped_before_the_server_has_seen_it() -> 
         failures = await asyncio.to_thread(lambda: [made.exception() for made in calls])
     await server.stop(None)
     assert [f.details() for f in failures if f is not None] == []
+
+
+async def test_a_certificate_that_is_none_is_not_taken_for_a_port_that_is_not_free(tmp_path: Path) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    cert.write_text("-----BEGIN CERTIFICATE-----\nnonsense\n-----END CERTIFICATE-----\n")
+    key.write_text("nonsense")
+    config = GrpcConfig("127.0.0.1", port=0, tls=TlsConfig(cert, key))
+    with pytest.raises(ConfigError, match=f"cannot use {cert} with {key}"):
+        bind(make_server(config, []), config)
