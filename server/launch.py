@@ -29,9 +29,7 @@ class WorkerConfig:
     device: str
     threads: int  # for work inside one operator, on the CPU
     fallback: FallbackPolicy
-    accepted: (
-        Path  # a folder of the model's name with the config.pbtxt that counts, whatever `model` has in the meantime
-    )
+    accepted: Path  # a folder of the model's name with the config.pbtxt that counts: `model`'s may have changed since
     patience: float = 60.0  # seconds after which a device that does not come back is given up
     start_patience: float = 1800.0  # seconds after which a process that is not ready is given up
     disabled: Mapping[Component, str] = field(default_factory=dict)  # engines not to be loaded, and why
