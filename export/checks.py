@@ -1,5 +1,7 @@
 """What can be said against an export before anything is read, downloaded or built."""
 
+import os
+
 from export.build import Builder
 from export.checkpoint import Checkpoint
 from export.errors import ArgumentsError, SourceError, UnsupportedError
@@ -16,7 +18,7 @@ def check_request(request: ExportRequest, builder: Builder | None) -> None:
     """Checks the request by itself, without its checkpoint.
 
     Raises:
-        ArgumentsError: it has sizes that no server would take.
+        ArgumentsError: it has sizes that no server would take, or its repository is no folder to write to.
         UnsupportedError: its backend cannot build here, or not as asked.
         VersionExistsError: the version that it is to write is there, and to be kept.
     """
@@ -24,7 +26,16 @@ def check_request(request: ExportRequest, builder: Builder | None) -> None:
     _check_fp8(request)
     if builder is not None:
         builder.check(request.precision)
+    _check_writable(request)
     free_version(request.model, request.version, request.existing)
+
+
+def _check_writable(request: ExportRequest) -> None:
+    model = request.model.absolute()
+    there = next(path for path in (model, *model.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = "cannot be written to" if there.is_dir() else "is not a folder"
+        raise ArgumentsError(f"--repository {request.repository}: {there} {what}; give a folder that can be written to")
 
 
 def _check_fp8(request: ExportRequest) -> None:

@@ -67,13 +67,13 @@ def parser() -> argparse.ArgumentParser:
 def _add_serving_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--default-size",
-        type=_size,
+        type=image_size,
         default=DEFAULTS.default_size,
         help=f"WIDTHxHEIGHT, each side from {MIN_SIZE} to --max-size (default: %(default)s)",
     )
     p.add_argument(
         "--warmup-size",
-        type=_size,
+        type=image_size,
         action="append",
         default=[],
         help="another size to run before the server says it is ready; may be repeated",
@@ -154,7 +154,8 @@ def main(argv: Sequence[str]) -> int:
         print(f"zserve export: {error}", file=sys.stderr)
         return _status(error)
     except OSError as error:
-        print(f"zserve export: {error}", file=sys.stderr)
+        where = "" if error.filename else f", as something was written for {arguments.repository / arguments.name}"
+        print(f"zserve export: {error}{where}", file=sys.stderr)
         return NOT_POSSIBLE if is_disk_full(error) else 1
     except KeyboardInterrupt:
         print(
@@ -314,8 +315,9 @@ def _targets(text: str) -> tuple[Target, ...]:
     return tuple(sorted(set(targets), key=lambda t: float(t.compute_capability or 0)))  # in any order the same plans
 
 
-def _size(text: str) -> str:
+def image_size(text: str) -> str:
+    """WIDTHxHEIGHT, without zeros before them, as a manifest has it."""
     match = re.fullmatch(r"(\d+)x(\d+)", text)
     if not match or any(int(side) % SIZE_MULTIPLE or not int(side) for side in match.groups()):
         raise argparse.ArgumentTypeError(f"{text!r}: WIDTHxHEIGHT with multiples of {SIZE_MULTIPLE} is accepted")
-    return f"{int(match[1])}x{int(match[2])}"  # without zeros before them, as a manifest has it
+    return f"{int(match[1])}x{int(match[2])}"

@@ -170,10 +170,10 @@ def _bytes_here(file: Path, size: int) -> int:
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether a full disk is what ended a download; the libraries wrap the system's error in others."""
+    """Whether a full disk, or a limit, is what ended a write; the libraries wrap the system's error in others."""
     if error is None:
         return False
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
     wrapped = getattr(error, "failed_files", {}).values()  # ModelScope's, of a snapshot
     return (

@@ -7,6 +7,7 @@ is opened.
 import importlib
 import logging
 import mmap
+from collections import deque
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -24,6 +25,8 @@ INSTALL = {
     "tensorrt": "pip install tensorrt (see https://docs.nvidia.com/deeplearning/tensorrt)",
     "tensorrt_rtx": "pip install 'zserve[tensorrt-rtx]'",
 }
+MOST_ERRORS = 8  # that are kept of one operation
+
 _DTYPES = {DType.FLOAT32: "FLOAT", DType.INT64: "INT64", DType.UINT8: "UINT8"}
 _TORCH_DTYPES = {DType.FLOAT32: torch.float32, DType.INT64: torch.int64, DType.UINT8: torch.uint8}
 
@@ -44,24 +47,28 @@ def import_flavour(library: str) -> Foreign:
 
 @cache
 def logger(trt: Foreign) -> Foreign:
-    """The one logger that TensorRT takes for a process; it keeps the errors, for messages."""
+    """The one logger that TensorRT takes for a process; it keeps the last errors, for messages."""
     severity = trt.ILogger.Severity
 
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
-            self.errors: list[str] = []
+            self.errors: deque[str] = deque(maxlen=MOST_ERRORS)
 
         def log(self, level: Foreign, text: str) -> None:
             if level in (severity.ERROR, severity.INTERNAL_ERROR):
                 self.errors.append(text)
+                log.warning("TensorRT: %s", text)  # here too, as not every one makes a call fail
             elif level == severity.WARNING:
                 log.info("TensorRT: %s", text)
 
+        def forget(self) -> None:
+            """What comes next is not to be explained with what was before it."""
+            self.errors.clear()
+
         def said(self) -> str:
-            """The errors since it was last asked."""
-            said, self.errors = "; ".join(self.errors), []
-            return said or "it gave no reason"
+            """The errors since they were forgotten."""
+            return "; ".join(self.errors) or "it gave no reason"
 
     return Log()
 
@@ -80,6 +87,7 @@ class OpenPlan:
 
     def __init__(self, trt: Foreign, path: Path, spec: ComponentSpec) -> None:
         self.log = logger(trt)
+        self.log.forget()
         self._runtime = trt.Runtime(self.log)
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             self.engine = self._runtime.deserialize_cuda_engine(data)
@@ -109,41 +117,67 @@ class OpenPlan:
 
         Raises:
             PlanError: TensorRT cannot make one.
+            torch.OutOfMemoryError: for want of memory.
         """
+        self.log.forget()
         context = self.engine.create_execution_context(how)
         if context is None:
-            raise PlanError(f"TensorRT cannot make an execution context: {self.log.said()}")
+            raise self._failure("TensorRT cannot make an execution context")
         return context
 
     def select(self, context: Foreign, profile: int) -> None:
         """Puts `context` into `profile`, and waits until it is."""
+        self.log.forget()
         stream = torch.cuda.current_stream()
         if not context.set_optimization_profile_async(profile, stream.cuda_stream):
-            raise PlanError(f"TensorRT refuses profile {profile}: {self.log.said()}")
+            raise self._failure(f"TensorRT refuses profile {profile}")
         stream.synchronize()
+
+    def bind(self, context: Foreign, spec: ComponentSpec, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Tells `context` its inputs' shapes and addresses, and those of a new output, which is returned.
+
+        Raises:
+            PlanError: a shape is outside the profile that the context is in, or TensorRT does not take a buffer.
+        """
+        self.log.forget()
+        for name, tensor in inputs.items():
+            if not context.set_input_shape(name, tuple(tensor.shape)):
+                raise self._failure(f"TensorRT refuses {name} of shape {tuple(tensor.shape)}")
+        shape = tuple(context.get_tensor_shape(spec.output.name))
+        if min(shape) < 0:
+            raise self._failure(f"TensorRT does not know the shape of {spec.output.name}, and has {shape}")
+        device = next(iter(inputs.values())).device
+        output = torch.empty(shape, dtype=_TORCH_DTYPES[spec.output.dtype], device=device)
+        for name, tensor in {**inputs, spec.output.name: output}.items():
+            if not context.set_tensor_address(name, tensor.data_ptr()):
+                raise self._failure(f"TensorRT does not take the buffer of {name}")
+        return output
+
+    def memory_needed(self, context: Foreign) -> int:
+        """Bytes that `context` computes in with the shapes that it has been told.
+
+        Raises:
+            PlanError: TensorRT cannot tell, which it says with a 0 too.
+        """
+        self.log.forget()
+        needed = int(context.update_device_memory_size_for_shapes())
+        if not needed and self.log.errors:
+            raise self._failure("TensorRT cannot tell how much memory a call needs")
+        return needed
 
     def execute(self, context: Foreign) -> None:
         """Puts one call on the current stream.
 
         Raises:
             PlanError: TensorRT refused it.
+            torch.OutOfMemoryError: for want of memory.
         """
+        self.log.forget()
         if not context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
-            raise PlanError(f"TensorRT failed: {self.log.said()}")
+            raise self._failure("TensorRT failed")
 
-
-def bind(context: Foreign, spec: ComponentSpec, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Tells `context` its inputs' shapes and addresses, and those of a new output, which is returned.
-
-    Raises:
-        PlanError: a shape is outside the profile that the context is in.
-    """
-    for name, tensor in inputs.items():
-        if not context.set_input_shape(name, tuple(tensor.shape)):
-            raise PlanError(f"TensorRT refuses {name} of shape {tuple(tensor.shape)}")
-        context.set_tensor_address(name, tensor.data_ptr())
-    shape = tuple(context.get_tensor_shape(spec.output.name))
-    device = next(iter(inputs.values())).device
-    output = torch.empty(shape, dtype=_TORCH_DTYPES[spec.output.dtype], device=device)
-    context.set_tensor_address(spec.output.name, output.data_ptr())
-    return output
+    def _failure(self, what: str) -> Exception:
+        """TensorRT allocates beside torch, and says in words alone that there was no memory for it."""
+        said = self.log.said()
+        kind = torch.OutOfMemoryError if "out of memory" in said.lower() else PlanError
+        return kind(f"{what}: {said}")

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from export.cli import NOT_POSSIBLE
+from export.cli import NOT_POSSIBLE, image_size
 from export.devices import checked_device
 from export.errors import UnsupportedError
 from export.manifest import BINDING_LIBRARIES, Backend, installed_version
@@ -40,9 +40,7 @@ class Verdict:
 
     backend: Backend
     built: bool = False
-    right: bool | None = (
-        None  # whether it is built, runs and is as close to eager as it must be; None: not possible here
-    )
+    right: bool | None = None  # it is built, runs and is as close to eager as it must be; None: not possible here
     export_seconds: float = 0.0
     problem: str = ""  # why it was not built, or not run
     parity: dict[str, Any] = field(default_factory=dict)  # as `zserve parity --json` gives it
@@ -53,7 +51,9 @@ def main(argv: Sequence[str]) -> int:
     """Runs all backends; returns the exit status."""
     parser = argparse.ArgumentParser(prog="zserve verify", description=__doc__, epilog=STATUSES)
     parser.add_argument("--checkpoint", default="demo/checkpoint", help="default: %(default)s")
-    parser.add_argument("--default-size", default="256x256", help="default: %(default)s; 1024x1024 for the real model")
+    parser.add_argument(
+        "--default-size", type=image_size, default="256x256", help="default: %(default)s; 1024x1024 for the real model"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     parser.add_argument("--backend", type=Backend, choices=COMPILED, action="append", help="default: all that fit")
     parser.add_argument("--precision", type=Precision, choices=list(Precision), help="default: as zserve export has it")
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
         arguments.device = checked_device(arguments.device)
     except UnsupportedError as error:
         print(f"zserve verify: {error}", file=sys.stderr)
-        return 1
+        return NOT_POSSIBLE
     backends = arguments.backend or (ON_CUDA if arguments.device.startswith("cuda") else ON_CPU)
     with _repository(arguments.repository) as repository:
         verdicts = [verify(backend, arguments, repository) for backend in backends]
@@ -125,9 +125,9 @@ def verify(backend: Backend, arguments: argparse.Namespace, repository: Path) ->
 
 def _not_built(backend: Backend, export: subprocess.CompletedProcess[str], seconds: float) -> Verdict:
     """An export checks its engines itself, so one that fails is as bad as a comparison that does."""
-    possible = export.returncode != NOT_POSSIBLE
-    print(f"{backend}: {'FAILED' if possible else 'not possible here'}", flush=True)
-    return Verdict(backend, right=False if possible else None, export_seconds=seconds, problem=_last_words(export))
+    possible, problem = export.returncode != NOT_POSSIBLE, _last_words(export)
+    print(f"{backend}: {'FAILED' if possible else 'not possible here'}: {problem}", flush=True)
+    return Verdict(backend, right=False if possible else None, export_seconds=seconds, problem=problem)
 
 
 def _zserve(*arguments: object) -> subprocess.CompletedProcess[str]:

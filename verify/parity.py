@@ -16,7 +16,7 @@ from torch import Tensor
 
 from export.cli import NOT_POSSIBLE
 from export.devices import checked_device, current_target, use_device
-from export.errors import ExportError
+from export.errors import ExportError, UnsupportedError
 from export.manifest import Backend, Manifest, Target, check_checkpoint
 from export.parity import closeness
 from export.profiles import TYPICAL_CAPTION
@@ -82,7 +82,8 @@ def main(argv: Sequence[str]) -> int:
     """Prints the figures; returns the exit status."""
     told = (
         "exit status: 0 all engines for this device are right; 1 one is past its tolerance, was not loaded or failed, "
-        f"or there is no such version; 2 bad arguments; {NOT_POSSIBLE} the version has no engine for this device"
+        f"or there is no such version; 2 bad arguments; {NOT_POSSIBLE} the version has no engine for this device, or "
+        "the device is not here"
     )
     parser = argparse.ArgumentParser(prog="zserve parity", description=__doc__, epilog=told)
     add_arguments(parser)
@@ -95,6 +96,9 @@ def main(argv: Sequence[str]) -> int:
         device = checked_device(arguments.device)
         use_device(device)
         report = compare(version, device, max(1, arguments.images))
+    except UnsupportedError as error:
+        print(f"zserve parity: {error}", file=sys.stderr)
+        return NOT_POSSIBLE
     except (ExportError, ZServeError, torch.OutOfMemoryError) as error:
         print(f"zserve parity: {error}", file=sys.stderr)
         return 1

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from export.errors import BuildError
-from export.plans import Foreign, OpenPlan, bind
+from export.plans import Foreign, OpenPlan
 from export.spec import ComponentSpec
 
 
@@ -24,8 +24,8 @@ class PlanRunner:
         context = self._context
         self._plan.select(context, self._profile(inputs))
         held = {name: tensor.contiguous() for name, tensor in inputs.items()}
-        output = bind(context, self._spec, held)
-        scratch = torch.empty(context.update_device_memory_size_for_shapes(), dtype=torch.uint8, device="cuda")
+        output = self._plan.bind(context, self._spec, held)
+        scratch = torch.empty(self._plan.memory_needed(context), dtype=torch.uint8, device="cuda")
         context.set_device_memory(scratch.data_ptr(), scratch.numel())
         self._plan.execute(context)
         torch.cuda.synchronize()

@@ -23,7 +23,7 @@ from export.repository import take
 from export.spec import ComponentSpec, Precision
 
 TIMING_CACHE = "tensorrt.timing_cache"
-OLDEST_NATIVE = (10, 14)  # whose parser knows ONNX's Attention
+OLDEST_NATIVE = (10, 15)  # whose parser knows ONNX's Attention (10.14) and RMSNormalization
 
 
 class TensorRtBuilder:
@@ -76,7 +76,7 @@ class TensorRtBuilder:
         """Compiles the ONNX file `graph` into `path`."""
         trt = import_flavour(self._library)
         log = logger(trt)
-        log.errors.clear()
+        log.forget()
         builder = trt.Builder(log)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, log)
@@ -119,7 +119,7 @@ class TensorRtBuilder:
 def _check_native(trt: Foreign, options: BuildOptions) -> None:
     if tuple(map(int, trt.__version__.split(".")[:2])) < OLDEST_NATIVE:
         raise UnsupportedError(
-            f"TensorRT {trt.__version__} cannot read attention as one node; "
+            f"TensorRT {trt.__version__} cannot read these graphs; "
             f"{'.'.join(map(str, OLDEST_NATIVE))} is the oldest that can: pip install --upgrade tensorrt"
         )
     if not torch.cuda.is_available():

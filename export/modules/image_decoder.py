@@ -9,7 +9,8 @@ from export.modules.blocks import Foreign
 class ImageDecoder(nn.Module):
     """`latents` fp32 [B,C,h,w] -> image uint8 [B,8h,8w,3].
 
-    `AutoencoderKL.decode` and `VaeImageProcessor.postprocess` of diffusers 0.42 in one graph. Shares the VAE's weights.
+    `AutoencoderKL.decode` and `VaeImageProcessor.postprocess` of diffusers 0.42 in one graph, but that what is decoded
+    in bf16 is scaled to grey levels in fp32, and so one level from diffusers' in places. Shares the VAE's weights.
     """
 
     def __init__(self, vae: Foreign) -> None:

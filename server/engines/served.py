@@ -50,7 +50,8 @@ class ServedComponent:
         shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
         if not self._engine.fits(shapes):
             eager = self._fallback()
-            reason = f"the {self._engine.backend} engine was not built for {shapes}"
+            # Without the shapes: reasons label a metric, and clients choose sizes.
+            reason = f"the {self._engine.backend} engine was not built for such a size, prompt or batch"
             return eager.run(inputs), EngineUse(self._spec.component, eager.backend, reason)
         try:
             return self._engine.run(inputs), self._use

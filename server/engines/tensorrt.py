@@ -14,7 +14,7 @@ from torch import Tensor
 
 from export.errors import PlanError, UnsupportedError
 from export.manifest import BINDING_LIBRARIES, EngineRecord
-from export.plans import Foreign, bind, import_flavour
+from export.plans import Foreign, import_flavour
 from export.spec import ComponentSpec
 from server.engines import memory
 from server.engines.base import Shapes
@@ -39,15 +39,17 @@ class TensorRtEngine:
         self._device = device
         (library,) = BINDING_LIBRARIES[record.backend]
         with torch.cuda.device(device):
-            before = torch.cuda.mem_get_info()[0]
             try:
+                before = torch.cuda.mem_get_info()[0]
                 self._plan = TensorRtPlan(import_flavour(library), path, spec, record.backend, CudaRecorder(device))
-            except (PlanError, UnsupportedError) as error:
-                raise EngineLoadError(str(error)) from error
-            self._held = max(0, before - torch.cuda.mem_get_info()[0])
+                self._held = max(0, before - torch.cuda.mem_get_info()[0])
+            except torch.OutOfMemoryError:
+                raise
+            except (PlanError, UnsupportedError, OSError, RuntimeError) as error:
+                raise EngineLoadError(f"TensorRT cannot open {path}: {error}") from error
         memory.add_outside_torch(self._held)
         self._streams: dict[int, torch.cuda.Stream] = {}  # by priority
-        self._scratch = Scratch(device)
+        self._scratch = Scratch(self._plan, device)
         self._plain: dict[int, Foreign] = {}  # one context a profile
         self._recorded: dict[tuple[tuple[int, ...], ...], RecordedCall] = {}
 
@@ -64,8 +66,13 @@ class TensorRtEngine:
         try:
             with torch.cuda.stream(stream), torch.inference_mode():
                 output = self._call(inputs) if profile == RECORDED_PROFILE else self._run_plain(profile, inputs)
-        except PlanError as error:
-            raise EngineRunError(str(error)) from error
+        except torch.OutOfMemoryError:
+            raise
+        except (
+            PlanError,
+            RuntimeError,
+        ) as error:  # torch's own, such as of a copy, are those of this engine's call too
+            raise EngineRunError(f"TensorRT failed: {error}") from error
         caller.wait_stream(stream)
         output.record_stream(caller)  # else its memory would be given out again while the caller still reads it
         return output
@@ -76,13 +83,17 @@ class TensorRtEngine:
             self._streams[priority] = torch.cuda.Stream(self._device, priority=priority)  # type: ignore[no-untyped-call]
         return self._streams[priority]
 
-    def close(self) -> None:
+    def free_memory(self) -> None:
+        """See `KeepsMemory`: it has contexts, graphs and what they compute in, and makes those it needs again."""
         with suppress(RuntimeError):  # a device in error: there is nothing to wait for
             for stream in self._streams.values():
                 stream.synchronize()
         self._recorded.clear()
         self._plain.clear()
         self._scratch.free()
+
+    def close(self) -> None:
+        self.free_memory()
         self._plan.close()
         memory.add_outside_torch(-self._held)
         self._held = 0
@@ -96,7 +107,7 @@ class TensorRtEngine:
             self._plain[profile] = self._plan.context_in(profile)
         context = self._plain[profile]
         held = {name: tensor.contiguous() for name, tensor in inputs.items()}  # until the call is on the stream
-        output = bind(context, self._spec, held)
+        output = self._plan.bind(context, self._spec, held)
         self._scratch.lend(context)
         self._plan.execute(context)
         return output
@@ -120,7 +131,7 @@ class RecordedCall:
         self._plan, self._scratch = plan, scratch
         self._context = plan.context_in(RECORDED_PROFILE)
         self._inputs = {name: torch.empty_like(t, memory_format=torch.contiguous_format) for name, t in inputs.items()}
-        self._output = bind(self._context, spec, self._inputs)
+        self._output = plan.bind(self._context, spec, self._inputs)
         self._graph: Graph | None = None
         self._generation = -1  # of the scratch memory that the context computes in
 
@@ -150,14 +161,14 @@ class Scratch:
     `generation` changes whenever the memory moves.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, plan: TensorRtPlan, device: torch.device) -> None:
+        self._plan, self._device = plan, device
         self._buffer = torch.empty(0, dtype=torch.uint8, device=device)
         self.generation = 0
 
     def lend(self, context: Foreign) -> int:
         """Gives `context` what its shapes need; returns the generation."""
-        needed = int(context.update_device_memory_size_for_shapes())
+        needed = self._plan.memory_needed(context)
         if needed > self._buffer.numel():
             self.free()
             self._buffer = torch.empty(needed, dtype=torch.uint8, device=self._device)

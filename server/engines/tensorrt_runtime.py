@@ -1,6 +1,7 @@
 """What the two flavours of TensorRT do differently when a plan is run, and how its calls are recorded."""
 
 import logging
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -59,20 +60,24 @@ class CompiledKernels:
     """TensorRT-RTX compiles kernels when it first meets a shape; what it has compiled is kept beside the plan."""
 
     def __init__(self, trt: Foreign, engine: Foreign, plan: Path) -> None:
-        self._file = plan.with_suffix(".runtime_cache")
+        # Hidden: it is none of what was exported, and a poll of the repository would see a new version in it.
+        self._file = plan.with_name(f".{plan.stem}.runtime_cache")
+        self._kept = b""
         fixed, ranged = engine.create_runtime_config(), engine.create_runtime_config()
         strategy = trt.DynamicShapesKernelSpecializationStrategy
         # The default size is worth waiting for in warm-up; other shapes start at once on general kernels.
         fixed.dynamic_shapes_kernel_specialization_strategy = strategy.EAGER
         ranged.dynamic_shapes_kernel_specialization_strategy = strategy.LAZY
         self._cache = fixed.create_runtime_cache()
-        if self._file.is_file():
-            # It refuses what was compiled for another GPU or driver by itself, and stays empty.
-            self._cache.deserialize(self._file.read_bytes())
+        with suppress(OSError):  # there is none yet, or another user's
+            self._kept = self._file.read_bytes()
+        if self._kept and not self._cache.deserialize(self._kept):
+            log.info("%s is of another GPU, driver or TensorRT-RTX; kernels are compiled anew", self._file)
         self._configs = (fixed, ranged)  # which have to live as long as their contexts, and so has the cache
         for config in self._configs:
             config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-            config.set_runtime_cache(self._cache)
+            if not config.set_runtime_cache(self._cache):
+                log.warning("TensorRT-RTX takes no runtime cache, and compiles its kernels at every start")
 
     def config(self, profile: int) -> Foreign:
         """How contexts in `profile` are to be made."""
@@ -80,8 +85,11 @@ class CompiledKernels:
 
     def keep(self) -> None:
         """Writes them for the next start, which compiles again where that cannot be."""
-        draft = self._file.with_suffix(".draft")
+        draft = self._file.with_suffix(f".{os.getpid()}.draft")  # a model's workers share the folder
         with suppress(OSError, RuntimeError):  # a read-only model repository, or a device in error
             torch.cuda.synchronize()
-            draft.write_bytes(self._cache.serialize())
-            draft.replace(self._file)
+            compiled = bytes(self._cache.serialize())
+            if compiled != self._kept:
+                draft.write_bytes(compiled)
+                draft.replace(self._file)
+                self._kept = compiled

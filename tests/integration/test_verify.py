@@ -12,6 +12,7 @@ from typing import Any
 
 import onnx
 import pytest
+import torch
 from torch import Tensor
 
 from export.cli import NOT_POSSIBLE
@@ -324,6 +325,24 @@ def test_verify_fails_where_an_export_does_unless_it_is_not_possible_here(
     (told,) = json.loads(out.with_suffix(".json").read_text())["backends"]
     assert (told["built"], told["right"]) == (False, False if verdict == 1 else None)
     assert f"| aotinductor | {row} | | | | | | |" in out.with_suffix(".md").read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this is the answer of a machine without a GPU")
+def test_a_device_that_is_not_here_says_nothing_against_engines(
+    repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gpu.main(["--device", "cuda"]) == NOT_POSSIBLE
+    assert parity.main([str(repository / MODEL), "--device", "cuda"]) == NOT_POSSIBLE
+    assert capsys.readouterr().err.count("--device cuda is not on this machine") == 2
+
+
+def test_verify_tells_why_nothing_was_built(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu.main(["--default-size", "100x100"])
+    assert "'100x100': WIDTHxHEIGHT with multiples of 16 is accepted" in capsys.readouterr().err
+    fixed = ["--backend", "onnxruntime", "--out", str(tmp_path / "report")]
+    assert gpu.main(["--checkpoint", str(tmp_path), *fixed]) == 1
+    assert f"onnxruntime: FAILED: zserve export: {tmp_path}" in capsys.readouterr().out
 
 
 def test_a_report_names_the_commit_of_its_own_checkout_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

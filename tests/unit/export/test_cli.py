@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from export import exporter
-from export.cli import BAD_ARGUMENTS, NOT_POSSIBLE, _size, _targets, main
+from export.cli import BAD_ARGUMENTS, NOT_POSSIBLE, _targets, image_size, main
 from export.errors import ArgumentsError, BuildError, ExportError, ParityError, ResourcesError, UnsupportedError
 from export.manifest import Target
 from tests.conftest import CHECKPOINT
@@ -91,22 +91,33 @@ def test_what_is_not_possible_here_has_an_exit_status_of_its_own(
     assert main(fixed) == status
 
 
-def test_a_full_disk_is_too_little_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_or_a_limit_to_it_is_too_little_of_it(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(exporter, "export_model", fail)
     assert main(["--checkpoint", str(CHECKPOINT), "--repository", str(tmp_path), "--name", "m"]) == NOT_POSSIBLE
-    assert "No space left on device" in capsys.readouterr().err
+    assert f"{os.strerror(number)}, as something was written for {tmp_path / 'm'}" in capsys.readouterr().err
 
 
 def test_a_repository_that_is_a_file_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     arguments = ["--checkpoint", str(CHECKPOINT), "--repository", str(tmp_path / "file"), "--name", "m"]
-    assert main([*arguments, "--backend", "eager", "--device", "cpu"]) == 1
-    assert "Not a directory" in capsys.readouterr().err
+    assert main([*arguments, "--backend", "eager", "--device", "cpu"]) == BAD_ARGUMENTS
+    assert f"{tmp_path / 'file'} is not a folder; give a folder that can be written to" in capsys.readouterr().err
+
+
+def test_a_repository_that_cannot_be_written_to_is_said_before_a_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tests' user may be root, who may write to any folder."""
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    arguments = ["--checkpoint", "owner/name", "--source", "huggingface", "--repository", str(tmp_path / "new" / "er")]
+    assert main([*arguments, "--name", "m", "--backend", "eager", "--device", "cpu"]) == BAD_ARGUMENTS
+    assert f"{tmp_path} cannot be written to" in capsys.readouterr().err
 
 
 def test_the_help_tells_the_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,7 +129,7 @@ def test_the_help_tells_the_exit_statuses(capsys: pytest.CaptureFixture[str]) ->
 def test_targets_are_in_one_order_and_sizes_without_zeros_before_them() -> None:
     """As manifests have them: plans for the same GPUs are the same however they were listed."""
     assert _targets("sm120,sm89,sm89") == _targets("sm89,sm120") == (Target("cuda", "8.9"), Target("cuda", "12.0"))
-    assert _size("0512x0256") == "512x256"
+    assert image_size("0512x0256") == "512x256"
 
 
 def test_fp16_is_refused_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:

@@ -129,7 +129,7 @@ def test_a_network_that_is_not_the_spec_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this is the answer of a machine without a GPU")
 @pytest.mark.parametrize(
-    ("version", "says"), [("10.13.3", "10.14 is the oldest that can"), ("11.2.0", "and this machine has none")]
+    ("version", "says"), [("10.14.1", "10.15 is the oldest that can"), ("11.2.0", "and this machine has none")]
 )
 def test_the_full_flavour_says_what_it_needs(version: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt, "import_flavour", lambda library: SimpleNamespace(__version__=version))

@@ -3,6 +3,8 @@
 TensorRT's own objects are mocks of the installed binding's classes, which have no methods that the binding has not.
 """
 
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import MagicMock, create_autospec
@@ -14,13 +16,15 @@ import torch
 from export import plans
 from export.errors import PlanError
 from export.manifest import Backend, EngineRecord, FileRecord, PlanRecord, PlanWeights, Target, Verbosity
-from export.plans import OpenPlan, bind, described
+from export.plans import OpenPlan, described
 from export.profiles import serving_profiles
 from export.spec import Component, ModelDimensions, ShapePoint, component_specs, example_inputs
-from server.engines.recorded import CudaRecorder
+from server.engines.base import KeepsMemory
+from server.engines.recorded import CudaRecorder, Graph
 from server.engines.tensorrt import RecordedCall, Scratch, TensorRtEngine
 from server.engines.tensorrt_runtime import CompiledKernels, TensorRtPlan
-from server.errors import EngineLoadError
+from server.errors import EngineLoadError, EngineRunError
+from server.frontend.versions import folder_mark
 
 DIMENSIONS = ModelDimensions(latent_channels=4, caption_dim=8, vocabulary=10)
 SPEC = component_specs(DIMENSIONS)[Component.DENOISER]
@@ -35,16 +39,19 @@ class FakeContext:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     addresses: dict[str, int] = field(default_factory=dict)
     memory: tuple[int, int] = (0, 0)
+    output: tuple[int, ...] = ()
+    refuses: str = ""
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.shapes[name] = shape
         return shape[0] <= 8
 
-    def set_tensor_address(self, name: str, address: int) -> None:
+    def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
+        return name != self.refuses
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return self.shapes["latents"]
+        return self.output or self.shapes["latents"]
 
     def update_device_memory_size_for_shapes(self) -> int:
         return self.scratch_bytes
@@ -63,14 +70,27 @@ class FakeGraph:
         self.replayed += 1
 
 
-@dataclass
-class FakePlan:
+class FakeLog:
+    """TensorRT's, which has `errors` to tell."""
+
+    def __init__(self, *errors: str) -> None:
+        self.errors = errors
+
+    def forget(self) -> None:
+        """They are those of what comes next."""
+
+    def said(self) -> str:
+        return "; ".join(self.errors)
+
+
+class FakePlan(TensorRtPlan):
     """Counts its calls; records them as `graph`."""
 
-    graph: FakeGraph | None = None
-    made: list[FakeContext] = field(default_factory=list)
-    executed: int = 0
-    kept: int = 0
+    def __init__(self, graph: FakeGraph | None = None, log: FakeLog | None = None) -> None:
+        self.graph = graph
+        self.log = log or FakeLog()
+        self.made: list[FakeContext] = []
+        self.executed = self.kept = 0
 
     def context_in(self, profile: int) -> FakeContext:
         self.made.append(FakeContext())
@@ -79,15 +99,15 @@ class FakePlan:
     def execute(self, context: FakeContext) -> None:
         self.executed += 1
 
-    def record(self, context: FakeContext) -> FakeGraph | None:
-        return self.graph
+    def record(self, context: FakeContext) -> Graph | None:
+        return self.graph  # type: ignore[return-value]
 
     def keep_compiled(self) -> None:
         self.kept += 1
 
 
 def test_scratch_memory_is_shared_and_moves_only_to_grow() -> None:
-    scratch = Scratch(CPU)
+    scratch = Scratch(FakePlan(), CPU)
     small, large = FakeContext(100), FakeContext(1000)
     first = scratch.lend(small)
     assert scratch.lend(small) == first
@@ -101,8 +121,8 @@ def test_scratch_memory_is_shared_and_moves_only_to_grow() -> None:
 def test_what_was_recorded_is_recorded_again_after_scratch_memory_could_not_grow() -> None:
     """For what it computed in was given back first."""
     inputs = example_inputs(SPEC, ShapePoint(1, 32, 64, 64), DIMENSIONS)
-    plan, scratch = FakePlan(FakeGraph()), Scratch(CPU)
-    call = RecordedCall(plan, scratch, SPEC, inputs)  # type: ignore[arg-type]
+    plan, scratch = FakePlan(FakeGraph()), Scratch(FakePlan(), CPU)
+    call = RecordedCall(plan, scratch, SPEC, inputs)
     plan.made[0].scratch_bytes = 100
     call(inputs)
     with pytest.raises(RuntimeError, match="allocate"):
@@ -115,7 +135,7 @@ def test_what_was_recorded_is_recorded_again_after_scratch_memory_could_not_grow
 def test_a_shape_keeps_its_buffers_and_gives_out_copies() -> None:
     inputs = example_inputs(SPEC, ShapePoint(1, 32, 64, 64), DIMENSIONS)
     plan = FakePlan()
-    call = RecordedCall(plan, Scratch(CPU), SPEC, inputs)  # type: ignore[arg-type]
+    call = RecordedCall(plan, Scratch(FakePlan(), CPU), SPEC, inputs)
     (context,) = plan.made
     assert context.shapes == {name: tuple(t.shape) for name, t in inputs.items()}
     before = dict(context.addresses)
@@ -127,8 +147,8 @@ def test_a_shape_keeps_its_buffers_and_gives_out_copies() -> None:
 
 def test_a_recorded_call_is_replayed_until_its_scratch_memory_moves() -> None:
     inputs = example_inputs(SPEC, ShapePoint(1, 32, 64, 64), DIMENSIONS)
-    plan, scratch = FakePlan(FakeGraph()), Scratch(CPU)
-    call = RecordedCall(plan, scratch, SPEC, inputs)  # type: ignore[arg-type]
+    plan, scratch = FakePlan(FakeGraph()), Scratch(FakePlan(), CPU)
+    call = RecordedCall(plan, scratch, SPEC, inputs)
     for _ in range(3):
         call(inputs)
     assert plan.graph is not None
@@ -143,7 +163,44 @@ def test_a_recorded_call_is_replayed_until_its_scratch_memory_moves() -> None:
 def test_a_refused_shape_is_named() -> None:
     inputs = example_inputs(SPEC, ShapePoint(9, 32, 64, 64), DIMENSIONS)
     with pytest.raises(PlanError, match="TensorRT refuses latents"):
-        RecordedCall(FakePlan(), Scratch(CPU), SPEC, inputs)  # type: ignore[arg-type]
+        RecordedCall(FakePlan(), Scratch(FakePlan(), CPU), SPEC, inputs)
+
+
+def test_what_tensorrt_refuses_is_told_with_its_own_words() -> None:
+    inputs = example_inputs(SPEC, ShapePoint(1, 32, 64, 64), DIMENSIONS)
+    plan = FakePlan(log=FakeLog("its own words"))
+    with pytest.raises(PlanError, match="does not take the buffer of caption: its own words"):
+        plan.bind(FakeContext(refuses="caption"), SPEC, inputs)
+    with pytest.raises(PlanError, match=r"does not know the shape of velocity, and has \(1, -1\): its own words"):
+        plan.bind(FakeContext(output=(1, -1)), SPEC, inputs)
+    with pytest.raises(PlanError, match="how much memory a call needs: its own words"):
+        plan.memory_needed(FakeContext(scratch_bytes=0))
+    assert FakePlan().memory_needed(FakeContext(scratch_bytes=0)) == 0
+
+
+def test_memory_that_tensorrt_did_not_get_is_no_fault_of_its_plan(
+    trt: MagicMock, engine: MagicMock, plan_file: Path
+) -> None:
+    plan = OpenPlan(trt, plan_file, SPEC)
+    engine.create_execution_context.return_value = None
+    with pytest.raises(PlanError, match="execution context: its own words"):
+        plan.context(None)
+    plan.log = FakeLog("Error Code 1: Cuda Runtime (out of memory)")
+    with pytest.raises(torch.OutOfMemoryError, match="execution context: Error Code 1"):
+        plan.context(None)
+
+
+def test_the_log_keeps_the_errors_of_one_operation() -> None:
+    log = plans.logger(tensorrt_rtx)
+    severity = tensorrt_rtx.ILogger.Severity
+    log.forget()
+    log.log(severity.WARNING, "a warning")
+    assert log.said() == "it gave no reason"
+    for number in range(20):
+        log.log(severity.ERROR, f"error {number}")
+    assert log.said() == "; ".join(f"error {number}" for number in range(12, 20))
+    log.forget()
+    assert log.said() == "it gave no reason"
 
 
 @pytest.fixture
@@ -173,7 +230,7 @@ def trt(engine: MagicMock, monkeypatch: pytest.MonkeyPatch) -> MagicMock:
     trt.Refitter, trt.OnnxParserRefitter = (
         create_autospec(kind) for kind in (tensorrt_rtx.Refitter, tensorrt_rtx.OnnxParserRefitter)
     )
-    monkeypatch.setattr(plans, "logger", lambda trt: MagicMock(said=lambda: "its own words"))
+    monkeypatch.setattr(plans, "logger", lambda trt: FakeLog("its own words"))
     return trt
 
 
@@ -221,9 +278,35 @@ def test_compiled_kernels_are_kept_for_the_next_start(
     cache.serialize.return_value = b"kernels"
     cache.deserialize.assert_not_called()
     kernels.keep()
-    assert [p.name for p in plan_file.parent.iterdir() if p != plan_file] == ["denoiser.runtime_cache"]
-    again = CompiledKernels(trt, engine, plan_file).config(0).create_runtime_cache()
-    again.deserialize.assert_called_once_with(b"kernels")
+    assert [p.name for p in plan_file.parent.iterdir() if p != plan_file] == [".denoiser.runtime_cache"]
+    again = CompiledKernels(trt, engine, plan_file)
+    cache = again.config(0).create_runtime_cache()
+    cache.deserialize.assert_called_once_with(b"kernels")
+    cache.serialize.return_value = b"kernels"
+    written = (plan_file.parent / ".denoiser.runtime_cache").stat().st_mtime_ns
+    again.keep()
+    assert (plan_file.parent / ".denoiser.runtime_cache").stat().st_mtime_ns == written, "nothing was new"
+
+
+def test_a_poll_of_the_repository_takes_kept_kernels_for_no_new_version(
+    trt: MagicMock, engine: MagicMock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    (tmp_path / "m" / "1").mkdir(parents=True)
+    plan = tmp_path / "m" / "1" / "denoiser.plan"
+    plan.write_bytes(b"plan")
+    before = folder_mark(tmp_path / "m")
+    kernels = CompiledKernels(trt, engine, plan)
+    kernels.config(0).create_runtime_cache().serialize.return_value = b"kernels"
+    kernels.keep()
+    assert len(list(plan.parent.iterdir())) == 2
+    assert folder_mark(tmp_path / "m") == before
+
+
+def test_kept_kernels_that_cannot_be_read_are_compiled_anew(trt: MagicMock, engine: MagicMock, plan_file: Path) -> None:
+    (plan_file.parent / ".denoiser.runtime_cache").mkdir()
+    kernels = CompiledKernels(trt, engine, plan_file)
+    kernels.config(0).create_runtime_cache().deserialize.assert_not_called()
 
 
 @pytest.mark.parametrize("backend", [Backend.TENSORRT, Backend.TENSORRT_RTX])
@@ -249,10 +332,55 @@ def test_the_binding_takes_what_is_bound() -> None:
     context.get_tensor_shape.return_value = (1, 4, 8, 8)
     context.update_device_memory_size_for_shapes.return_value = 64
     inputs = example_inputs(SPEC, ShapePoint(1, 32, 64, 64), DIMENSIONS)
-    assert bind(context, SPEC, inputs).dtype is torch.float32
+    plan = FakePlan()
+    assert plan.bind(context, SPEC, inputs).dtype is torch.float32
     assert {call.args[0] for call in context.set_tensor_address.call_args_list} == {*inputs, SPEC.output.name}
-    Scratch(CPU).lend(context)
+    Scratch(FakePlan(), CPU).lend(context)
     assert context.set_device_memory.call_args.args[1] == 64
+
+
+class BrokenEngine(TensorRtEngine):
+    """One on a stream that is none, whose calls end as `error` has it."""
+
+    def __init__(self, error: Exception) -> None:
+        self.backend = Backend.TENSORRT
+        self._profiles, self._spec, self._device = serving_profiles((256, 256), 8, 1024), SPEC, CPU
+        self._streams, self._recorded, self._plain = {0: MagicMock()}, {(): MagicMock()}, {0: MagicMock()}
+        self._scratch = Scratch(FakePlan(), CPU)
+        self._error = error
+
+    def _call(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        raise self._error
+
+    _run_plain = MagicMock()
+
+
+@pytest.fixture
+def no_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: MagicMock(priority=0))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+
+
+@pytest.mark.usefixtures("no_streams")
+@pytest.mark.parametrize("error", [PlanError("TensorRT failed"), RuntimeError("CUDA error: invalid argument")])
+def test_whatever_fails_in_a_call_makes_it_eagers(error: Exception) -> None:
+    inputs = example_inputs(SPEC, ShapePoint(1, 32, 256, 256), DIMENSIONS)
+    with pytest.raises(EngineRunError, match=f"TensorRT failed: {error}"):
+        BrokenEngine(error).run(inputs)
+
+
+@pytest.mark.usefixtures("no_streams")
+def test_for_want_of_memory_the_engine_gives_back_what_it_can_and_stays() -> None:
+    inputs = example_inputs(SPEC, ShapePoint(1, 32, 256, 256), DIMENSIONS)
+    engine = BrokenEngine(torch.OutOfMemoryError("no more"))
+    engine._scratch.lend(FakeContext(100))
+    with pytest.raises(torch.OutOfMemoryError, match="no more"):
+        engine.run(inputs)
+    assert isinstance(engine, KeepsMemory)
+    before = engine._scratch.generation
+    engine.free_memory()
+    assert (engine._recorded, engine._plain) == ({}, {})
+    assert engine._scratch.generation > before
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this is the answer of a machine without a GPU")
