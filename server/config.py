@@ -100,7 +100,7 @@ SUPPORTED_FIELDS = {
     "name",
     "backend",
     "max_batch_size",
-    "input",  # and output: the model's own, as ModelConfig tells them (`server.rpc.triton.images.model_spec`)
+    "input",  # and output: the model's own, as ModelConfig tells them (`server.rpc.triton.image_model.model_spec`)
     "output",
     "instance_group",
     "parameters",

@@ -14,12 +14,11 @@ from server.requests import StepCost
 # nothing. A batch size that looked dear for once would not be chosen again, and so never be put right.
 RECENT = 9
 
-_Key = tuple[Component, int, int]  # component, height, width
-
-
-# Sizes of a component whose costs are kept, those measured last: over 15,000 are legal, every look at a worker's state
-# carries all of them, and one that is not there is scaled from its nearest.
+# Sizes of a component whose costs are kept, those measured last. Over 15,000 sizes are legal, and every heartbeat
+# carries the whole table; a size that was dropped is estimated from the nearest one.
 SIZES = 256
+
+_Key = tuple[Component, int, int]  # component, height, width
 
 
 class CostTable:
@@ -39,24 +38,25 @@ class CostTable:
         key = cost.component, cost.height, cost.width
         recent = self._recent.setdefault((key, cost.rows), deque(maxlen=RECENT))
         recent.append(cost.seconds)
-        by_rows = self._seconds.pop(key, None)
-        if by_rows is None:
-            self._make_room(cost.component)
-        self._seconds[key] = {**(by_rows or {}), cost.rows: median_low(recent)}
+        others = {k: by_rows for k, by_rows in self._seconds.items() if k != key}
+        if key not in self._seconds:
+            self._make_room(others, cost.component)
+        # As a whole: whoever reads the table meanwhile has it as it was.
+        self._seconds = {**others, key: {**self._seconds.get(key, {}), cost.rows: median_low(recent)}}
 
-    def _make_room(self, component: Component) -> None:
+    def _make_room(self, seconds: dict[_Key, dict[int, float]], component: Component) -> None:
         """For one size more."""
-        keys = [key for key in self._seconds if key[0] is component]
+        keys = [key for key in seconds if key[0] is component]
         if len(keys) == SIZES:
-            for rows in self._seconds.pop(keys[0]):
+            for rows in seconds.pop(keys[0]):
                 del self._recent[keys[0], rows]
 
     def costs(self) -> tuple[StepCost, ...]:
         """The table as it is served."""
         return tuple(
             StepCost(height, width, rows, seconds, component)
-            for (component, height, width), by_rows in list(self._seconds.items())
-            for rows, seconds in list(by_rows.items())
+            for (component, height, width), by_rows in self._seconds.items()
+            for rows, seconds in by_rows.items()
         )
 
     def measured(self, height: int, width: int) -> Mapping[int, float]:
@@ -68,8 +68,8 @@ class CostTable:
         return self._estimate(Component.DENOISER, height, width, rows)
 
     def image(self, height: int, width: int, *, steps: int, rows: int) -> float:
-        """Seconds of a whole image that has the device for itself."""
-        stages = self.encode() + self.decode(height, width)
+        """Seconds of a whole image of `rows` prompts that has the device for itself."""
+        stages = rows * self.encode() + self.decode(height, width)
         return stages + steps * self.step(height, width, rows)
 
     def encode(self) -> float:

@@ -164,7 +164,6 @@ def error_of_status(status: StatusCode, message: str) -> ZServeError:
         ModelNotFoundError,
         DeviceMemoryError,
         DeadlinePassedError,
-        UnavailableError,
         ConfigError,
         EngineError,
     ):

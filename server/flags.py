@@ -21,18 +21,21 @@ def boolean(text: str) -> bool:
     return text.lower() in ("true", "1")
 
 
-def port(text: str) -> int:
-    """A port; 0 for any."""
-    if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r}: a port from 0 to 65535 is accepted")
-    return int(text)
+def whole(low: int, high: float, what: str) -> Callable[[str], int]:
+    """A reader of whole numbers from `low` to `high`; `what` says so to who gives another."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r}: {what} is accepted")
+        return int(text)
+
+    return read
 
 
-def positive(text: str) -> int:
-    """A whole number above 0."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: a whole number above 0 is accepted")
-    return int(text)
+port = whole(0, 65535, "a port from 0 to 65535")  # 0 for any
+positive = whole(1, math.inf, "a whole number above 0")
+count = whole(0, MOST, f"a whole number from 0 to {MOST}")  # that gRPC takes
+byte_size = whole(0, math.inf, "a whole number of bytes")
 
 
 def seconds(text: str) -> float:
@@ -52,20 +55,6 @@ def positive_seconds(text: str) -> float:
     if not value:
         raise argparse.ArgumentTypeError(f"{text!r}: a number of seconds above 0 is accepted")
     return value
-
-
-def byte_size(text: str) -> int:
-    """A number of bytes, 0 or more."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r}: a whole number of bytes is accepted")
-    return int(text)
-
-
-def count(text: str) -> int:
-    """A whole number that gRPC takes."""
-    if not text.isdecimal() or int(text) > MOST:
-        raise argparse.ArgumentTypeError(f"{text!r}: a whole number from 0 to {MOST} is accepted")
-    return int(text)
 
 
 def device(text: str) -> str:

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from server.frontend.statistics import RequestRecord
 from server.requests import Completed, Event, Image, Progress, Started
 from server.settings import TraceMode, TraceSettings
+from server.statistics import RequestRecord
 from server.tensors import Parameter, Tensor
 
 log = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from protos.zserve.v1 import image_generation_pb2_grpc as pb_grpc
 from server.backends.base import Host, ModelFolder
 from server.engines.base import Shapes
 from server.errors import EngineLoadError
-from server.frontend.statistics import Statistics
 from server.requests import GenerationRequest, ImageFormat
+from server.statistics import Statistics
 from server.tensors import InferRequest, InferResponse
 from verify.painter import one_image
 
@@ -102,6 +102,7 @@ class FakeModel:
         self.statistics = Statistics()
         self.ready = False
         self.retired, self.unloaded = asyncio.Event(), asyncio.Event()
+        self.unloading = 0  # times that it was to be unloaded
         self._backend = backend
 
     async def load(self) -> None:
@@ -118,6 +119,9 @@ class FakeModel:
 
     async def unload(self) -> None:
         self.ready = False
+        self.unloading += 1
+        self._backend.changed()
+        await self._backend.unloads.wait()
         self.unloaded.set()
 
     def infer(self, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
@@ -133,6 +137,9 @@ class FakeBackend:
         self.go = asyncio.Event()
         self.go.set()
         self.stuck: set[str] = set()  # versions whose load does not end
+        self.unloads = asyncio.Event()  # what is to be unloaded goes when this is set
+        self.unloads.set()
+        self.changed: Callable[[], None] = lambda: None
 
     def __call__(self, folder: ModelFolder, host: Host) -> FakeModel:
         self.made.append(FakeModel(folder, self))
@@ -150,10 +157,12 @@ class FakeImages(pb_grpc.ImageGenerationServicer):
 
     def __init__(self, images: int, status: grpc.StatusCode | None) -> None:
         self._images, self._status = images, status
+        self.asked = asyncio.Event()
 
     async def Generate(  # noqa: N802 - the protocol's name
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateEvent]
     ) -> AsyncIterator[pb.GenerateEvent]:
+        self.asked.set()
         for index in range(self._images):
             pixel = pb.Image(index=index, seed=index, width=1, height=1, format=pb.IMAGE_FORMAT_RAW, data=bytes(3))
             yield pb.GenerateEvent(image=pixel)

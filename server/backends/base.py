@@ -2,15 +2,15 @@
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from server.config import ServeConfig
 from server.frontend.dispatcher import Dispatcher
-from server.frontend.statistics import Statistics
 from server.frontend.workers import COMMAND
 from server.queue_policy import QueuePolicy
+from server.statistics import Statistics
 from server.tensors import InferRequest, InferResponse, ModelSpec, TensorSpec
 
 Item = TypeVar("Item")
@@ -67,10 +67,6 @@ class ModelFolder:
         f = self.file
         return ModelSpec(f.name, self.version, f.backend, f.inputs, f.outputs, f.max_batch_size, f.decoupled)
 
-    def at(self, version: str) -> "ModelFolder":
-        """Another version of the same model."""
-        return replace(self, version=version)
-
 
 @dataclass(frozen=True)
 class Host:
@@ -90,7 +86,7 @@ class Model(Protocol):
     statistics: Statistics
 
     async def load(self) -> None:
-        """Returns once it serves.
+        """Returns once it serves. Whatever it raises, `unload` is called then.
 
         Raises:
             ZServeError: it cannot be served; the message is shown as the version's reason.

@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from server.errors import QueueFullError, QueueTimeoutError
-from server.frontend.statistics import Spent, Statistics
 from server.queue_policy import QueuePolicy, TimeoutAction
+from server.statistics import Spent, Statistics
 from server.tensors import InferRequest
 
 Execute = Callable[[list[InferRequest]], Awaitable[None]]

@@ -12,7 +12,7 @@ from dataclasses import replace
 from server.backends.base import Host, ModelFolder
 from server.backends.batcher import Batcher
 from server.errors import ConfigError, InvalidRequestError
-from server.frontend.statistics import Statistics
+from server.statistics import Statistics
 from server.tensors import InferRequest, InferResponse
 
 MAX_REPEAT = 100_000

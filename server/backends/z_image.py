@@ -11,11 +11,11 @@ from server.backends.base import Host, ModelFolder, taking
 from server.config import cpu_threads, read_model_config
 from server.errors import EngineLoadError, ModelNotReadyError
 from server.frontend.queue import ModelQueue
-from server.frontend.statistics import Statistics
 from server.frontend.workers import Worker, WorkerState
 from server.launch import WorkerConfig
 from server.requests import Completed, Image, Preview, Progress
-from server.rpc.triton import images
+from server.rpc.triton import image_model
+from server.statistics import Statistics
 from server.tensors import Delivery, InferRequest, InferResponse
 
 
@@ -23,7 +23,7 @@ class ZImageModel:
     """One version of an image model: its queue and its workers."""
 
     def __init__(self, folder: ModelFolder, host: Host) -> None:
-        self.spec = images.model_spec(folder)
+        self.spec = image_model.model_spec(folder)
         self._host = host
         self._config = read_model_config(folder.path)
         self._changed = asyncio.Event()
@@ -47,9 +47,7 @@ class ZImageModel:
             await self._changed.wait()
             self._changed.clear()
         if any(w.state is WorkerState.FAILED for w in self.queue.workers):
-            reason = self.queue.reason
-            await self.unload()
-            raise EngineLoadError(reason)
+            raise EngineLoadError(self.queue.reason)
         self.queue.loaded = True
 
     def retire(self) -> None:
@@ -73,20 +71,20 @@ class ZImageModel:
 
     async def infer(self, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
         """See `Model`."""
-        wanted = images.decode_request(request, self._config)
+        wanted = image_model.decode_request(request, self._config)
         finished: list[Image] = []
         async with taking(self._host.dispatcher.generate_on(self.queue, wanted.generation)) as events:
             async for event in events:
                 match event:
                     case Progress() | Preview() if wanted.progress:
-                        yield images.encode_progress(event)
+                        yield image_model.encode_progress(event)
                     case Image() if request.delivery is Delivery.MANY and wanted.one_by_one:
                         finished.append(event)
-                        yield images.encode_image(event, final=len(finished) == wanted.generation.num_images)
+                        yield image_model.encode_image(event, final=len(finished) == wanted.generation.num_images)
                     case Image():
                         finished.append(event)
                     case Completed() if not (request.delivery is Delivery.MANY and wanted.one_by_one):
-                        yield images.encode_images(finished, event)
+                        yield image_model.encode_images(finished, event)
 
     def _worker_changed(self, worker: Worker) -> None:
         self.queue.change()  # not through the dispatcher, which has forgotten a retired queue

@@ -21,7 +21,6 @@ from server.frontend.queue import ModelQueue
 from server.frontend.repository import Repository
 from server.frontend.telemetry import Telemetry
 from server.frontend.trace_file import append_trace
-from server.frontend.tracing import Tracer
 from server.frontend.triton_metrics import TritonCollector
 from server.frontend.workers import COMMAND
 from server.heap import keep_freed_memory, settle
@@ -36,6 +35,7 @@ from server.rpc.triton.servicer import ServerState, TritonServer
 from server.rpc.triton.shared_memory import SharedMemory
 from server.settings import TraceMode
 from server.signals import stopping_signals
+from server.tracing import Tracer
 
 log = logging.getLogger(__name__)
 
@@ -93,8 +93,8 @@ class Frontend:
             raise
         for number in stopping_signals():
             asyncio.get_running_loop().add_signal_handler(number, self.stop)
-        failed = asyncio.create_task(self._load(names))
-        tasks = [failed, asyncio.create_task(self._follow_readiness()), asyncio.create_task(self._poll(failed))]
+        loading = asyncio.create_task(self._load(names))
+        tasks = [loading, asyncio.create_task(self._follow_readiness()), asyncio.create_task(self._poll(loading))]
         try:
             await self._stop.wait()
         finally:
@@ -103,7 +103,7 @@ class Frontend:
             await asyncio.gather(*tasks, return_exceptions=True)
             await self._shut_down(server)
             stop_metrics()
-        return 1 if failed.done() and not failed.cancelled() and failed.result() else 0
+        return 1 if loading.done() and not loading.cancelled() and loading.result() else 0
 
     async def _serve_metrics(self) -> Callable[[], None]:
         if not self._config.allow_metrics:
@@ -210,9 +210,10 @@ class Frontend:
         models = self._repository.live
         log.info("shutting down: letting %d requests finish", sum(m.statistics.under_way for m in models))
         seconds = self._config.exit_timeout_secs
-        drained = await asyncio.gather(self._dispatcher.drain(seconds), *(_idle(m, seconds) for m in models))
-        if not all(drained):
+        self._dispatcher.refuse_new()
+        if not all(await asyncio.gather(*(_idle(m, seconds) for m in models))):
             log.warning("not all requests finished within %g s", seconds)
+            self._dispatcher.refuse_waiting()
         await self._repository.close()
         await server.stop(STOP_GRACE)
         await self._tracer.close()

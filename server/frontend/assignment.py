@@ -107,8 +107,8 @@ class Assignment:
         steps = request.num_inference_steps * request.num_images
         return image * request.num_images * (1 - sum(place.steps_done.values()) / steps)
 
-    def forecasts(self, waiting: Sequence[Place]) -> list[float]:
-        """Seconds until each of `waiting`, the first ones in the queue, starts."""
+    def forecasts(self, waiting: Sequence[Place]) -> list[float] | None:
+        """Seconds until each of `waiting`, the first ones in the queue, starts; None while no worker serves."""
         held = {w: [self._work(p) for p in self.held(w)] for w in self.ready()}
         return starting_times([self._work(place) for place in waiting], held)
 

@@ -1,6 +1,5 @@
 """What the frontend answers with: finds the model, answers from the cache, admits, and drains at the end."""
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -24,9 +23,6 @@ class Dispatcher:
         self._max_retries = max_retries
         self._cache = ResponseCache(cache_bytes)
         self._accepting = True
-        self._idle = asyncio.Event()
-        self._idle.set()
-        self._active = 0
 
     def add(self, queue: ModelQueue) -> None:
         """Serves another model, or another version of one."""
@@ -66,29 +62,20 @@ class Dispatcher:
             raise ShuttingDownError(
                 "the server is shutting down and takes no new requests; try another one", retry_after=5.0
             )
-        self._begin()
-        try:
-            with self._metrics.request(queue) as record:
-                async with aclosing(self._answer(queue, request)) as events:
-                    async for event in events:
-                        record.see(event)
-                        yield event
-        finally:
-            self._end()
+        with self._metrics.request(queue) as record:
+            async with aclosing(self._answer(queue, request)) as events:
+                async for event in events:
+                    record.see(event)
+                    yield event
 
-    async def drain(self, seconds: float) -> bool:
-        """Takes no more requests and waits for those there are; False when `seconds` were not enough.
-
-        Those that are left are then refused as soon as their worker is stopped, or at once if they have none.
-        """
+    def refuse_new(self) -> None:
+        """Takes no more requests; those under way go on."""
         self._accepting = False
-        try:
-            await asyncio.wait_for(self._idle.wait(), seconds)
-        except TimeoutError:
-            for queue in self.queues():
-                queue.close(ShuttingDownError("the server shut down before the request was done; send it to another"))
-            return False
-        return True
+
+    def refuse_waiting(self) -> None:
+        """Answers who waits for a worker, and whoever loses theirs from now on, with UNAVAILABLE."""
+        for queue in self.queues():
+            queue.close(ShuttingDownError("the server shut down before the request was done; send it to another"))
 
     async def _answer(self, queue: ModelQueue, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """From the response cache where the model has it switched on, else from a worker."""
@@ -131,15 +118,6 @@ class Dispatcher:
         serving = [queue for queue in queues if queue.ready] or queues
         # One with some of its workers may still fail to load, and is asked only where no other serves.
         return next((queue for queue in reversed(serving) if queue.loaded), serving[-1])
-
-    def _begin(self) -> None:
-        self._active += 1
-        self._idle.clear()
-
-    def _end(self) -> None:
-        self._active -= 1
-        if self._active == 0:
-            self._idle.set()
 
 
 def _cache_key(queue: ModelQueue, request: GenerationRequest) -> ResponseKey | None:

@@ -18,6 +18,9 @@ HELP_ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n"})
 ESCAPES = {**HELP_ESCAPES, ord('"'): r"\""}
 
 
+PATIENCE = 10.0  # seconds for a client to say what it wants, or to take it; until then it has a thread
+
+
 class _Server(ThreadingHTTPServer):
     """Answers each request on a thread of its own."""
 
@@ -37,6 +40,8 @@ def serve(registry: CollectorRegistry, address: str, port: int) -> tuple[int, Ca
     """Answers /metrics from a thread of its own; returns the port, and a function that stops it."""
 
     class Handler(BaseHTTPRequestHandler):
+        timeout = PATIENCE
+
         def do_GET(self) -> None:
             known = self.path.partition("?")[0] in ("/", "/metrics")
             body = render(registry).encode() if known else b"metrics are at /metrics\n"

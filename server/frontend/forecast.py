@@ -17,11 +17,13 @@ class Work:
     seconds: float
 
 
-def starting_times(waiting: Sequence[Work], held: Mapping[W, Sequence[Work]]) -> list[float]:
-    """Seconds until each of `waiting`, the next one first, starts; 0 without workers.
+def starting_times(waiting: Sequence[Work], held: Mapping[W, Sequence[Work]]) -> list[float] | None:
+    """Seconds until each of `waiting`, the next one first, starts; None without workers.
 
     Each takes the worker that is free for it first: of what a worker has, only what is as urgent goes ahead.
     """
+    if not held:
+        return None
     free = dict.fromkeys(held, 0.0)
     ahead = sorted(((work, worker) for worker, works in held.items() for work in works), key=lambda entry: entry[0])
     starts = []
@@ -29,8 +31,7 @@ def starting_times(waiting: Sequence[Work], held: Mapping[W, Sequence[Work]]) ->
         while ahead and ahead[0][0].rank <= own.rank:
             work, worker = ahead.pop(0)
             free[worker] += work.seconds
-        first = min(free, key=lambda worker: free[worker], default=None)
-        starts.append(0.0 if first is None else free[first])
-        if first is not None:
-            free[first] += own.seconds
+        first = min(free, key=lambda worker: free[worker])
+        starts.append(free[first])
+        free[first] += own.seconds
     return starts

@@ -5,7 +5,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -13,12 +12,10 @@ from prometheus_client.registry import Collector
 
 from server.errors import ZServeError
 from server.frontend import exposition
-from server.frontend.statistics import OBSERVER, Spent
-from server.frontend.statistics import RequestRecord as Counted
+from server.frontend.queue import ModelQueue
+from server.frontend.workers import WorkerState
 from server.requests import Completed, Event, Image, Preview, Progress, Queued, Started, Timings
-
-if TYPE_CHECKING:
-    from server.frontend.queue import ModelQueue
+from server.statistics import OBSERVER, RequestRecord, Spent
 
 log = logging.getLogger(__name__)
 
@@ -87,11 +84,11 @@ class Metrics:
         log.info("metrics on %s:%d", address, bound)
         return stop
 
-    def watch(self, queues: Callable[[], Iterable["ModelQueue"]], readiness: Callable[[], Mapping[str, bool]]) -> None:
+    def watch(self, queues: Callable[[], Iterable[ModelQueue]], readiness: Callable[[], Mapping[str, bool]]) -> None:
         """Also reports the queues, their workers and which models are ready, as it is at the moment of each scrape."""
         self.registry.register(_StateCollector(queues, readiness))
 
-    def expect(self, queue: "ModelQueue") -> None:
+    def expect(self, queue: ModelQueue) -> None:
         """Shows the counters of a model at 0: of one that comes with its first event Prometheus sees no increase."""
         model = queue.config.name
         for counter in (self.images, self.previews, self.retries, self.poisoned):
@@ -104,9 +101,9 @@ class Metrics:
                 self.response_cache.labels(model, result)
 
     @contextmanager
-    def request(self, queue: "ModelQueue") -> Iterator["RequestRecord"]:
+    def request(self, queue: ModelQueue) -> Iterator["GenerationRecord"]:
         """Follows one request and counts how it ended."""
-        record = RequestRecord(self, queue)
+        record = GenerationRecord(self, queue)
         try:
             with queue.statistics.request() as counted:
                 record.counted = counted
@@ -123,12 +120,12 @@ class Metrics:
         record.end("ok")
 
 
-class RequestRecord:
+class GenerationRecord:
     """One request's way through the metrics."""
 
-    def __init__(self, metrics: Metrics, queue: "ModelQueue") -> None:
+    def __init__(self, metrics: Metrics, queue: ModelQueue) -> None:
         self.completed = False
-        self.counted = Counted()
+        self.counted = RequestRecord()
         self._metrics, self._model, self._statistics = metrics, queue.config.name, queue.statistics
         self._began = time.monotonic()
         self._waiting = False
@@ -197,9 +194,7 @@ def _spent(timings: Timings) -> Spent:
 class _StateCollector(Collector):
     """Reads the state at the moment of the scrape, so nothing has to be kept in step with it."""
 
-    def __init__(
-        self, queues: Callable[[], Iterable["ModelQueue"]], readiness: Callable[[], Mapping[str, bool]]
-    ) -> None:
+    def __init__(self, queues: Callable[[], Iterable[ModelQueue]], readiness: Callable[[], Mapping[str, bool]]) -> None:
         self._queues, self._readiness = queues, readiness
 
     def collect(self) -> Iterator[Metric]:
@@ -239,7 +234,7 @@ class _StateCollector(Collector):
             running.add_metric(version, queue.running)
             for worker in queue.workers:
                 labels = [*version, worker.config.instance]
-                ready.add_metric(labels, float(worker.state.value == "ready"))
+                ready.add_metric(labels, float(worker.state is WorkerState.READY))
                 restarts.add_metric(labels, worker.restarts)
                 if worker.info is not None:
                     for use in worker.info.engines:
@@ -248,7 +243,7 @@ class _StateCollector(Collector):
                         memory.add_metric([*labels, stage], size)
         yield from (waiting, running, ready, restarts, engines, memory)
 
-    def _shown(self) -> Iterable["ModelQueue"]:
+    def _shown(self) -> Iterable[ModelQueue]:
         """One of each version; while it is loaded anew, with another config, that is the old one."""
         shown: dict[tuple[str, str], ModelQueue] = {}
         for queue in list(self._queues()):

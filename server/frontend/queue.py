@@ -12,10 +12,10 @@ from dataclasses import replace
 from server.config import ModelConfig
 from server.errors import DeadlinePassedError, ModelNotReadyError, QueueFullError, QueueTimeoutError, ZServeError
 from server.frontend.assignment import Assignment, Place
-from server.frontend.statistics import Statistics
 from server.frontend.workers import Worker, WorkerState
 from server.queue_policy import TimeoutAction
 from server.requests import GenerationRequest, Queued
+from server.statistics import Statistics
 from server.turns import Claim, Rank, Turns
 
 BATCHING_GAIN = 0.7  # batches may make a queue shorter than forecast, but not by more than this
@@ -75,7 +75,8 @@ class ModelQueue:
     @property
     def retry_after(self) -> float:
         """Seconds after which another place should be free: when the first in the queue starts."""
-        return max([1.0, *self._assignment.forecasts(self._turns.ordered(self._clock())[:1])])
+        starts = self._assignment.forecasts(self._turns.ordered(self._clock())[:1])
+        return max(1.0, *starts) if starts else 1.0
 
     def held(self, worker: Worker) -> Sequence[Place]:
         """What `worker` has."""
@@ -202,9 +203,10 @@ class ModelQueue:
         """Gives those of `places` that wait their position and when they should start, where it has changed."""
         ordered = self._turns.ordered(self._clock())
         starts = self._assignment.forecasts(ordered)
-        for position, (place, start) in enumerate(zip(ordered, starts, strict=True), self._assignment.unstarted):
+        for ahead, place in enumerate(ordered):
+            position = ahead + self._assignment.unstarted
             if place in places and (place.standing is None or place.standing.position != position):
-                place.standing = Queued(position, 1e3 * start)
+                place.standing = Queued(position, None if starts is None else 1e3 * starts[ahead])
                 place.moved.set()
 
     def _check_ready(self) -> None:
@@ -229,7 +231,8 @@ class ModelQueue:
             return
         now, own = self._clock(), self._assignment.seconds(place)
         ordered = self._turns.ordered(now)
-        wait = self._assignment.forecasts(ordered[: ordered.index(place) + 1])[-1]
+        starts = self._assignment.forecasts(ordered[: ordered.index(place) + 1])
+        wait = 0.0 if starts is None else starts[-1]
         if now + BATCHING_GAIN * wait + own >= place.claim.deadline:
             left = max(0.0, place.claim.deadline - now)
             raise DeadlinePassedError(

@@ -81,7 +81,7 @@ class Repository:
 
     def loaded(self, name: str = "") -> list[Model]:
         """The models that serve, by name and version; all of them, or those called `name`. Safe from any thread."""
-        found = [v.model for v in self._each(name) if v.model is not None and v.state is ModelState.READY]
+        found = [model for v in self._each(name) if (model := v.accepting) is not None]
         return sorted(found, key=lambda m: (m.spec.name, int(m.spec.version)))
 
     @property
@@ -94,11 +94,6 @@ class Repository:
         names = {p.name for p in self._folders()} | {n for n, e in self._entries.items() if e.versions or e.error}
         lines = [line for name in names for line in self._entries.get(name, Entry()).index(name)]
         return sorted(lines, key=lambda e: (e.name, int(e.version or 0)))
-
-    @property
-    def ready(self) -> bool:
-        """Whether all that is to be served is."""
-        return all(self.readiness().values())
 
     def readiness(self) -> dict[str, bool]:
         """Of each model that is to be served, whether all of it is; safe from any thread."""
@@ -251,21 +246,31 @@ class Repository:
             await model.load()
             model.statistics.load_seconds = time.monotonic() - began
         except asyncio.CancelledError:  # it is unloaded, or the server shuts down
-            await _unload(model)
-            self._rest(version)
+            await self._abandon(version)
             raise
         except ZServeError as error:
-            self._rest(version, str(error))
+            await self._abandon(version, str(error))
             return
         except Exception as error:
             log.exception("backend %s failed to load %s", folder.file.backend, folder.file.name)
-            if version.model is not None:
-                await _unload(version.model)
-            self._rest(version, f"{type(error).__name__}: {error}")
+            await self._abandon(version, f"{type(error).__name__}: {error}")
             return
         version.state = ModelState.READY
         self._host.changed()  # now: what it replaces may take long to go
         log.info("model %s version %s is ready", folder.file.name, folder.version)
+
+    async def _abandon(self, version: Version, reason: str = UNLOADED) -> None:
+        """Frees what a load that has failed, or is cancelled, has begun: to its end, if it is cancelled meanwhile."""
+        model = version.model
+        try:
+            if model is not None:
+                await _unload(model)
+        except asyncio.CancelledError:
+            if model is not None:
+                await _unload(model)
+            raise
+        finally:
+            self._rest(version, reason)
 
     def _begin_unload(self, entry: Entry) -> "asyncio.Future[None]":
         entry.unloads += 1

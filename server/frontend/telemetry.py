@@ -7,8 +7,8 @@ import time
 from typing import Any
 
 from server.errors import ConfigError
-from server.frontend.tracing import Stage, Trace
 from server.settings import TelemetryConfig
+from server.tracing import Stage, Trace
 
 INSTALL = "pip install 'zserve[tracing]'"
 

@@ -5,10 +5,10 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from server.frontend.statistics import RequestRecord
-from server.frontend.tracing import Trace
 from server.settings import TraceLevel
+from server.statistics import RequestRecord
 from server.tensors import Tensor
+from server.tracing import Trace
 
 
 def append_trace(trace: Trace) -> None:

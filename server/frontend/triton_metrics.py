@@ -7,8 +7,8 @@ from prometheus_client.registry import Collector
 
 from server.backends.base import Model
 from server.frontend.gauges import Labels, make_family
-from server.frontend.statistics import FIRST_RESPONSE_MS, STAGES, Statistics, Summary
 from server.settings import Latencies, MetricsConfig
+from server.statistics import FIRST_RESPONSE_MS, STAGES, Statistics, Summary
 
 COUNTS: dict[str, tuple[str, Callable[[Statistics], float]]] = {
     "nv_inference_request_success": ("Number of successful inference requests", lambda s: s.success.count),

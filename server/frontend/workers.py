@@ -162,12 +162,12 @@ class Worker:
 
     async def stop(self) -> None:
         """Ends the process, and the supervision of it."""
+        self._set(WorkerState.STOPPED, "the server is shutting down")  # first: calls that break off now are no loss
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.gather(self._supervisor, return_exceptions=True)
         if self._current is not None:
             await self._current.stop()
-        self._set(WorkerState.STOPPED, "the server is shutting down")
 
     def _lose(self, process: _Process) -> None:
         """A call to `process` has broken off: it gets no more, even where its end is yet to be noticed.

@@ -12,7 +12,7 @@ import grpc
 import grpc.aio
 
 from server.errors import AccessDeniedError, TooManyCallsError, UnavailableError, ZServeError
-from server.rpc.interceptors import Context, Handler, wrapped
+from server.rpc.interceptors import Context, Handler, abort, wrapped
 from server.settings import BEARER_HEADER, GrpcConfig, Protocol
 
 _METHODS = {
@@ -92,6 +92,6 @@ def _refuse(error: ZServeError) -> Handler:
     """Answers a call of any kind; a stream is not waited for."""
 
     async def refuse(requests: Any, context: Context) -> None:
-        await context.abort(error.status, str(error))
+        await abort(error, context)
 
     return grpc.stream_stream_rpc_method_handler(refuse)

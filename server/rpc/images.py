@@ -1,6 +1,6 @@
 """`zserve.v1.ImageGeneration`, both sides: the servicer over any `ImageService`, and the client a frontend uses."""
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -45,7 +45,7 @@ class ImageGenerationServicer(pb_grpc.ImageGenerationServicer):
     def __init__(self, service: ImageService) -> None:
         self._service = service
 
-    async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateEvent]:
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncGenerator[pb.GenerateEvent, None]:
         decoded = self._decode(request, context)
         async with aclosing(self._service.generate(decoded)) as events:
             async for event in events:

@@ -7,7 +7,7 @@ import inspect
 import logging
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from typing import Any, TypeAlias
 
 import grpc
@@ -89,8 +89,8 @@ def wrapped(handler: Handler, around: Callable[[Any, Context], AbstractAsyncCont
 
     @functools.wraps(behaviour)
     async def many(request: Any, context: Context) -> AsyncIterator[Any]:
-        async with around(request, context):
-            async for response in behaviour(request, context):
+        async with around(request, context), aclosing(behaviour(request, context)) as responses:
+            async for response in responses:
                 yield response
 
     read = handler.request_deserializer if handler.request_streaming else _forgiving(handler.request_deserializer)

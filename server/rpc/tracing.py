@@ -1,14 +1,14 @@
 """The image service with its requests traced; workers have the plain one."""
 
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager, nullcontext
 from typing import Any
 
 from protos.zserve.v1 import image_generation_pb2 as pb
-from server.frontend.statistics import OBSERVER
-from server.frontend.tracing import Call, Trace, Tracer, trace_context
 from server.rpc.images import SERVICE_NAME, Context, ImageGenerationServicer
 from server.service import ImageService
+from server.statistics import OBSERVER
+from server.tracing import Call, Trace, Tracer, trace_context
 
 
 def end_with_call(tracer: Tracer, trace: Trace, context: Any) -> None:
@@ -23,14 +23,12 @@ class TracedImageGenerationServicer(ImageGenerationServicer):
         super().__init__(service)
         self._tracer = tracer
 
-    async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateEvent]:
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncGenerator[pb.GenerateEvent, None]:
         with self._following("Generate", request, context) as trace:
-            async for event in super().Generate(request, context):
-                if trace is None or not event.HasField("image"):
-                    yield event
-                    continue
-                with trace.sending():
-                    yield event
+            async with aclosing(super().Generate(request, context)) as events:
+                async for event in events:
+                    with trace.sending() if trace and event.HasField("image") else nullcontext():
+                        yield event
 
     async def GenerateImage(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateImageResponse:
         with self._following("GenerateImage", request, context):

@@ -43,7 +43,8 @@ class ImageSequence(PlannedSequence):
     captions: tuple[Tensor, ...] = ()  # fp32 [1, T, dim], one a prompt
     schedule: Tensor | None = None  # fp32 [3, steps]: every step's time, its change of sigma, and the guidance
     velocity: Tensor | None = None  # of the last step that was begun, for previews
-    prompt_cached: bool = False
+    prompt_cached: bool = False  # the prompt's own encoding was there
+    encoded: int = 0  # prompts that were given to the encoder, the negative one too
     restarted: bool = False  # its result was not finite once
     starved: bool = False  # there was no memory for it alone once
     engines: dict[Component, EngineUse] = field(default_factory=dict)
@@ -114,14 +115,14 @@ class Executor:
         """Fills in the captions, from the cache where it has them, and the starting noise."""
         started = time.perf_counter()
         sequence.prompt_cached = sequence.prompts[0] in self._cache
-        cached = all(ids in self._cache for ids in sequence.prompts)
+        sequence.encoded = len({ids for ids in sequence.prompts if ids not in self._cache})
         pending = [self._caption(ids) for ids in sequence.prompts]
         self.reset(sequence)  # the host draws the noise while the device encodes
 
         def finish(captions: list[Output]) -> None:
             sequence.captions = tuple(caption for caption, _ in captions)
             sequence.engines[Component.PROMPT_ENCODER] = captions[-1][1]
-            if not cached:
+            if sequence.encoded:
                 _charge(sequence, Component.PROMPT_ENCODER, time.perf_counter() - started)
 
         return together(pending, finish)

@@ -314,11 +314,11 @@ class WorkerLoop(threading.Thread):
             flight.alone = False
 
     def _observe(self, flight: Flight) -> None:
-        """Takes in what it has cost; a prompt that was known already has cost nothing."""
-        if flight.plan.stage is Stage.ENCODE and flight.sequence.prompt_cached:
-            return
-        observe = self._planner.observe if flight.alone else self._planner.observe_beside
-        observe(flight.plan, self._clock() - flight.began)
+        """Takes in what it has cost, of encoding by prompt; prompts that were known already have cost nothing."""
+        parts = flight.sequence.encoded if flight.plan.stage is Stage.ENCODE else 1
+        if parts:
+            observe = self._planner.observe if flight.alone else self._planner.observe_beside
+            observe(flight.plan, (self._clock() - flight.began) / parts)
 
     def _land(self, flight: Flight) -> None:
         result = flight.pending.result()

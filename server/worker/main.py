@@ -34,9 +34,9 @@ from server.worker.batching import BatchPolicy
 from server.worker.executor import Executor
 from server.worker.loop import WorkerLoop
 from server.worker.planner import Planner
+from server.worker.process import serve
 from server.worker.prompts import PromptTokenizer
 from server.worker.service import WorkerService
-from server.worker.serving import serve
 from server.worker.warmup import WarmUp
 
 log = logging.getLogger(__name__)
@@ -193,4 +193,7 @@ def _device_name(device: str, asked: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    # Without Python's own way out: a device thread that comes back from a step during that aborts the process.
+    os._exit(status)

@@ -17,7 +17,7 @@ from server.costs import CostTable
 from server.requests import StepCost
 from server.turns import Claim, TurnPolicy, Turns
 from server.worker.batching import Batching, BatchPolicy, StepShape
-from server.worker.load import Load
+from server.worker.busyness import Load
 
 
 class Stage(Enum):
@@ -77,7 +77,7 @@ class Forecast:
 
 @dataclass(frozen=True)
 class _Cost:
-    """A sequence's part of the device's time, in seconds: its prompt, a step, its image."""
+    """A sequence's part of the device's time, in seconds: its prompts, a step, its image."""
 
     encode: float
     step: float
@@ -206,7 +206,7 @@ class Planner:
                 return self._costs.decode(shape.height, shape.width)
 
     def observe(self, plan: Plan, seconds: float) -> None:
-        """Takes in what `plan` has cost that had the device for itself."""
+        """Takes in what `plan` has cost that had the device for itself; of encoding, what one prompt has."""
         self._observe(self._costs, plan, seconds)
 
     def observe_beside(self, plan: Plan, seconds: float) -> None:
@@ -218,7 +218,7 @@ class Planner:
         shape, count = plan.sequences[0].shape, len(plan.sequences)
         match plan.stage:
             case Stage.ENCODE:
-                costs.observe(StepCost(0, 0, 1, seconds / shape.rows, Component.PROMPT_ENCODER))
+                costs.observe(StepCost(0, 0, 1, seconds, Component.PROMPT_ENCODER))
             case Stage.DENOISE if shape.one_forward:
                 costs.observe(StepCost(shape.height, shape.width, count * shape.rows, seconds))
             case Stage.DECODE:
@@ -285,4 +285,4 @@ class Planner:
     def _cost(self, shape: StepShape, count: int) -> "_Cost":
         """Where `count` share a step."""
         step = self._batching.seconds(shape, count) / count
-        return _Cost(self._costs.encode(), step, self._costs.decode(shape.height, shape.width))
+        return _Cost(shape.rows * self._costs.encode(), step, self._costs.decode(shape.height, shape.width))

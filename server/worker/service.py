@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 
 @dataclass
-class _Progress:
+class _RequestState:
     """What is known of a request while it runs."""
 
     arrived: float
@@ -85,7 +85,7 @@ class WorkerService:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """See `ImageService`."""
-        state = _Progress(arrived=time.monotonic())
+        state = _RequestState(arrived=time.monotonic())
         prompts = await self._tokenize(request)
         # Not the request's id: two clients may use the same one at the same time.
         key = next(self._keys)
@@ -124,7 +124,7 @@ class WorkerService:
         while True:
             yield await events.get()
 
-    async def _answer(self, event: LoopEvent, request: GenerationRequest, state: _Progress) -> AsyncIterator[Event]:
+    async def _answer(self, event: LoopEvent, request: GenerationRequest, state: _RequestState) -> AsyncIterator[Event]:
         match event:
             case SequenceStarted(at):
                 # The loop's own time: it is on to the first stage before this event loop hears of it.
@@ -139,7 +139,7 @@ class WorkerService:
             case FinishedImage():
                 yield await self._image(event, request, state)
 
-    async def _image(self, event: FinishedImage, request: GenerationRequest, state: _Progress) -> Image:
+    async def _image(self, event: FinishedImage, request: GenerationRequest, state: _RequestState) -> Image:
         began = time.monotonic()
         data = await self._encoded(event.pixels, request)
         seconds = time.monotonic() - began
@@ -165,7 +165,7 @@ class WorkerService:
         ]
         return joined(await asyncio.gather(*files), pixels)
 
-    def _completed(self, request: GenerationRequest, state: _Progress) -> Completed:
+    def _completed(self, request: GenerationRequest, state: _RequestState) -> Completed:
         seconds = {c: sum(s.seconds.get(c, 0.0) for s in state.finished) for c in Component}
         first, last = min(state.finished, key=lambda s: s.image_index), state.finished[-1]
         return Completed(

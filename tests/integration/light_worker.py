@@ -26,7 +26,7 @@ from server.requests import (
     Timings,
 )
 from server.service import ModelStatus
-from server.worker.serving import serve
+from server.worker.process import serve
 
 LIGHT = (sys.executable, "-m", "tests.integration.light_worker")
 ENGINES = tuple(EngineUse(component, Backend.EAGER) for component in Component)

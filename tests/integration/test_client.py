@@ -85,9 +85,10 @@ async def test_closing_a_client_ends_its_calls_as_cancelled() -> None:
 
 
 async def test_a_task_that_is_cancelled_stays_so() -> None:
-    async with FakeImages(1, None).serving() as url, AsyncZImageClient(url) as client:
+    images = FakeImages(1, None)
+    async with images.serving() as url, AsyncZImageClient(url) as client:
         drawing = asyncio.create_task(client.draw("a cat"))
-        await asyncio.sleep(0.1)
+        await images.asked.wait()
         drawing.cancel()
         with pytest.raises(asyncio.CancelledError):
             await drawing

@@ -31,8 +31,9 @@ from server.launch import WorkerConfig
 from server.requests import GenerationRequest, Started
 from server.rpc.images import ImageGenerationClient
 from server.settings import TraceLevel, TraceSettings
+from tests.conftest import MODEL
 from tests.fakes import a_request
-from tests.integration.frontend import Running, draw, light_repository, serving
+from tests.integration.frontend import Running, Seen, draw, light_repository, make_repository, serving
 from tests.integration.light_worker import LIGHT
 from tests.integration.process import PATIENCE, is_gone, wait_for
 
@@ -138,6 +139,21 @@ async def test_a_slow_reader_whose_worker_was_replaced_does_not_end_the_next(ser
     (tmp_path / "gate").touch()
     assert [e.attempt async for e in slow if isinstance(e, Started)] == [2]
     assert (worker.pid, worker.state, worker.restarts) == (pid, WorkerState.READY, 1)
+
+
+async def test_a_worker_that_is_stopped_amid_a_step_ends_as_it_should(repository: Path, tmp_path: Path) -> None:
+    """Neither killed for the call that it breaks off, nor aborted by the step that is still under way."""
+    config = 'parameters { key: "default_size" value { string_value: "64x64" } }'
+    models = make_repository(repository / MODEL, tmp_path / "models", config)
+    async with serving(models, exit_timeout_secs=0.0) as server:
+        seen = Seen()
+        endless = ImageRequest("a red circle", width=512, height=512, num_inference_steps=50)
+        drawing = asyncio.create_task(draw(server.client, endless, seen))
+        await server.until(lambda: seen.of("progress"))
+        process = server.workers[0]._current
+        assert process is not None
+    assert process.process.returncode == 0
+    assert "UNAVAILABLE" in str((await asyncio.gather(drawing, return_exceptions=True))[0])
 
 
 async def test_tritons_requests_wait_too_while_the_only_worker_is_replaced(server: Running) -> None:

@@ -64,15 +64,20 @@ def test_the_server_sees_only_the_exports_shared_parts() -> None:
 
 def test_only_rpc_sees_wire_types() -> None:
     """Processes add servicers to their servers, and config.pbtxt is a protobuf text: nothing else."""
-    exceptions = {"server/config.py", "server/frontend/app.py", "server/worker/serving.py"}
+    exceptions = {"server/config.py", "server/frontend/app.py", "server/worker/process.py"}
     for path in modules("server"):
         where = str(path.relative_to(ROOT))
         if not where.startswith("server/rpc/") and where not in exceptions:
             assert not [n for n in imports(path) if n.partition(".")[0] in WIRE], where
 
 
+def test_the_protocols_see_the_repository_and_nothing_else_of_the_frontend() -> None:
+    seen = {name for path in modules("server/rpc") for name in imports(path) if name.startswith("server.frontend")}
+    assert seen == {"server.frontend.repository", "server.frontend.versions"}
+
+
 @pytest.mark.parametrize(
-    "name", ["turns", "costs", "frontend/forecast", "worker/batching", "worker/load", "worker/planner"]
+    "name", ["turns", "costs", "frontend/forecast", "worker/batching", "worker/busyness", "worker/planner"]
 )
 def test_policy_has_no_torch_and_no_clock(name: str) -> None:
     assert not {"torch", "time", "threading", "asyncio"} & set(imports(ROOT / "server" / f"{name}.py"))

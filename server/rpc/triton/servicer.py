@@ -19,8 +19,6 @@ from server.errors import (
     UnsupportedError,
 )
 from server.frontend.repository import Repository
-from server.frontend.statistics import OBSERVER
-from server.frontend.tracing import Call, Trace, Tracer, trace_context
 from server.frontend.versions import ModelState
 from server.rpc.tracing import end_with_call
 from server.rpc.triton import settings
@@ -31,7 +29,9 @@ from server.rpc.triton.statistics import encode_statistics
 from server.rpc.triton.stream import InferStream
 from server.rpc.triton.system_memory import SystemRegion
 from server.rpc.triton.tensors import InferCall, decode_call
+from server.statistics import OBSERVER
 from server.tensors import Delivery, InferRequest, InferResponse, ModelSpec, TensorSpec
+from server.tracing import Call, Trace, Tracer, trace_context
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 EXTENSIONS = (

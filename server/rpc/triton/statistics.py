@@ -3,7 +3,7 @@
 from tritonclient.grpc import service_pb2 as pb
 
 from server.backends.base import Model
-from server.frontend.statistics import BatchStatistics, Duration
+from server.statistics import BatchStatistics, Duration
 
 
 def encode_statistics(model: Model) -> pb.ModelStatistics:

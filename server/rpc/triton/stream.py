@@ -16,11 +16,11 @@ from tritonclient.grpc import service_pb2 as pb
 
 from server.backends.base import Model, taking
 from server.errors import EngineRunError
-from server.frontend.tracing import Trace
 from server.rpc.interceptors import reported, unreadable
 from server.rpc.triton.errors import translate
 from server.rpc.triton.tensors import FINAL, InferCall
 from server.tensors import InferResponse
+from server.tracing import Trace
 
 MAX_OPEN = 1024  # requests of one stream under way; more are not read from the wire until some end
 MAX_UNSENT = 64  # responses that wait for the client to take them

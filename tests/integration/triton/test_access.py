@@ -91,10 +91,11 @@ def test_a_restricted_stream_and_the_image_service_beside_it(identity_server: St
 
 def test_a_bearer_token(identity_server: Start, tmp_path: Path) -> None:
     (tmp_path / "token").write_text("abc\n")
-    server = identity_server("--grpc-bearer-token", str(tmp_path / "token"))
+    server = identity_server("--grpc-bearer-token", str(tmp_path / "token"), "--log-verbose=1")
     with triton.InferenceServerClient(server.url) as client:
         assert client.is_server_ready()  # probes have no token
         assert status_of(lambda: client.infer("identity", [some_bytes()]))[0] == "UNAUTHENTICATED"
+        wait_for(lambda: "UNAUTHENTICATED: this call needs the header" in server.log)
         token = {"authorization": "Bearer abc"}
         assert client.infer("identity", [some_bytes()], headers=token).as_numpy("OUTPUT0").size == 5
 

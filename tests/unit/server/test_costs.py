@@ -70,21 +70,26 @@ def test_the_sizes_measured_last_are_kept() -> None:
 
 def test_the_table_can_be_asked_for_while_it_is_written() -> None:
     """By the worker's event loop; a state that cannot be told would end the worker."""
-    table, ended, before = CostTable(), threading.Event(), sys.getswitchinterval()
+    table, ended, before = CostTable([StepCost(16, 16, 1, 0.5)]), threading.Event(), sys.getswitchinterval()
 
     def measure() -> None:
         for number in range(20_000):
             table.observe(StepCost(64, 64 + number, number % 8, 0.1))
+            table.observe(StepCost(16, 16, 1, 0.5))
         ended.set()
 
     sys.setswitchinterval(1e-6)
     try:
         thread = threading.Thread(target=measure)
         thread.start()
-        most = 0
+        looks, most = 0, 0
         while not ended.is_set():
-            most = max(most, len(table.costs()))
+            told = table.costs()
+            looks, most = looks + 1, max(most, len(told))
+            assert StepCost(16, 16, 1, 0.5) in told, "what is measured again is there all the while"
+            table.step(64, 64)
     finally:
         sys.setswitchinterval(before)
         thread.join()
-    assert 0 < most <= SIZES * 8
+    assert looks > 10
+    assert 1 < most <= SIZES * 8

@@ -189,6 +189,17 @@ def test_the_same_prompt_is_encoded_once(pipeline: ZImagePipeline, tokenizer: Pr
     assert np.array_equal(a, b)
 
 
+def test_it_is_known_how_many_prompts_were_encoded(pipeline: ZImagePipeline, tokenizer: PromptTokenizer) -> None:
+    executor = Executor(components(pipeline), manifest(), "cpu", prompt_cache_size=8)
+    guided = dataclasses.replace(a_request(), guidance_scale=2.0, negative_prompt="grey")
+    asked = (guided, dataclasses.replace(guided, prompt="another"), guided, dataclasses.replace(guided, prompt="grey"))
+    made = [sequences(tokenizer, request)[0] for request in asked]
+    for sequence in made:
+        executor.encode(sequence).result()
+    assert [s.encoded for s in made] == [2, 1, 0, 0]
+    assert [Component.PROMPT_ENCODER in s.seconds for s in made] == [True, True, False, False]
+
+
 def with_engine(pipeline: ZImagePipeline, component: Component, answer: Tensor) -> Executor:
     """An executor whose engine of `component` answers `answer`, with eager behind it."""
     parts, module = components(pipeline), build_components(pipeline)[component]

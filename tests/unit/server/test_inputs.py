@@ -15,7 +15,7 @@ from server.rpc.triton.inputs import PIECE, decode_inputs
 from server.rpc.triton.regions import REGION, REGION_SIZE, Place
 from server.rpc.triton.shared_memory import SharedMemory
 from server.rpc.triton.system_memory import FOLDER, SystemRegion
-from server.tensors import DataType, ModelSpec, TensorSpec, join_strings
+from server.tensors import DataType, ModelSpec, TensorSpec, join_strings, split_strings
 
 KEY = f"zserve_unit_{os.getpid()}"
 MANY = 10 * PIECE
@@ -177,3 +177,10 @@ async def test_texts_are_counted_across_pieces(given: int, announced: int) -> No
         return
     with pytest.raises(InvalidRequestError, match="more" if announced < 0 else f"got {given}$"):
         await decoding
+
+
+def test_strings_there_and_back() -> None:
+    elements = [b"", b"a\0b", "日本".encode()]
+    assert list(split_strings(join_strings(elements))) == elements
+    with pytest.raises(ValueError, match="incomplete"):
+        list(split_strings(b"\xff\xff\xff\xff"))

@@ -9,7 +9,7 @@ from server.costs import CostTable
 from server.requests import StepCost
 from server.turns import Claim
 from server.worker.batching import Batching, BatchPolicy, StepShape
-from server.worker.load import MEMORY, MOST, Load
+from server.worker.busyness import MEMORY, MOST, Load
 from server.worker.planner import Plan, PlannedSequence, Planner, Stage
 
 SHAPE = StepShape(512, 512, (64,))

@@ -5,7 +5,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -45,6 +45,7 @@ class ScriptedExecutor(Executor):
 
     def __init__(self) -> None:
         self.faults: dict[str, Exception] = {}
+        self.encoded = 1  # prompts at each request
         self.quarantines = 0
         self.freed = 0
         self.largest = 100  # batch that there is memory for
@@ -59,6 +60,7 @@ class ScriptedExecutor(Executor):
         self.marks: dict[tuple[str, str], list[FakeMark]] = {}  # of stages, by prompt, that run beside the steps
 
     def encode(self, sequence: ImageSequence) -> Pending[None]:
+        sequence.encoded = self.encoded
         return Pending(lambda: None, *self.marks.get(("encode", sequence.request.prompt), ()))
 
     def denoise(self, sequences: list[ImageSequence]) -> Pending[float]:  # type: ignore[override]
@@ -105,6 +107,13 @@ class ScriptedExecutor(Executor):
     def free_memory(self) -> None:
         self.freed += 1
 
+    def let_go(self) -> None:
+        """Nothing is waited for any more."""
+        self.asynchronous = False
+        self.gate.set()
+        for mark in (*self.steps, *(mark for marks in self.marks.values() for mark in marks)):
+            mark.passed.set()
+
     def usable(self) -> bool:
         return not self.lost
 
@@ -126,8 +135,14 @@ class Harness:
 
 
 @pytest.fixture
-def harness() -> Harness:
-    return Harness()
+def harness() -> Iterator[Harness]:
+    made = Harness()
+    yield made
+    made.executor.let_go()
+    made.loop.stop()
+    if made.loop.is_alive():
+        made.loop.join(PATIENCE)
+    assert not made.loop.is_alive()
 
 
 def until_the_end(events: "queue.SimpleQueue[LoopEvent]", images: int = 1) -> list[LoopEvent]:
@@ -405,6 +420,20 @@ def test_what_a_decode_costs_is_learnt_where_it_had_the_device_for_itself(harnes
         assert isinstance(until_the_end(events)[-1], FinishedImage)
         harness.loop.call(lambda: None).result(PATIENCE)
         assert costs.decode(64, 64) == 5.0
+
+
+@pytest.mark.parametrize(("encoded", "learnt"), [(2, 1.0), (1, 2.0), (0, 0.0)])
+def test_what_encoding_costs_is_learnt_by_prompt(harness: Harness, encoded: int, learnt: float) -> None:
+    """Of a guided request, whose negative prompt is mostly known already."""
+    costs, mark = harness.loop._planner._costs, beside(harness, "encode", "fine")
+    harness.executor.encoded = encoded
+    harness.loop.start()
+    events = harness.submit(guidance_scale=2.0)
+    until_begun(mark)
+    harness.clock.now += 2.0
+    mark.passed.set()
+    assert isinstance(until_the_end(events)[-1], FinishedImage)
+    assert costs.encode() == learnt
 
 
 def test_a_batch_without_memory_is_halved_and_nobody_fails(harness: Harness) -> None:

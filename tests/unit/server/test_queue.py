@@ -141,6 +141,14 @@ async def test_places_learn_where_they_stand() -> None:
     assert (fourth.standing.position, fourth.standing.estimated_start_ms) == (2, 2000.0)
 
 
+async def test_who_waits_while_no_worker_serves_is_promised_no_start() -> None:
+    worker = FakeWorker(state=WorkerState.RESTARTING)
+    queue = make(worker)
+    first, second = enter(queue, 2)
+    assert (first.standing, second.standing) == (Queued(0), Queued(1))
+    assert queue.retry_after == 1.0
+
+
 async def test_a_full_queue_refuses_with_advice() -> None:
     queue = make(FakeWorker())
     enter(queue, 5)

@@ -35,6 +35,7 @@ class Setup:
         self.scratch.mkdir()
         self.backend = FakeBackend()
         self.changed = asyncio.Event()
+        self.backend.changed = self.changed.set
         host = Host(None, None, self.scratch, self.changed.set)  # type: ignore[arg-type]
         self.repository = Repository(self.models, host, lambda name: self.backend)
 
@@ -51,6 +52,11 @@ class Setup:
         for _ in range(models):
             await self.backend.loading.get()
         return task
+
+    @property
+    def ready(self) -> bool:
+        """Whether all that is to be served is."""
+        return all(self.repository.readiness().values())
 
     @property
     def unloaded(self) -> list[bool]:
@@ -78,9 +84,9 @@ async def test_a_load_goes_on_when_its_client_has_left(setup: Setup) -> None:
     load = await setup.begin()
     load.cancel()
     assert isinstance((await asyncio.gather(load, return_exceptions=True))[0], asyncio.CancelledError)
-    assert not setup.repository.ready
+    assert not setup.ready
     setup.backend.go.set()
-    await setup.until(lambda: setup.repository.ready)
+    await setup.until(lambda: setup.ready)
     assert setup.repository.find("m") is setup.backend.made[0]
 
 
@@ -93,6 +99,23 @@ async def test_closing_ends_loads_and_frees_what_they_began(setup: Setup) -> Non
         await load
     with pytest.raises(ShuttingDownError):
         await setup.repository.load("m")
+
+
+async def test_what_a_failed_load_has_begun_is_freed_even_when_it_is_cancelled_meanwhile(setup: Setup) -> None:
+    setup.write(FAILS)
+    with pytest.raises(EngineLoadError, match="it is to fail"):
+        await setup.repository.load("m")
+    assert setup.unloaded == [True]
+    setup.backend.unloads = asyncio.Event()
+    load = asyncio.create_task(setup.repository.load("m"))
+    await setup.until(lambda: len(setup.backend.made) == 2 and setup.backend.made[1].unloading)
+    closing = asyncio.create_task(setup.repository.close())
+    await asyncio.sleep(0)  # it is cancelled now
+    setup.backend.unloads.set()
+    await closing
+    assert setup.unloaded == [True, True]
+    assert isinstance((await asyncio.gather(load, return_exceptions=True))[0], ShuttingDownError)
+    assert setup.repository.live == []
 
 
 async def test_closing_frees_a_version_whose_sibling_is_still_loading(setup: Setup) -> None:
@@ -142,7 +165,7 @@ async def test_an_unload_ends_a_load_that_is_under_way(setup: Setup) -> None:
                 await overtaken
         assert setup.unloaded == [False, True]
         assert setup.repository.loaded() == []
-        assert setup.repository.ready  # nothing has failed
+        assert setup.ready  # nothing has failed
     setup.backend.go.set()
     await later
     assert setup.repository.find("m") is setup.backend.made[2]
@@ -250,7 +273,7 @@ async def test_a_name_without_a_folder_is_refused_and_forgotten(setup: Setup, na
     with pytest.raises(ModelNotFoundError, match="it has no folder of that name; there are: m"):
         await setup.repository.load(name)
     setup.repository.unload_soon(name)
-    assert setup.repository.ready
+    assert setup.ready
     assert setup.repository.index() == before
 
 
@@ -259,9 +282,9 @@ async def test_a_model_that_cannot_be_loaded_is_forgotten_when_it_is_unloaded(se
         setup.write(config, name=f"m{number}")
         with pytest.raises(EngineLoadError):
             await setup.repository.load(f"m{number}")
-        assert not setup.repository.ready
+        assert not setup.ready
         setup.repository.unload_soon(f"m{number}")
-        await setup.until(lambda: setup.repository.ready)
+        await setup.until(lambda: setup.ready)
 
 
 async def test_a_folder_whose_name_is_not_unicode_is_left_out(setup: Setup, caplog: pytest.LogCaptureFixture) -> None:
@@ -285,7 +308,7 @@ async def test_requests_wait_for_a_version_that_is_not_ready_just_now_where_no_o
     assert setup.repository.find("m", "2") is second
     first.ready = False
     assert setup.repository.find("m") is second
-    assert not setup.repository.ready
+    assert not setup.ready
 
 
 async def test_a_failed_load_is_tried_again(setup: Setup) -> None:
@@ -359,7 +382,7 @@ async def test_a_running_export_is_not_a_change(setup: Setup) -> None:
     (setup.models / "begun" / ".incomplete").mkdir(parents=True)
     await setup.repository.poll()
     assert len(setup.backend.made) == 1
-    assert setup.repository.ready
+    assert setup.ready
     (model / ".incomplete").rename(model / "2")
     await setup.repository.poll()
     assert [m.spec.version for m in setup.repository.loaded()] == ["2"]
@@ -375,7 +398,7 @@ async def test_polling_tries_again_only_what_has_changed(setup: Setup) -> None:
     assert len(setup.backend.made) == 2
     shutil.rmtree(model)
     await setup.repository.poll()
-    assert setup.repository.ready
+    assert setup.ready
     assert not setup.repository.index()
 
 

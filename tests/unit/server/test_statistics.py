@@ -6,7 +6,7 @@ import pytest
 from grpc import StatusCode
 
 from server.errors import QueueFullError, QueueTimeoutError, WorkerLostError, error_of_status
-from server.frontend.statistics import FailureReason, Spent, Statistics, failure_reason
+from server.statistics import FailureReason, Spent, Statistics, failure_reason
 
 BACKEND, OTHER = FailureReason.BACKEND, FailureReason.OTHER
 

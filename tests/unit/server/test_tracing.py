@@ -11,15 +11,15 @@ from opentelemetry import trace as otel
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from server import tracing
 from server.cli import parser, read_config
 from server.errors import ConfigError
-from server.frontend import tracing
-from server.frontend.statistics import RequestRecord, Spent
 from server.frontend.telemetry import Telemetry
-from server.frontend.tracing import TRACE_BYTES, Call, Trace, Tracer
 from server.requests import Completed, Event, Image, ImageFormat, Progress, Queued, Started, Timings
 from server.settings import TelemetryConfig, TraceLevel, TraceMode, TraceSettings
+from server.statistics import RequestRecord, Spent
 from server.tensors import DataType, Tensor, join_strings
+from server.tracing import TRACE_BYTES, Call, Trace, Tracer
 
 ON = TraceSettings(trace_level=frozenset({TraceLevel.TIMESTAMPS}), trace_rate=1, trace_mode=TraceMode.OPENTELEMETRY)
 TENSORS = TraceSettings(frozenset({TraceLevel.TENSORS}), trace_rate=1, trace_file="x")
