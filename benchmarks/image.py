@@ -4,8 +4,9 @@ Method: `diffusers` is its own eager pipeline called as in its documentation; th
 executor over their engines: encode, 8 steps, decode, pixels in host memory. All draw the same prompts from the same
 seeds, no prompt twice so that no cache helps, one row after the other in each repetition and each repetition beginning
 with another. What is loaded is left out of Python's collections, as in a worker. Every image is held against diffusers'
-own, the first before anything is timed; every engine is named and the calls of every component are counted. With
---batch k, k images of k prompts of one padded length share every step.
+own, the first before anything is timed; every engine is named and the calls of every component are counted. As in a
+worker, every padded length of the prompts is warmed up before anything is timed. With --batch k, k images of k prompts
+of one padded length share every step.
 
 Units: milliseconds from the prompt to the pixels of all images, by the host's clock; stages on the device (CUDA events
 for diffusers; the executor waits after every step anyway); `other` is what no stage took. x is how many times as fast,
@@ -15,9 +16,7 @@ repetition by repetition. PSNR in dB.
 import argparse
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 from benchmarks import choice, rows
@@ -79,21 +78,24 @@ class Images:
         drawn: dict[str, list[Drawn]] = {name: [] for name in self._rows}
         closeness: dict[str, list[dict[str, Any]]] = {name: [] for name in self._rows}
         names = list(self._rows)
-        for number, prompts in enumerate(self._prompts(batch)):
+        warm_up, counted = self._prompts(batch)
+        for number, prompts in enumerate([*warm_up, *counted]):
             first, what = number % len(names), (prompts, size, number)
             made = {name: self._draw(self._rows[name], *what) for name in names[first:] + names[:first]}
             expected = made.get(DIFFUSERS) or self._draw(self._diffusers, *what)
             for name, one in made.items():
                 closeness[name].append(rows.compare_images(one.images, expected.images, self._least_psnr(name)))
                 drawn[name].append(one)
-        kept = {name: every[self._options.warm_up :] for name, every in drawn.items()}
+        kept = {name: every[len(warm_up) :] for name, every in drawn.items()}
         return [self._row({"size": size, "batch": batch, "engine": n}, kept, closeness[n]) for n in names]
 
-    def _prompts(self, batch: int) -> Iterator[list[str]]:
-        """Of every repetition."""
-        calls = self._options.warm_up + self._options.repetitions
-        enough = rows.prompts(batch * (calls + MAX_PROMPT_TOKENS // CAPTION_MULTIPLE))  # some of each length are left
-        return islice(rows.alike(enough, self._length, batch), calls)
+    def _prompts(self, batch: int) -> tuple[list[list[str]], list[list[str]]]:
+        """Of the warm-up and of the repetitions that count."""
+        warm_up, repetitions = self._options.warm_up, self._options.repetitions
+        lengths = MAX_PROMPT_TOKENS // CAPTION_MULTIPLE
+        enough = rows.prompts(batch * (repetitions + lengths * (1 + warm_up)))  # some of each length are left
+        groups = rows.alike(enough, self._length, batch)
+        return rows.warmed(groups, self._length, warm_up=warm_up, repetitions=repetitions)
 
     def _length(self, prompt: str) -> int:
         return padded_length(self._tokenizer.encode("prompt", prompt, LongPrompt.REFUSE))

@@ -1,7 +1,9 @@
 """What `components` and `image` share: their options, and how rows are held against each other."""
 
 import argparse
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -42,6 +44,29 @@ def alike(texts: Iterable[str], length: Callable[[str], int], count: int) -> Ite
         group.append(text)
         if len(group) == count:
             yield waiting.pop(length(text))
+
+
+def warmed(
+    groups: Iterable[list[str]], length: Callable[[str], int], *, warm_up: int, repetitions: int
+) -> tuple[list[list[str]], list[list[str]]]:
+    """`warm_up` groups of each length among the `repetitions` that count, and these.
+
+    The first calls of a shape prepare it, which takes as long as several steps.
+    """
+    coming = iter(groups)
+    counted = list(islice(coming, repetitions))
+    missing = Counter({length(group[0]): warm_up for group in counted})
+    before: list[list[str]] = []
+    while any(missing.values()):
+        group = next(coming, None)
+        if group is None:
+            raise BenchmarkError(
+                "there are too few prompts for this --warm-up; give a smaller one, or a smaller --batch"
+            )
+        if missing[length(group[0])]:
+            missing[length(group[0])] -= 1
+            before.append(group)
+    return before, counted
 
 
 def speedups(taken: Mapping[str, Sequence[float]], backend: str) -> dict[str, dict[str, float]]:
