@@ -1,4 +1,4 @@
-"""The zserve client: needs grpcio, protobuf and pillow, neither torch nor the server.
+"""The zserve client: needs grpcio, protobuf and pillow, but neither torch nor the server.
 
 from zserve import ZImageClient
 

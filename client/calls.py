@@ -1,4 +1,4 @@
-"""The two clients: one for ordinary code, one for asyncio. They differ in nothing but how they wait."""
+"""The two clients: one for ordinary code, one for asyncio. They differ only in how they wait."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -16,7 +16,7 @@ from protos.zserve.v1 import image_generation_pb2_grpc as pb_grpc
 
 DEFAULT_URL = "localhost:8001"
 OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
-LONGEST_TIMEOUT = 1e8  # seconds; of much more, gRPC makes a deadline that has passed
+LONGEST_TIMEOUT = 1e8  # seconds; gRPC turns much more into a deadline that has passed
 
 OnEvent = Callable[[pb.GenerateEvent], None]
 Metadata = Sequence[tuple[str, str]]
@@ -113,7 +113,7 @@ class AsyncZImageClient:
 
     @cached_property
     def _channel(self) -> grpc.aio.Channel:
-        # Opened at the first call: gRPC ties a channel to the loop that runs then, and a client may be made before.
+        # Opened at the first call: gRPC ties a channel to the running loop, and a client may be made before one runs.
         if self._credentials is None:
             return grpc.aio.insecure_channel(self._url, options=OPTIONS)
         return grpc.aio.secure_channel(self._url, self._credentials, options=OPTIONS)
@@ -174,7 +174,7 @@ def _with(timeout: float | None, metadata: Metadata) -> dict[str, Any]:
 
 @contextmanager
 def _failures() -> Iterator[None]:
-    """gRPC's errors of a call as `GenerationFailedError`."""
+    """Raises gRPC's errors as `GenerationFailedError`."""
     try:
         yield
     except grpc.RpcError as error:
@@ -183,5 +183,5 @@ def _failures() -> Iterator[None]:
         task = asyncio.current_task()
         if task is None or task.cancelling():
             raise
-        # gRPC tells a call so that its channel was closed; the task itself was not cancelled.
+        # This is how gRPC tells a call that its channel was closed; the task itself was not cancelled.
         raise GenerationFailedError(grpc.StatusCode.CANCELLED, "the client was closed") from None

@@ -100,7 +100,7 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
     if arguments.file == "-":
         prompts += sys.stdin.read().removeprefix("\ufeff").splitlines()
     elif arguments.file:
-        prompts += Path(arguments.file).read_text("utf-8-sig").splitlines()  # editors put a mark before the first line
+        prompts += Path(arguments.file).read_text("utf-8-sig").splitlines()  # editors put a BOM before the first line
     prompts = [p for p in prompts if p.strip()]
     if not prompts:
         raise ValueError("no prompt; give one as an argument, or a file of them with --file")
@@ -135,7 +135,7 @@ def _jobs(arguments: argparse.Namespace, prompts: list[str]) -> list[Job]:
         for number, (prompt, where) in enumerate(zip(prompts, paths, strict=True))
     ]
     for job in jobs:
-        job.request.to_message()  # what cannot be sent is refused before anything is
+        job.request.to_message()  # what cannot be sent is refused before anything is sent
     return jobs
 
 
@@ -172,7 +172,7 @@ async def _draw_all(jobs: list[Job], client: AsyncZImageClient, arguments: argpa
 
 
 async def _draw(client: AsyncZImageClient, job: Job, bar: StepBar) -> bool:
-    """Draws one prompt and saves each image as it comes; a failure is told and does not stop the others."""
+    """Draws one prompt and saves each image as it comes; a failure is reported and does not stop the others."""
     began = time.monotonic()
     try:
         async for event in client.generate(job.request):
@@ -193,7 +193,7 @@ async def _draw(client: AsyncZImageClient, job: Job, bar: StepBar) -> bool:
 
 
 def _format(arguments: argparse.Namespace) -> str:
-    """The format to ask for: what is said, which has to fit a file's ending, or what that says."""
+    """The format to ask for: --format, which has to fit the output file's ending, or the one of that ending."""
     ending = ENDINGS.get(arguments.output.suffix.lower()) if is_file(arguments.output) else None
     said: str | None = arguments.format
     if said not in (None, "raw") and ending not in (None, said):

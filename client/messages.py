@@ -1,4 +1,4 @@
-"""What a client sends and gets, and their wire forms. Shared by both clients."""
+"""What a client sends and receives, and the wire forms. Shared by both clients."""
 
 import io
 import uuid
@@ -41,7 +41,7 @@ class GenerationFailedError(Exception):
 
     @classmethod
     def of(cls, error: Any) -> Self:
-        """Of the error of a gRPC call."""
+        """From the error of a gRPC call."""
         return cls(error.code(), error.details() or "", _retry_after(error.trailing_metadata() or ()))
 
 
@@ -55,10 +55,10 @@ def _retry_after(trailing_metadata: Iterable[tuple[str, Any]]) -> float | None:
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """One request. What is None is left to the model's defaults; sizes are in pixels, multiples of 16."""
+    """One request. None leaves a value to the model's defaults; sizes are in pixels, multiples of 16."""
 
     prompt: str
-    model: str = ""  # may be empty where the server has one model
+    model: str = ""  # may be empty if the server has one model
     negative_prompt: str = ""
     width: int | None = None
     height: int | None = None
@@ -68,7 +68,7 @@ class ImageRequest:
     num_images: int = 1
     image_format: str = "png"  # png, jpeg, webp or raw
     quality: int = 90  # of jpeg and webp
-    preview_interval: int = 0  # a preview every so many steps
+    preview_interval: int = 0  # a preview every this many steps; 0: none
     priority: int = 0  # 1 is the highest; 0 is the model's default
     request_id: str = ""
     truncate: bool = False  # cut a prompt past 512 tokens instead of being refused
@@ -146,9 +146,9 @@ class GeneratedImage:
         return Image.open(io.BytesIO(self.data)).convert("RGB")
 
     def save(self, path: str | Path) -> None:
-        """Writes the file, with the folders it needs; raw pixels are written in the format of the path's ending.
+        """Writes the file and creates the folders it needs; raw pixels are written in the format of the path's ending.
 
-        A file that is there already is replaced at once, or stays as it was if the writing fails.
+        An existing file is replaced atomically, or stays as it was if the writing fails.
 
         Raises:
             OSError: it cannot be written.
@@ -167,7 +167,7 @@ class GeneratedImage:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Writes all of it, or leaves what was there."""
+    """Writes all of `data`, or leaves what was there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{uuid.uuid4().hex}.partial")
     try:
@@ -179,7 +179,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 @dataclass(frozen=True)
 class Drawing:
-    """Everything one request gave: its images by index, and the server's account of it."""
+    """Everything one request produced: its images by index, and the server's account of it."""
 
     request_id: str
     images: tuple[GeneratedImage, ...]

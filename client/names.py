@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 LONGEST = 60  # characters; file systems take 255 bytes, and a Chinese character is three
-ENDINGS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}  # of files, and their formats
+ENDINGS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}  # of file names, and their formats
 MARKS = ("Mn", "Mc")  # Unicode's categories of vowel signs and accents, which belong to the letter before them
 
 
@@ -18,15 +18,15 @@ def slug(prompt: str) -> str:
 
 
 def is_file(output: Path) -> bool:
-    """Whether images are to go to a file of this name, and not to a folder."""
+    """Whether images are to go to a file of this name rather than to a folder."""
     return bool(output.suffix) and not output.is_dir()
 
 
 def output_paths(prompts: list[str], output: Path, extension: str, count: int) -> list[list[Path]]:
     """Where each prompt's `count` images go.
 
-    `output` with an ending is the file of the one image of one prompt (numbered when there are more); anything else
-    is a folder for files named after their prompts, with a number where there is such a file already.
+    `output` with an ending is the file for the image of one prompt (numbered if there are several); anything else is
+    a folder for files named after their prompts, with a number if such a file already exists.
 
     Raises:
         ValueError: a file for several prompts, or with an ending that no image has.
@@ -43,9 +43,9 @@ def output_paths(prompts: list[str], output: Path, extension: str, count: int) -
 
 
 def _free(stem: str, folder: Path, extension: str, count: int, taken: Counter[str], given: set[Path]) -> list[Path]:
-    """The first names that neither an earlier prompt nor an earlier run has.
+    """The first names that neither an earlier prompt nor an earlier run has taken.
 
-    `taken`: how often each stem was; `given`: all names of this run, for one prompt may be called as another's second.
+    `taken`: how often each stem was used; `given`: all names of this run, as one prompt's may equal another's second.
     """
     while True:
         taken[stem] += 1

@@ -53,13 +53,13 @@ class StepBar:
         self._draw()
 
     def close(self) -> None:
-        """Takes the line away."""
+        """Erases the line."""
         if self._live:
             self._stream.write("\r\033[K")
             self._stream.flush()
 
     def _draw(self) -> None:
         if self._live:
-            # Of a longer line than the terminal's only the last row would be taken away.
+            # Of a line longer than the terminal is wide, only the last row would be erased.
             self._stream.write("\r\033[K" + self.line()[: shutil.get_terminal_size().columns - 1])
             self._stream.flush()

@@ -175,7 +175,7 @@ def _stacks(configs: CheckpointConfigs) -> dict[str, dict[str, int]]:
 
 
 def _check_types(file: Path) -> None:
-    """Numbers that stand for others by a scale beside them would be taken for the weights themselves."""
+    """Quantised values, with a scale stored beside them, would be taken for the weights themselves."""
     for name, tensor in read_safetensors_header(file).items():
         if name.endswith((".weight", ".bias")) and tensor["dtype"] not in READABLE:
             raise CheckpointError(
@@ -185,7 +185,7 @@ def _check_types(file: Path) -> None:
 
 
 def _check_layers(folder: Path, stacks: dict[str, int]) -> None:
-    """Every layer must have what its equals have: the libraries would fill in what is missing, and say nothing."""
+    """Every layer must have the same tensors as its peers: the libraries would silently fill in missing ones."""
     headers = [read_safetensors_header(file) for file in weight_files(folder, WEIGHTS[folder.name])]
     # Text encoders are stored with or without the prefix of the causal language model around them.
     names = {name.removeprefix("model.") for header in headers for name in header}

@@ -1,6 +1,6 @@
 """A TensorRT plan opened: what the export's check and the server's engine have in common.
 
-Both flavours have the same Python API but for the name they are imported by. Nothing here touches a GPU until a plan
+The Python APIs of both flavours differ only in the name they are imported by. Nothing here touches a GPU until a plan
 is opened.
 """
 
@@ -25,7 +25,7 @@ INSTALL = {
     "tensorrt": "pip install tensorrt (see https://docs.nvidia.com/deeplearning/tensorrt)",
     "tensorrt_rtx": "pip install 'zserve[tensorrt-rtx]'",
 }
-MOST_ERRORS = 8  # that are kept of one operation
+MOST_ERRORS = 8  # kept per operation
 
 _DTYPES = {DType.FLOAT32: "FLOAT", DType.INT64: "INT64", DType.UINT8: "UINT8"}
 _TORCH_DTYPES = {DType.FLOAT32: torch.float32, DType.INT64: torch.int64, DType.UINT8: torch.uint8}
@@ -58,16 +58,16 @@ def logger(trt: Foreign) -> Foreign:
         def log(self, level: Foreign, text: str) -> None:
             if level in (severity.ERROR, severity.INTERNAL_ERROR):
                 self.errors.append(text)
-                log.warning("TensorRT: %s", text)  # here too, as not every one makes a call fail
+                log.warning("TensorRT: %s", text)  # logged too, as not every error makes a call fail
             elif level == severity.WARNING:
                 log.info("TensorRT: %s", text)
 
         def forget(self) -> None:
-            """What comes next is not to be explained with what was before it."""
+            """Drops the errors so far, so that they do not explain a later failure."""
             self.errors.clear()
 
         def said(self) -> str:
-            """The errors since they were forgotten."""
+            """The errors since the last `forget`."""
             return "; ".join(self.errors) or "it gave no reason"
 
     return Log()
@@ -93,7 +93,7 @@ class OpenPlan:
             self.engine = self._runtime.deserialize_cuda_engine(data)
         if self.engine is None:
             raise PlanError(f"TensorRT cannot load {path}: {self.log.said()}")
-        if self.engine.refittable:  # which only plans without weights are
+        if self.engine.refittable:  # only plans without weights are
             self._refit(trt, path.with_suffix(".onnx"))
         self._check_tensors(trt, path, spec)
 
@@ -157,7 +157,7 @@ class OpenPlan:
         """Bytes that `context` computes in with the shapes that it has been told.
 
         Raises:
-            PlanError: TensorRT cannot tell, which it says with a 0 too.
+            PlanError: TensorRT cannot tell, which a 0 means too.
         """
         self.log.forget()
         needed = int(context.update_device_memory_size_for_shapes())

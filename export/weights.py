@@ -15,7 +15,7 @@ from export.checkpoint import READABLE, WEIGHTS, data_start, read_safetensors_he
 from export.errors import CheckpointError
 from export.spec import Precision
 
-HEADER_ALIGNMENT = 4096  # so that a reader may map the data by pages
+HEADER_ALIGNMENT = 4096  # so that a reader can map the data by pages
 SAFETENSORS_DTYPES = {Precision.FP32: "F32", Precision.BF16: "BF16"}
 BYTES = {Precision.FP32: 4, Precision.BF16: 2}
 

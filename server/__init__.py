@@ -1,1 +1,1 @@
-"""Serves a model repository: a frontend process that speaks gRPC, and a worker process an instance."""
+"""Serves a model repository: a frontend process that speaks gRPC, and one worker process per instance."""

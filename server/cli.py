@@ -1,4 +1,4 @@
-"""`zserve serve`: serve a model repository over gRPC. Flags have Triton's names and defaults where the meaning is."""
+"""`zserve serve`: serve a model repository over gRPC. Flags with Triton's meaning have its names and defaults."""
 
 import argparse
 import asyncio
@@ -164,7 +164,7 @@ def _add_access(g: "argparse._ArgumentGroup") -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Serves; returns the exit status."""
-    for number in stopping_signals():  # until the server has its own way to stop, which lets requests finish
+    for number in stopping_signals():  # until the server installs its own handlers, which let requests finish
         signal.signal(number, lambda *_: sys.exit(0))
     arguments = parser().parse_args(argv)
     try:

@@ -33,7 +33,7 @@ class ControlMode(StrEnum):
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """The options of `zserve serve`; names and defaults are Triton's where the meaning is."""
+    """The options of `zserve serve`; those with Triton's meaning have its names and defaults."""
 
     model_repository: Path
     grpc: GrpcConfig = field(default_factory=GrpcConfig)
@@ -42,7 +42,7 @@ class ServeConfig:
     metrics_port: int = 8002
     allow_gpu_metrics: bool = True
     allow_cpu_metrics: bool = True
-    metrics_interval_ms: int = 2000  # between two readings of those
+    metrics_interval_ms: int = 2000  # between two readings of the GPU and CPU metrics
     exit_timeout_secs: float = 30.0
     fallback: FallbackPolicy = FallbackPolicy.EAGER
     device: str = "auto"
@@ -50,7 +50,7 @@ class ServeConfig:
     worker_timeout_secs: float = 60.0
     worker_start_timeout_secs: float = 1800.0
     response_cache_byte_size: int = 256 << 20
-    id: str = "triton"  # the server's name in its metadata; clients of Triton may look for just that
+    id: str = "triton"  # the server's name in its metadata; Triton clients may check for exactly this
     model_control_mode: ControlMode = ControlMode.NONE
     load_model: tuple[str, ...] = ()  # with explicit control: what is loaded at the start; * for all
     repository_poll_secs: float = 15.0
@@ -80,7 +80,7 @@ class ModelConfig:
     max_prompt_tokens: int = MAX_PROMPT_TOKENS
     max_batch_size: int = 4
     queue: QueuePolicy = field(default_factory=QueuePolicy)
-    devices: tuple[str, ...] = ("auto",)  # one a worker process
+    devices: tuple[str, ...] = ("auto",)  # one per worker process
     response_cache: bool = False
     prompt_cache_size: int = 256  # encoded prompts a worker keeps
 
@@ -100,7 +100,7 @@ SUPPORTED_FIELDS = {
     "name",
     "backend",
     "max_batch_size",
-    "input",  # and output: the model's own, as ModelConfig tells them (`server.rpc.triton.image_model.model_spec`)
+    "input",  # and output: the model's own, as ModelConfig reports them (`server.rpc.triton.image_model.model_spec`)
     "output",
     "instance_group",
     "parameters",
@@ -110,7 +110,7 @@ SUPPORTED_FIELDS = {
     "model_warmup",
     "response_cache",
 }
-MOST = 2**31 - 1  # of any number in config.pbtxt, as GetModel tells them
+MOST = 2**31 - 1  # of any number in config.pbtxt, as GetModel reports them
 MAX_WORKERS = 256  # of a model on one machine
 INSTANCE_KINDS = {"KIND_AUTO": "auto", "KIND_GPU": "cuda", "KIND_CPU": "cpu"}
 
@@ -152,7 +152,7 @@ def read_model_config(folder: Path) -> ModelConfig:
 
 
 def _devices(groups: Iterable[Any], path: Path) -> tuple[str, ...]:
-    """One device a worker process: `count` on each of a group's GPUs; "auto" is the server's --device."""
+    """One device per worker process: `count` on each of a group's GPUs; "auto" is the server's --device."""
     devices: list[str] = []
     for group in groups:
         kind = group.Kind.Name(group.kind)
@@ -178,12 +178,12 @@ def _visible_gpus() -> list[int]:
     if visible is not None:
         return list(range(len(visible.split(",")) if visible else 0))
     known = list(Path("/proc/driver/nvidia/gpus").glob("*"))
-    # Some sandboxes have the device files alone.
+    # Some sandboxes have only the device files.
     return list(range(len(known or list(Path("/dev").glob("nvidia[0-9]*")))))
 
 
 def _warmup_sizes(samples: Iterable[Any], path: Path) -> tuple[Size, ...]:
-    """Of a model_warmup sample only the name counts, WIDTHxHEIGHT: every batch size is run, with random inputs."""
+    """Only the name of a model_warmup sample counts, WIDTHxHEIGHT: every batch size is run, with random inputs."""
     for sample in samples:
         if sample.inputs:
             raise ConfigError(f"{path}: model_warmup inputs not supported; name the sample WIDTHxHEIGHT and give none")

@@ -1,6 +1,6 @@
-"""What a forward of each component costs: measured during warm-up, kept up to date by what is served since.
+"""What a forward of each component costs: measured during warm-up, then kept up to date by what is served.
 
-The planner batches by it, the dispatcher estimates starting times by it, and both refuse what cannot be done in time.
+The planner batches by it, the dispatcher estimates starting times from it, and both refuse what cannot be done in time.
 """
 
 from collections import deque
@@ -10,11 +10,11 @@ from statistics import median_low
 from export.spec import Component
 from server.requests import StepCost
 
-# A cost is the median of so many measurements: one that was held up, by a first run's preparations say, changes
-# nothing. A batch size that looked dear for once would not be chosen again, and so never be put right.
+# A cost is the median of this many measurements, so that a single slow one, such as a first run with its setup, changes
+# nothing. A batch size that once looked expensive would not be chosen again, and so never be corrected.
 RECENT = 9
 
-# Sizes of a component whose costs are kept, those measured last. Over 15,000 sizes are legal, and every heartbeat
+# Sizes per component whose costs are kept, those measured last. Over 15,000 sizes are legal, and every heartbeat
 # carries the whole table; a size that was dropped is estimated from the nearest one.
 SIZES = 256
 
@@ -24,11 +24,11 @@ _Key = tuple[Component, int, int]  # component, height, width
 class CostTable:
     """Seconds of one forward by component, size in pixels and number of rows. The prompt encoder's size is 0 x 0.
 
-    One thread takes measurements in; any may ask.
+    Only one thread may take measurements in; any may read.
     """
 
     def __init__(self, costs: Iterable[StepCost] = ()) -> None:
-        self._seconds: dict[_Key, dict[int, float]] = {}  # what was measured last is at the end
+        self._seconds: dict[_Key, dict[int, float]] = {}  # in order of the latest measurement
         self._recent: dict[tuple[_Key, int], deque[float]] = {}
         for cost in costs:
             self.observe(cost)
@@ -41,11 +41,11 @@ class CostTable:
         others = {k: by_rows for k, by_rows in self._seconds.items() if k != key}
         if key not in self._seconds:
             self._make_room(others, cost.component)
-        # As a whole: whoever reads the table meanwhile has it as it was.
+        # Replaced as a whole: whoever is reading the table still has it as it was.
         self._seconds = {**others, key: {**self._seconds.get(key, {}), cost.rows: median_low(recent)}}
 
     def _make_room(self, seconds: dict[_Key, dict[int, float]], component: Component) -> None:
-        """For one size more."""
+        """Makes room for one more size."""
         keys = [key for key in seconds if key[0] is component]
         if len(keys) == SIZES:
             for rows in seconds.pop(keys[0]):
@@ -68,7 +68,7 @@ class CostTable:
         return self._estimate(Component.DENOISER, height, width, rows)
 
     def image(self, height: int, width: int, *, steps: int, rows: int) -> float:
-        """Seconds of a whole image of `rows` prompts that has the device for itself."""
+        """Seconds of a whole image of `rows` prompts that has the device to itself."""
         stages = rows * self.encode() + self.decode(height, width)
         return stages + steps * self.step(height, width, rows)
 

@@ -1,4 +1,4 @@
-"""Everything the server answers with on purpose, one tree; each class carries its gRPC status.
+"""Every error the server raises on purpose, as one tree; each class carries its gRPC status.
 
 ZServeError                INTERNAL            also the answer to anything unforeseen, with a fixed text
 ├── InvalidRequestError    INVALID_ARGUMENT    a field's value is not accepted
@@ -29,10 +29,10 @@ from grpc import StatusCode
 
 
 class ZServeError(Exception):
-    """Base of everything the server raises on purpose.
+    """Base of every error the server raises on purpose.
 
     Attributes:
-        retry_after: seconds after which trying again may help; None where it will not. Sent as google.rpc.RetryInfo.
+        retry_after: seconds after which trying again may help; None if it will not. Sent as google.rpc.RetryInfo.
     """
 
     status = StatusCode.INTERNAL
@@ -60,7 +60,7 @@ class NotFoundError(ZServeError):
 
 
 class ModelNotFoundError(NotFoundError):
-    """No model of that name; the message lists those there are."""
+    """No model of that name; the message lists those that exist."""
 
 
 class AlreadyExistsError(ZServeError):
@@ -158,7 +158,7 @@ class NonFiniteError(EngineRunError):
 
 
 def error_of_status(status: StatusCode, message: str) -> ZServeError:
-    """The error that a worker's answer with `status` stands for, so that it can be raised again as itself."""
+    """The error behind a worker's answer with `status`, so that it can be raised again as its own type."""
     for kind in (
         InvalidRequestError,
         ModelNotFoundError,

@@ -10,7 +10,7 @@ MOST = 2**31 - 1
 
 
 def switch(group: "argparse._ArgumentGroup", name: str, default: Any, text: str) -> None:
-    """A flag that may stand alone or, as Triton's may, have true, false, 1 or 0 after it."""
+    """Adds a flag that may stand alone or, as in Triton, be followed by true, false, 1 or 0."""
     group.add_argument(f"--{name}", type=boolean, nargs="?", const=True, default=default, metavar="BOOL", help=text)
 
 
@@ -22,7 +22,7 @@ def boolean(text: str) -> bool:
 
 
 def whole(low: int, high: float, what: str) -> Callable[[str], int]:
-    """A reader of whole numbers from `low` to `high`; `what` says so to who gives another."""
+    """A reader of whole numbers from `low` to `high`; `what` names them in the error message."""
 
     def read(text: str) -> int:
         if not text.isdecimal() or not low <= int(text) <= high:
@@ -34,7 +34,7 @@ def whole(low: int, high: float, what: str) -> Callable[[str], int]:
 
 port = whole(0, 65535, "a port from 0 to 65535")  # 0 for any
 positive = whole(1, math.inf, "a whole number above 0")
-count = whole(0, MOST, f"a whole number from 0 to {MOST}")  # that gRPC takes
+count = whole(0, MOST, f"a whole number from 0 to {MOST}")  # the range that gRPC takes
 byte_size = whole(0, math.inf, "a whole number of bytes")
 
 
@@ -65,7 +65,7 @@ def device(text: str) -> str:
 
 
 def reader(read: Callable[[str], Any]) -> Callable[[str], Any]:
-    """`read` as the type of an argument: what it says of a bad text reaches the user."""
+    """`read` as the type of an argument: its error message for a bad text reaches the user."""
 
     def convert(text: str) -> Any:
         try:

@@ -1,10 +1,10 @@
-"""The heap of the server's processes: what C has freed is kept, and what Python has loaded is not looked through again.
+"""The heap of the server's processes: what C has freed is kept, and what Python has loaded is not scanned again.
 
 By default glibc returns an image's memory to the system as soon as it is freed, and every page of it is faulted in
-anew for the next image. For raw 1024x1024 images that was two thirds of what the frontend spent on them.
+again for the next image. For raw 1024x1024 images that was two thirds of what the frontend spent on them.
 
-A full collection of Python's looks at every object there is, most of which are torch's, diffusers' and transformers'
-modules: with Python's lock held, 110 ms in a worker on a CPU, 180 to 310 ms beside an H100. The device waits.
+A full Python garbage collection scans every object there is, most of which are torch's, diffusers' and transformers'
+modules: with the GIL held, 110 ms in a worker on a CPU, 180 to 310 ms beside an H100. The device waits.
 """
 
 import atexit
@@ -13,14 +13,14 @@ import ctypes
 import gc
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
-KEPT = 256 << 20  # bytes of free memory that the process keeps at most
-LARGEST = 32 << 20  # bytes; the most that glibc lets a block have that comes from the heap
+KEPT = 256 << 20  # bytes of free memory that the process may keep
+LARGEST = 32 << 20  # bytes; glibc's limit on the size of a block that comes from the heap
 
 
 def keep_freed_memory(arenas: int) -> None:
-    """To be called before there are threads; does nothing where the C library is not glibc.
+    """To be called before any thread is started; does nothing if the C library is not glibc.
 
-    `arenas`: how many heaps the threads share. By default each has its own, up to 8 a core.
+    `arenas`: how many heaps the threads share. By default each has its own, up to 8 per core.
     """
     library = ctypes.CDLL(None)
     with contextlib.suppress(AttributeError):
@@ -30,7 +30,7 @@ def keep_freed_memory(arenas: int) -> None:
 
 
 def settle() -> None:
-    """To be called when everything is loaded: frees what is garbage, and leaves the rest out of later collections."""
+    """To be called when everything is loaded: frees garbage, and excludes the rest from later collections."""
     gc.collect()
     gc.freeze()
-    atexit.register(gc.unfreeze)  # for the last collection, after which extensions complain of what is left
+    atexit.register(gc.unfreeze)  # for the last collection, after which extensions complain about what is left

@@ -1,7 +1,7 @@
-"""How a worker process is started, and what it says before it serves: one line a component it is about to run.
+"""How a worker process is started, and what it prints before it serves: a line per component it is about to run.
 
-The frontend looks at these lines, of which it keeps the last ones, only when the process has ended before it was ready:
-the last one names the engine that ended it, or the error that made it give up.
+The frontend keeps the last of these lines, and looks at them only if the process ends before it is ready: the last one
+names the engine that ended it, or the error that made it give up.
 """
 
 import json
@@ -29,7 +29,7 @@ class WorkerConfig:
     device: str
     threads: int  # for work inside one operator, on the CPU
     fallback: FallbackPolicy
-    accepted: Path  # a folder of the model's name with the config.pbtxt that counts: `model`'s may have changed since
+    accepted: Path  # a folder of the model's name with the config.pbtxt in effect: `model`'s may have changed since
     patience: float = 60.0  # seconds after which a device that does not come back is given up
     start_patience: float = 1800.0  # seconds after which a process that is not ready is given up
     disabled: Mapping[Component, str] = field(default_factory=dict)  # engines not to be loaded, and why
@@ -71,6 +71,6 @@ def announce(component: Component) -> None:
 
 
 def announced(said: str) -> Component | None:
-    """The component whose engine ran last, when that was the last thing a process said."""
+    """The component whose engine ran last, if its announcement is the last thing the process printed."""
     last = said.strip().rpartition("\n")[2]
     return Component(last.removeprefix(ANNOUNCEMENT)) if last.startswith(ANNOUNCEMENT) else None

@@ -22,7 +22,7 @@ from server.settings import (
 )
 
 DEFAULTS = {f.name: f.default for f in fields(ServeConfig)}
-# Settings by their names in --trace-config, with the mode they are of, and how their text is read.
+# Settings by their names in --trace-config, prefixed with their mode if they have one, and how their text is read.
 TRACE: dict[str, tuple[str, Callable[[str], Any]]] = {
     "level": ("trace_level", lambda text: next(iter(trace_levels([text.upper()])), OFF)),
     "rate": ("trace_rate", partial(whole_setting, "trace_rate")),
@@ -38,11 +38,11 @@ TELEMETRY: dict[str, tuple[str, Callable[[str], Any]]] = {
     "opentelemetry,bsp_schedule_delay": ("schedule_delay", positive),
     "opentelemetry,bsp_max_export_batch_size": ("max_export_batch_size", positive),
 }
-TRACE_NAMES = {"file": "triton,file", "log-frequency": "triton,log-frequency"}  # also known without their mode
+TRACE_NAMES = {"file": "triton,file", "log-frequency": "triton,log-frequency"}  # also accepted without their mode
 
 
 def add_flags(g: "argparse._ArgumentGroup") -> None:
-    """Adds them to the command line."""
+    """Adds the flags to the command line."""
     switch(g, "allow-metrics", DEFAULTS["allow_metrics"], "serve Prometheus metrics")
     g.add_argument("--metrics-address", default=DEFAULTS["metrics_address"], help="address to listen on")
     g.add_argument(
@@ -103,14 +103,14 @@ def read_metrics(pairs: Iterable[tuple[str, Any]]) -> MetricsConfig:
 
 
 def read_trace(pairs: Iterable[tuple[str, Any]]) -> TraceSettings:
-    """What all --trace-config flags together say of traces; levels add up."""
+    """What all --trace-config flags together say about traces; levels add up."""
     settings = [(TRACE[name][0], value) for name, value in pairs if name in TRACE]
     levels = frozenset(value for field, value in settings if field == "trace_level") - {OFF}
     return TraceSettings(**dict(settings) | {"trace_level": levels})
 
 
 def read_telemetry(pairs: Iterable[tuple[str, Any]]) -> TelemetryConfig:
-    """What they say of OpenTelemetry; resources add up."""
+    """What they say about OpenTelemetry; resources add up."""
     settings = [(TELEMETRY[name][0], value) for name, value in pairs if name in TELEMETRY]
     resource = tuple(value for field, value in settings if field == "resource")
     config = TelemetryConfig(**dict(settings) | {"resource": (*TelemetryConfig.resource, *resource)})
@@ -124,7 +124,7 @@ def read_telemetry(pairs: Iterable[tuple[str, Any]]) -> TelemetryConfig:
 
 def _metrics_setting(text: str) -> tuple[str, Any]:
     name, _, value = text.partition("=")
-    if name == "summary_quantiles":  # each with its error in Triton; ours are exact over the latest requests
+    if name == "summary_quantiles":  # in Triton each has an error bound; ours are exact over the latest requests
         return name, tuple(float(part.partition(":")[0]) for part in value.split(","))
     return Latencies(name), boolean(value)
 

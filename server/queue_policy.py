@@ -1,4 +1,4 @@
-"""How a model's requests wait, as its `config.pbtxt` says it in Triton's words: `dynamic_batching`."""
+"""How a model's requests wait: the `dynamic_batching` of its `config.pbtxt`, in Triton's terms."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -46,7 +46,7 @@ class LevelPolicy:
 
 @dataclass(frozen=True)
 class QueuePolicy:
-    """All levels, and how long a batch waits for company."""
+    """All levels, and how long a batch waits to fill up."""
 
     levels: int = DEFAULT_PRIORITY_LEVELS
     default_level: int = DEFAULT_PRIORITY_LEVELS // 2
@@ -57,7 +57,7 @@ class QueuePolicy:
     turns: TurnPolicy = field(default_factory=TurnPolicy)
 
     def level_of(self, asked: int) -> int:
-        """The level of a request over Triton's protocol: there, whatever is not one of the levels is the default."""
+        """The level of a request over Triton's protocol, where anything but a valid level means the default."""
         return asked if 1 <= asked <= self.levels else self.default_level
 
     def of(self, priority: int) -> LevelPolicy:
@@ -66,7 +66,7 @@ class QueuePolicy:
 
 
 def read_queue_policy(batching: Any, where: str, *, max_size: int = DEFAULT_MAX_QUEUE_SIZE) -> QueuePolicy:
-    """From the ModelDynamicBatching message of a `config.pbtxt`; `max_size` is of levels that set none.
+    """From the ModelDynamicBatching message of a `config.pbtxt`; `max_size` is for levels that set none.
 
     Raises:
         ConfigError: it sets something this server does not serve, or levels that do not fit each other.
@@ -90,7 +90,7 @@ def read_queue_policy(batching: Any, where: str, *, max_size: int = DEFAULT_MAX_
 
 
 def _level_policy(policy: Any, max_size: int) -> LevelPolicy:
-    """From a ModelQueuePolicy message; in it, as in Triton, 0 stands for no timeout."""
+    """From a ModelQueuePolicy message; there, as in Triton, 0 means no timeout."""
     return LevelPolicy(
         max_size=policy.max_queue_size or max_size,
         timeout=policy.default_timeout_microseconds / 1e6 or None,

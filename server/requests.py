@@ -43,9 +43,9 @@ class GenerationRequest:
     priority: int  # 1 is the highest
     long_prompt: LongPrompt
     timeout: float | None  # seconds left when it was decoded
-    queue_timeout: float | None = None  # seconds until a worker has to have taken it; None for the model's policy
-    waited: float = 0.0  # seconds, in the frontend's queue: for a worker, whose order goes on with it
-    delayed: bool = False  # its queue timeout has passed there, and put it behind all others of its level
+    queue_timeout: float | None = None  # seconds within which a worker must take it; None for the model's policy
+    waited: float = 0.0  # seconds in the frontend's queue, which count in the worker's ordering too
+    delayed: bool = False  # its queue timeout passed there, which put it behind all others of its level
 
     @property
     def guided(self) -> bool:
@@ -81,7 +81,7 @@ class Timings:
 
 @dataclass(frozen=True)
 class Queued:
-    """The request waits behind `position` others, and is expected to start so many milliseconds from now."""
+    """The request waits behind `position` others, and should start `estimated_start_ms` from now."""
 
     position: int
     estimated_start_ms: float | None = None
@@ -89,7 +89,7 @@ class Queued:
 
 @dataclass(frozen=True)
 class Started:
-    """A worker has begun with it."""
+    """A worker has started the request."""
 
     instance: str
     attempt: int = 1

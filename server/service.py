@@ -1,4 +1,4 @@
-"""The seam between the wire and what answers: the frontend's dispatcher and a worker both stand behind it."""
+"""The seam between the wire and what answers: the frontend's dispatcher and a worker both implement it."""
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class ModelStatus:
 
 
 class ImageService(Protocol):
-    """Draws images and tells what its models are."""
+    """Draws images and describes its models."""
 
     def model(self, name: str) -> ModelStatus:
         """The model called `name`, or the only one where `name` is empty.

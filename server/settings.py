@@ -10,11 +10,11 @@ from pathlib import Path
 
 from server.errors import InvalidRequestError, UnsupportedError
 
-REQUEST_LOGGER = "server.rpc.interceptors"  # names every refused request, at INFO
+REQUEST_LOGGER = "server.rpc.interceptors"  # logs every refused request, at INFO
 
 
 class LogFormat(StrEnum):
-    """Triton's names of formats."""
+    """Triton's names for log formats."""
 
     DEFAULT = "default"
     ISO8601 = "ISO8601"
@@ -32,7 +32,7 @@ class LogSettings:
     log_format: LogFormat = LogFormat.DEFAULT
 
     def apply(self, who: str = "") -> None:
-        """Makes the process log like this; `who` tells apart those that log to one place."""
+        """Applies the settings to this process; `who` tells apart processes that log to one place."""
         handler = self._file() if self.log_file else logging.StreamHandler(sys.stderr)
         dates = "%Y-%m-%dT%H:%M:%S%z" if self.log_format is LogFormat.ISO8601 else None
         form = "%(asctime)s %(levelname)s " + (who and who.replace("%", "%%") + " ") + "%(name)s: %(message)s"
@@ -43,7 +43,7 @@ class LogSettings:
         logging.getLogger(REQUEST_LOGGER).setLevel(verbose)
 
     def _file(self) -> logging.Handler:
-        """Names of files that are no UTF-8 may be in a message."""
+        """Escapes what UTF-8 cannot encode: file names in messages may be anything."""
         return logging.FileHandler(self.log_file, encoding="utf-8", errors="backslashreplace")
 
     def _wanted(self, record: logging.LogRecord) -> bool:
@@ -71,9 +71,9 @@ class TraceSettings:
     """Triton's trace settings of one model, or of all."""
 
     trace_level: frozenset[TraceLevel] = frozenset()
-    trace_rate: int = 1000  # one request in so many; 0: only those that bring a trace context with them
+    trace_rate: int = 1000  # one request in this many; 0: only those that bring a trace context
     trace_count: int = -1  # traces left to make; -1: no end
-    log_frequency: int = 0  # traces a file; 0: one file that is written as they come
+    log_frequency: int = 0  # traces per file; 0: one file that is written as they come
     trace_file: str = ""
     trace_mode: TraceMode = TraceMode.TRITON
 
@@ -84,11 +84,11 @@ class TraceSettings:
 
     @property
     def tensors(self) -> bool:
-        """Whether tensors are told of; spans have no place for them."""
+        """Whether tensors are recorded; spans have no place for them."""
         return TraceLevel.TENSORS in self.trace_level and self.trace_mode is TraceMode.TRITON
 
     def changed(self, wanted: Mapping[str, list[str]], defaults: "TraceSettings") -> "TraceSettings":
-        """With `wanted` set; an empty list of values returns a setting to its default.
+        """A copy with `wanted` set; an empty list of values resets a setting to its default.
 
         Raises:
             InvalidRequestError: no such setting, or no such value.
@@ -118,7 +118,7 @@ OFF = "OFF"
 
 
 def trace_levels(values: Iterable[str]) -> frozenset[TraceLevel]:
-    """The levels called so; OFF stands for none.
+    """The levels of these names; OFF stands for none.
 
     Raises:
         ValueError: there is no such level.
@@ -159,7 +159,7 @@ def whole_setting(name: str, text: str) -> int:
 
 
 class Latencies(StrEnum):
-    """Forms in which durations are told."""
+    """Forms in which durations are reported."""
 
     COUNTER = "counter_latencies"
     HISTOGRAM = "histogram_latencies"
@@ -234,7 +234,7 @@ def _protocols(text: str) -> frozenset[Protocol]:
 
 
 class Compression(StrEnum):
-    """Of responses, in Triton's levels; gRPC has one algorithm for all but none."""
+    """Response compression in Triton's levels; all but none are one algorithm in gRPC."""
 
     NONE = "none"
     LOW = "low"

@@ -4,6 +4,6 @@ import signal
 
 
 def stopping_signals() -> list[signal.Signals]:
-    """SIGTERM, Ctrl-C, and the end of the terminal unless that is to be survived, as `nohup` asks for."""
+    """SIGTERM, Ctrl-C's SIGINT, and the terminal's SIGHUP unless that is ignored, as under `nohup`."""
     asked = [signal.SIGTERM, signal.SIGINT]
     return asked if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [*asked, signal.SIGHUP]

@@ -22,7 +22,7 @@ from server.errors import (
 )
 from server.requests import Event
 
-SUMMARY_WINDOW = 1024  # requests that a summary's quantiles look back on
+SUMMARY_WINDOW = 1024  # latest requests that a summary's quantiles cover
 FIRST_RESPONSE_MS = (100, 500, 2000, 5000)  # Triton's buckets
 
 
@@ -50,7 +50,7 @@ class Duration:
 
 @dataclass
 class Summary(Duration):
-    """The same, and the latest ones by themselves, for quantiles."""
+    """A `Duration` that also keeps the latest values, for quantiles."""
 
     recent: deque[int] = field(default_factory=lambda: deque(maxlen=SUMMARY_WINDOW))
 
@@ -62,7 +62,7 @@ class Summary(Duration):
 
 @dataclass
 class Histogram:
-    """Milliseconds by the buckets of `FIRST_RESPONSE_MS`, and one for what is longer."""
+    """Milliseconds by the buckets of `FIRST_RESPONSE_MS`, and one for longer times."""
 
     counts: list[int] = field(default_factory=lambda: [0] * (len(FIRST_RESPONSE_MS) + 1))
     total_ms: float = 0.0
@@ -102,7 +102,7 @@ class RequestRecord:
     spent: Spent = field(default_factory=Spent)
     inferences: int = 1  # rows of the request
     cached: bool = False  # the answer came from the response cache: nothing was inferred
-    succeeded: bool = False  # for requests whose answer is complete though nobody listens to the end
+    succeeded: bool = False  # its answer is complete, even if nobody reads it to the end
     first_response: int | None = None  # ns from arrival
     began: int = field(default_factory=time.monotonic_ns)
 
@@ -132,15 +132,15 @@ class Statistics:
         self.last_inference_ms = 0  # since 1970
         self.inference_count = 0
         self.execution_count = 0
-        self.under_way = 0  # requests that have not been answered to their end
-        self.pending = 0  # of those, the ones that wait to be executed; whoever lets them wait counts them
+        self.under_way = 0  # requests not fully answered yet
+        self.pending = 0  # of those, the ones that wait to be executed; counted by whatever queues them
         self._idle = asyncio.Event()
         self._idle.set()
         self.load_seconds = 0.0
         self.success, self.fail = Summary(), Duration()
         self.stages = {stage: Summary() for stage in STAGES}
         self.first_responses = Histogram()
-        self.cache_hit, self.cache_miss = Summary(), Summary()  # looking up; for a miss also keeping the answer
+        self.cache_hit, self.cache_miss = Summary(), Summary()  # lookups; for a miss also storing the answer
         self.batches: dict[int, BatchStatistics] = {}
         self.failures = dict.fromkeys(FailureReason, 0)
 

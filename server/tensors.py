@@ -28,12 +28,12 @@ class DataType(StrEnum):
 
     @property
     def size(self) -> int:
-        """Bytes of one element; 0 for BYTES, whose elements bring their own length."""
+        """Bytes of one element; 0 for BYTES, whose elements carry their own length."""
         return _SIZES[self]
 
     @property
     def code(self) -> str:
-        """Of one element in the format strings of `struct`, which has none for BF16 and BYTES."""
+        """The `struct` format character of one element; empty for BF16 and BYTES, which have none."""
         return _CODES[self]
 
 
@@ -73,7 +73,7 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Tensor:
-    """Elements little-endian and row-major; those of BYTES each behind its length in four bytes."""
+    """Elements are little-endian and row-major; each of BYTES is preceded by its length in four bytes."""
 
     name: str
     datatype: DataType
@@ -85,7 +85,7 @@ class Tensor:
         return list(split_strings(self.data))
 
     def values(self) -> list[Any]:
-        """The elements one by one, of BYTES as text."""
+        """The elements as Python values, those of BYTES as text."""
         match self.datatype:
             case DataType.BYTES:
                 return [element.decode(errors="replace") for element in self.strings()]
@@ -125,7 +125,7 @@ class InferRequest:
 
 @dataclass(frozen=True)
 class InferResponse:
-    """One response; without outputs and final, it only says that nothing more follows."""
+    """One response; a final one without outputs only says that nothing more follows."""
 
     outputs: tuple[Tensor, ...] = ()
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
@@ -155,7 +155,7 @@ def string_places(data: bytes) -> Iterator[tuple[int, int]]:
     """Where in the data of a BYTES tensor each element begins and ends.
 
     Raises:
-        ValueError: a length is cut off, or promises more than there is.
+        ValueError: a length is cut off, or exceeds the data left.
     """
     at = 0
     while at < len(data):

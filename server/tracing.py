@@ -1,4 +1,4 @@
-"""Traces of requests: every so many-th one, where its time went, handed to whoever writes traces."""
+"""Traces of requests: which ones are traced, where their time went, and handing that to a writer."""
 
 import asyncio
 import logging
@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 
 PARENT = "traceparent"  # the header of W3C Trace Context that names the caller's span
 CONTEXT_HEADERS = (PARENT, "tracestate")
-BACKLOG = 64 * 1024**2  # bytes of traces that may wait to be written; those that come then are dropped
-TRACE_BYTES = 16 * 1024  # what a trace counts besides its tensors: its stages, of which a step is one
+BACKLOG = 64 * 1024**2  # bytes of traces that may wait to be written; further ones are dropped
+TRACE_BYTES = 16 * 1024  # what a trace counts for besides its tensors: its stages, one per step among them
 CLOSE_WITHIN = 5.0  # seconds for what waits to be written when the server stops
 
 
@@ -44,7 +44,7 @@ class Stage:
 
 @dataclass(kw_only=True)
 class Trace:
-    """One traced request. Told of everything by those who work for it."""
+    """One traced request, filled in by the components that work on it."""
 
     id: int
     model: str
@@ -65,11 +65,11 @@ class Trace:
 
     @property
     def size(self) -> int:
-        """Bytes that it keeps, as far as they matter."""
+        """Bytes that it keeps, roughly."""
         return TRACE_BYTES + sum(len(tensor.data) for tensor in (*self.inputs, *self.outputs))
 
     def keep(self, *, inputs: Iterable[Tensor] = (), outputs: Iterable[Tensor] = ()) -> None:
-        """Takes in tensors, if they are to be told of."""
+        """Takes in tensors, if they are to be recorded."""
         if self.settings.tensors:
             self.inputs += inputs
             self.outputs += outputs
@@ -79,7 +79,7 @@ class Trace:
         self.record = record
 
     def see(self, event: Event) -> None:
-        """Takes in an event of an image. How long its stages took comes from the worker, when they ended from here."""
+        """Takes in an event of an image. The worker says how long its stages took; when they ended is measured here."""
         now = time.monotonic_ns()
         match event:
             case Started(instance, attempt):
@@ -88,7 +88,7 @@ class Trace:
             case Progress(step, of, index, step_ms, batch_size):
                 about = {"step": step, "of": of, "image_index": index, "batch_size": batch_size}
                 self._add("step", now - _ns(step_ms), now, **about)
-            case Image(index) if self._worked_since:  # one from the response cache brings times of long ago
+            case Image(index) if self._worked_since:  # one from the response cache carries the times of an old run
                 encoding = now - _ns(event.image_encode_ms)
                 self._add("decode", encoding - _ns(event.decode_ms), encoding, image_index=index)
                 self._add("encode_image", encoding, now, image_index=index, format=str(event.format))
@@ -98,7 +98,7 @@ class Trace:
 
     @contextmanager
     def sending(self) -> Iterator[None]:
-        """While a response is on its way out."""
+        """Covers the sending of a response."""
         began = time.monotonic_ns()
         try:
             yield
@@ -107,7 +107,7 @@ class Trace:
 
     @contextmanager
     def answering(self) -> Iterator[None]:
-        """While the request is answered; an exception is how it ended."""
+        """Covers the answering of the request; an exception is recorded as its error."""
         try:
             yield
         except BaseException as error:
@@ -117,7 +117,7 @@ class Trace:
             self.answered = time.monotonic_ns()
 
     def end(self) -> None:
-        """The call has ended. Of one with a single response the sending is what came after the answer."""
+        """Marks the call as ended. With a single response, its sending is the time since the answer."""
         self.ended = time.monotonic_ns()
         self.answered = self.answered or self.ended
         if not self.error and not any(s.name == "send" for s in self.stages):
@@ -128,10 +128,10 @@ class Trace:
 
 
 class Tracer:
-    """Chooses the requests to trace, and has them written, by a thread of its own.
+    """Chooses the requests to trace, and has their traces written by a thread of its own.
 
-    A model has the settings of all but for those that were set for it; `trace_count` is counted down where it was set.
-    `lost` hears of each trace that is dropped or cannot be written, on the event loop or the writer's thread.
+    A model has the global settings except for those set for it; `trace_count` is counted down where it was set.
+    `lost` is called for each trace that is dropped or cannot be written, on the event loop or the writer's thread.
     """
 
     def __init__(
@@ -147,24 +147,24 @@ class Tracer:
         self._made = 0
         self._write, self._close, self._lost = write, close, lost
         self._failing = False  # whether the last trace could not be written
-        self._dropping = False  # whether one was dropped since the writer had nothing to do
-        self._handed = self._written = 0  # bytes, by the event loop and by the writer; what lies between them waits
+        self._dropping = False  # whether one was dropped since the writer was last idle
+        self._handed = self._written = 0  # bytes, by the event loop and by the writer; the difference is waiting
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="trace")
 
     def settings(self, model: str = "") -> TraceSettings:
-        """Those of `model`, or of everything that has none of its own."""
+        """Those of `model`, or the global ones."""
         own = self._own.get(model)
         return replace(self._global, **own) if own else self._global
 
     def update(self, model: str, wanted: Mapping[str, list[str]]) -> TraceSettings:
-        """Changes settings; see `TraceSettings.changed`. An empty list makes a model's what it is for all."""
+        """Changes settings; see `TraceSettings.changed`. An empty list resets a model's to the global one."""
         if not model:
             self._global = self._global.changed(wanted, self._start)
         else:
             changed = self.settings(model).changed(wanted, self._global)
             own = self._own.get(model, {}) | {name: getattr(changed, name) for name in wanted}
             self._own[model] = {name: value for name, value in own.items() if wanted.get(name, True)}
-        self._seen.pop(model, None)  # `rate` counts from here
+        self._seen.pop(model, None)  # `trace_rate` counts from here
         return self.settings(model)
 
     def begin(self, model: str, version: str, request_id: str, call: Call) -> Trace | None:
@@ -176,7 +176,7 @@ class Tracer:
         return Trace(id=self._made, model=model, version=version, request_id=request_id, settings=settings, call=call)
 
     def end(self, trace: Trace | None) -> None:
-        """Has the trace written, if there is one; drops it where too much waits for that."""
+        """Has the trace written, if there is one; drops it if too much is waiting to be."""
         if trace is None:
             return
         trace.end()
@@ -189,7 +189,7 @@ class Tracer:
         self._writer.submit(self._write_one, trace, size)
 
     async def close(self) -> None:
-        """Returns when everything is written, or after `CLOSE_WITHIN`; what has not been begun then is dropped."""
+        """Returns when everything is written, or after `CLOSE_WITHIN`; what has not been started by then is dropped."""
         try:
             async with asyncio.timeout(CLOSE_WITHIN):
                 await asyncio.wrap_future(self._writer.submit(self._close))
@@ -208,7 +208,7 @@ class Tracer:
         self._dropping = True
 
     def _brings_context(self, settings: TraceSettings, call: Call) -> bool:
-        """As in Triton, who sends a trace context is traced at any rate: their own sampler has decided."""
+        """As in Triton, a request with a trace context is traced at any rate setting: its own sampler has decided."""
         return settings.trace_mode is TraceMode.OPENTELEMETRY and PARENT in call.context
 
     def _is_due(self, model: str, settings: TraceSettings) -> bool:
@@ -229,10 +229,10 @@ class Tracer:
             self._global = replace(self._global, trace_count=left)
 
     def _write_one(self, trace: Trace, size: int) -> None:
-        """On the writer's thread, whose errors nobody would see: the first of a row of them is logged."""
+        """Runs on the writer's thread, whose errors nobody would see: the first in a row is logged."""
         try:
             self._write(trace)
-        except Exception as error:  # noqa: BLE001 - the thread's boundary: a trace is nobody's request
+        except Exception as error:  # noqa: BLE001 - the thread's boundary: no request depends on a trace
             self._lost()
             if not self._failing:
                 log.error("traces cannot be written, and are lost until they can be: %s", error)

@@ -1,9 +1,10 @@
-"""Whose turn is next: the one order that the dispatcher keeps its queue in and the planner its sequences.
+"""Whose turn is next: one ordering for both the dispatcher's queue and the planner's sequences.
 
 Ranked by priority level, then by when the work is due, then by arrival. Two rules keep anything from starving: waiting
 lifts a request by one level every `ageing` seconds, and within a level a request without a deadline is due `patience`
 seconds after it arrived. So nothing is overtaken by what arrives more than (priority - 1) * ageing + patience after it,
-but for what has outstayed a queue timeout whose action is DELAY: that is behind all others of its level, as in Triton.
+except a request that has exceeded a queue timeout whose action is DELAY: as in Triton, it goes behind all others of its
+level.
 """
 
 import itertools
@@ -52,7 +53,7 @@ class Claim:
 
 
 class Turns(Generic[T]):
-    """Items in the order of their turns. Ranks are kept and made again only when ageing has changed one."""
+    """Items in the order of their turns. Ranks are cached, and recomputed only when ageing has changed one."""
 
     def __init__(self, claim: Callable[[T], Claim], policy: TurnPolicy) -> None:
         self._claim, self._policy = claim, policy
@@ -64,7 +65,7 @@ class Turns(Generic[T]):
         return len(self._entries)
 
     def add(self, item: T, now: float, *, number: int | None = None) -> int:
-        """Takes an item in at its place; its number decides among equals, the next one where none is given."""
+        """Inserts an item at its place; returns its number, which breaks ties and by default is the next one."""
         number = next(self._numbers) if number is None else number
         entry = self._entry(item, number, now)
         insort(self._entries, entry, key=_position)
@@ -72,11 +73,11 @@ class Turns(Generic[T]):
         return number
 
     def remove(self, leaving: Collection[T]) -> None:
-        """Takes out those of `leaving` that are in."""
+        """Removes those of `leaving` that are present."""
         self._entries = [entry for entry in self._entries if entry.item not in leaving]
 
     def items(self) -> list[T]:
-        """All items, in the order of when somebody last asked for it; safe from any thread."""
+        """All items, in the order last computed; safe from any thread."""
         return [entry.item for entry in self._entries]
 
     def ordered(self, now: float) -> list[T]:

@@ -24,12 +24,12 @@ from export.packages import open_package
 from export.profiles import tuning_example
 from export.spec import Component, ComponentSpec, Precision
 
-# The weights stay outside: they are lent when the package is opened. On a CPU as many threads compute as the server
-# says then; by itself Inductor may write down how many there were here.
+# The weights stay outside: they are lent when the package is opened. On a CPU the server sets the number of threads
+# then; by default Inductor may bake in the number here.
 CONFIGS: dict[str, Any] = {"aot_inductor.package_constants_in_so": False, "cpp.dynamic_threads": True}
-# On CUDA also: channels-last convolutions, which Inductor avoids where sizes are dynamic; no copies that pad matrices,
-# whose rows are aligned here anyway; several forms of each of its own kernels tried; and matrix products by cuBLAS
-# alone, as Inductor would look for other forms of those in FP8 without being asked.
+# On CUDA also: channels-last convolutions, which Inductor avoids with dynamic sizes; no copies that pad matrices, whose
+# rows are aligned here anyway; autotuning of Inductor's own kernels; and matrix products by cuBLAS alone, because
+# Inductor would autotune those in FP8 without being asked.
 CUDA_CONFIGS: dict[str, Any] = {
     **CONFIGS,
     "force_layout_optimization": True,
@@ -37,7 +37,7 @@ CUDA_CONFIGS: dict[str, Any] = {
     "max_autotune_pointwise": True,
     "max_autotune_gemm_backends": "ATEN",
 }
-# The remedy where one of them is not there, or does not work.
+# The remedy when a compiler or the CUDA toolkit is missing or does not work.
 TOOLS = (
     ". It needs a C++ compiler (g++) and, for a GPU, the CUDA toolkit: install them, and set CUDA_HOME where it is not "
     "found; or give --backend eager"
@@ -45,7 +45,7 @@ TOOLS = (
 
 
 class AotInductorBuilder:
-    """One `.pt2` a component, for the device the module is on."""
+    """One `.pt2` per component, for the device the module is on."""
 
     libraries: tuple[str, ...] = ("torch",)
 
@@ -61,7 +61,7 @@ class AotInductorBuilder:
             with corrected_code():
                 torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
         except (OSError, RuntimeError) as error:
-            cause: Exception = getattr(error, "inner_exception", error)  # Inductor wraps most
+            cause: Exception = getattr(error, "inner_exception", error)  # Inductor wraps most errors
             if is_disk_full(cause) or isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None
             remedy = TOOLS if _is_of_tools(cause) else ""
@@ -81,20 +81,20 @@ class AotInductorBuilder:
 
 
 def called_libraries(component: Component, precision: Precision, device: torch.device) -> tuple[str, ...]:
-    """Those that a package calls which is built here now; `export.modules.fused` is what calls them."""
+    """The libraries that a package built here now calls; the calls are in `export.modules.fused`."""
     fuses = component is Component.DENOISER and precision.weights is Precision.BF16
     return (FLASH_ATTENTION,) if fuses and flash.is_there(device) else ()
 
 
 def _is_of_tools(error: Exception) -> bool:
-    """Whether it tells of a compiler or of the CUDA toolkit."""
-    from torch._inductor.exc import InvalidCxxCompiler  # imports Inductor, which has been needed by now
+    """Whether `error` is about a compiler or the CUDA toolkit."""
+    from torch._inductor.exc import InvalidCxxCompiler  # imports Inductor, which is loaded by now anyway
 
     return isinstance(error, OSError | InvalidCxxCompiler)
 
 
 def _prepared(inputs: BuildInputs, module: nn.Module, device: torch.device) -> tuple[ExportedProgram, dict[str, Any]]:
-    """The component's program, and how Inductor is to compile it, on the device where the weights are."""
+    """The component's program and Inductor's settings for it, for the device that holds the weights."""
     if device.type != "cuda":
         return inputs.program(module), CONFIGS
     match module:

@@ -30,21 +30,21 @@ class BuildInputs:
     source: GraphSource
     spec: ComponentSpec
     profiles: tuple[ShapeProfile, ...]
-    repository: Path | None  # where another model may have what this one needs; None: everything is built
+    repository: Path | None  # where another model may have a plan to share; None: everything is built
     module: Callable[[], nn.Module]  # reads the weights into memory, so only builders that need them there call it
 
     def program(self, module: nn.Module, example: ShapePoint = EXPORT_EXAMPLE) -> ExportedProgram:
-        """`module`, which is the component or a form of it, traced with the spec's dynamic shapes."""
+        """`module` (the component or a form of it), traced with the spec's dynamic shapes."""
         return export_program(module, self.spec, self.source.dimensions, self.source.limits, example)
 
 
 @dataclass(frozen=True)
 class Built:
-    """A built engine: its own file first, then those that it needs beside it."""
+    """A built engine: its own file first, then the files it needs beside it."""
 
     files: tuple[Path, ...]
     plan: PlanRecord | None = None
-    calls: tuple[str, ...] = ()  # libraries, besides its backend's, without which it does not run
+    calls: tuple[str, ...] = ()  # libraries that it needs to run, besides its backend's
 
 
 class Runner(Protocol):
@@ -62,14 +62,14 @@ class Builder(Protocol):
         """Called before anything is downloaded or built.
 
         Raises:
-            UnsupportedError: this backend cannot build here, or not with its options.
+            UnsupportedError: the backend cannot build here, or not with these options.
         """
 
     def build(self, inputs: BuildInputs, folder: Path) -> Built:
         """Writes the engine's files into `folder`.
 
         Raises:
-            BuildError: the backend could not.
+            BuildError: the backend could not build it.
         """
 
     def load(self, path: Path, module: nn.Module, spec: ComponentSpec) -> Runner:

@@ -1,13 +1,13 @@
-"""What AOTInductor gets wrong in the C++ that it generates, put right while a package is compiled.
+"""Corrects errors in the C++ that AOTInductor generates, while a package is compiled.
 
-Scratch memory, in torch 2.11: a kernel in Triton's language that makes TMA descriptors wants so many bytes for each of
-its programs. They are allocated for one program, and the others write over memory that is not theirs; torch 2.12
-multiplies by the grid (`CUDADeviceOpOverrides.cpp_scratch`).
+Scratch memory, in torch 2.11: a Triton kernel that makes TMA descriptors needs scratch memory for each of its programs.
+It is allocated for one program, and the others overwrite memory that is not theirs; torch 2.12 multiplies by the grid
+(`CUDADeviceOpOverrides.cpp_scratch`).
 
 Shapes and strides, in torch 2.11 to 2.13: an array of them is declared once for all uses in the same buffer of code,
-and buffers are told apart by the addresses of Python's objects, some of which have gone by then. Another that lies
-where one did gets a name without a declaration, and the package does not compile (`int_array_54 was not declared`);
-which program that meets depends on where the objects lie.
+and buffers are told apart by the addresses of Python objects, some of which have been freed by then. A new buffer at
+a freed one's address gets a name without a declaration, and the package does not compile (`int_array_54 was not
+declared`); which programs are affected depends on where the objects lie.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,13 +17,13 @@ from unittest import mock
 
 import torch
 
-PROGRAMS = 1024  # for so many there is room: kernels of ours that make descriptors have one a multiprocessor
+PROGRAMS = 1024  # that get scratch memory; our kernels that make descriptors run one per multiprocessor
 SCRATCH_FIXED = (2, 12)
 
 
 @contextmanager
 def corrected_code() -> Iterator[None]:
-    """Packages that are compiled in this block have scratch memory for every program, and all arrays declared."""
+    """Packages compiled in this block have scratch memory for every program, and all arrays declared."""
     with ExitStack() as stack:
         stack.enter_context(_all_arrays_declared())
         if tuple(map(int, torch.__version__.split(".")[:2])) < SCRATCH_FIXED:
@@ -50,7 +50,7 @@ def _all_arrays_declared() -> Iterator[None]:
     from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 
     name_of = CppWrapperCpu.codegen_int_array_var
-    kept: dict[int, Callable[..., None]] = {}  # by their buffers' addresses, which no other gets while these are here
+    kept: dict[int, Callable[..., None]] = {}  # by buffer address, which is not reused while kept here
 
     def name_in_a_buffer_that_stays(
         self: CppWrapperCpu, int_array: str, writeline: Callable[..., None], *others: Any, **named: Any

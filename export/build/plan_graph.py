@@ -43,14 +43,14 @@ def _has_fused_kernel(attention: "ir.Node") -> bool:
 
 
 def _allow_decomposition(attention: "ir.Node") -> None:
-    """Without this attribute a build fails where no fused kernel fits, which is how a fused one is made sure of."""
+    """Without this attribute a build fails where no fused kernel fits, which ensures fused kernels elsewhere."""
     import onnx_ir as ir
 
     attention.attributes.add(ir.AttrInt64("TRT_decomposable", 1))
 
 
 def _resize_in_fp32(model: "ir.Model", resize: "ir.Node") -> None:
-    """TensorRT has no bf16 resize. Ours repeats pixels, so the detour through fp32 is exact."""
+    """TensorRT has no bf16 resize. This one repeats pixels, so the detour through fp32 is exact."""
     import onnx_ir as ir
 
     image, output = resize.inputs[0], resize.outputs[0]
@@ -69,7 +69,7 @@ def _resize_in_fp32(model: "ir.Model", resize: "ir.Node") -> None:
 
 
 def _drop_metadata(model: "ir.Model") -> None:
-    """Source lines and paths of the machine that traced it, which would make equal graphs differ."""
+    """Drops the tracing machine's source lines and paths, which would make equal graphs differ."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     ClearMetadataAndDocStringPass()(model)

@@ -16,7 +16,7 @@ class PlanRunner:
 
     def __init__(self, trt: Foreign, path: Path, spec: ComponentSpec) -> None:
         self._plan = OpenPlan(trt, path, spec)
-        # Else it would hold the memory that the largest shape of all profiles needs.
+        # Otherwise it would hold the memory that the largest shape of all profiles needs.
         self._context = self._plan.context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         self._spec = spec
 

@@ -17,7 +17,7 @@ from export.manifest import (
 
 
 def find_plan(repository: Path, backend: Backend, plan: PlanRecord, targets: tuple[Target, ...]) -> Path | None:
-    """A whole plan of any model in `repository` that this code built from the same graph in the same way."""
+    """An intact plan of any model in `repository` that this code built from the same graph in the same way."""
     for manifest in sorted(repository.glob(f"*/[0-9]*/{FILE_NAME}")):
         for record in _engines(manifest.parent):
             alike = (record.backend, record.plan, record.built_for) == (backend, plan, targets)
@@ -27,7 +27,7 @@ def find_plan(repository: Path, backend: Backend, plan: PlanRecord, targets: tup
 
 
 def _engines(folder: Path) -> tuple[EngineRecord, ...]:
-    """Of a version, if it is of the export's code as it is now."""
+    """The engines of a version, if the export's current code made it."""
     try:
         manifest = Manifest.read(folder)
     except ManifestError:

@@ -1,6 +1,6 @@
-"""TensorRT plans, of both flavours: their Python APIs are the same but for the name they are imported by.
+"""TensorRT plans, of both flavours: their Python APIs differ only in the name they are imported by.
 
-`tensorrt_rtx` builds ahead of time for the GPUs it is told, on any machine; `tensorrt` builds for the GPU it runs on.
+`tensorrt_rtx` builds ahead of time, on any machine, for the GPUs it is told; `tensorrt` builds for the GPU it runs on.
 A plan is strongly typed: the graph itself carries the precision.
 """
 
@@ -23,11 +23,11 @@ from export.repository import take
 from export.spec import ComponentSpec, Precision
 
 TIMING_CACHE = "tensorrt.timing_cache"
-OLDEST_NATIVE = (10, 15)  # whose parser knows ONNX's Attention (10.14) and RMSNormalization
+OLDEST_NATIVE = (10, 15)  # whose parser supports ONNX's Attention (10.14) and RMSNormalization
 
 
 class TensorRtBuilder:
-    """One `.plan` a component with all its profiles; stripped of weights, the graph and the weights lie beside it."""
+    """One `.plan` per component with all its profiles; without weights, it has the graph and the weights beside it."""
 
     def __init__(self, backend: Backend, options: BuildOptions) -> None:
         (self._library,) = BINDING_LIBRARIES[backend]
@@ -149,7 +149,7 @@ def _check_ahead_of_time(trt: Foreign, options: BuildOptions) -> None:
 
 
 def _check_tensors(trt: Foreign, network: Foreign, spec: ComponentSpec) -> None:
-    """The parser could have renamed, dropped or fixed something; the engine is run by the spec alone."""
+    """Checks that the parser has not renamed, dropped or fixed anything: the engine is run by the spec alone."""
     found = [network.get_input(i) for i in range(network.num_inputs)]
     found += [network.get_output(i) for i in range(network.num_outputs)]
     has = [(t.name, t.dtype, tuple(t.shape)) for t in found]
@@ -159,7 +159,7 @@ def _check_tensors(trt: Foreign, network: Foreign, spec: ComponentSpec) -> None:
 
 
 def _use_timing_cache(config: Foreign, file: Path) -> None:
-    """What earlier builds measured; another GPU's or version's measurements are refused and made anew."""
+    """Reuses what earlier builds measured; a cache of another GPU or version is refused and started anew."""
     kept = file.read_bytes() if file.is_file() else b""
     if not config.set_timing_cache(config.create_timing_cache(kept), False):
         config.set_timing_cache(config.create_timing_cache(b""), False)

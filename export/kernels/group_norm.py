@@ -1,9 +1,9 @@
-"""Group normalisation of images in channels-last memory, in Triton's language, and what else touches every pixel.
+"""Group normalisation of channels-last images in Triton, and the decoder's other kernels that touch every pixel.
 
-A normalisation needs the sums of a whole image before it can begin. They are taken where an image is written anyway,
-or in one pass, by a fixed number of programs, each over its share of the pixels; `affine` puts them together and leaves
-one multiplication and one addition a value, which Inductor fuses with what follows. Each operator computes what the
-function of its name in `reference` says.
+A normalisation needs sums over the whole image before it can begin. They are accumulated as an image is written anyway,
+or in a separate pass, by a fixed number of programs, each over its share of the pixels; `affine` combines them and
+leaves one multiplication and one addition per value, which Inductor fuses with what follows. Each operator computes
+what the function of the same name in `reference` defines.
 """
 
 import torch
@@ -15,12 +15,12 @@ from torch.library import triton_op, wrap_triton
 PROGRAMS = 512  # about four on each multiprocessor of an H100
 TILE = 4096  # values that a program handles at a time
 WARPS = 4
-CHUNK = 64  # of the programs' sums that are added up at a time
+CHUNK = 64  # programs' sums that are added up at a time
 
 
 @triton.jit
 def _share(pixels):
-    """The pixels of this program: the first, and the one behind the last."""
+    """This program's pixels: the first, and one past the last."""
     share = tl.cdiv(pixels, tl.num_programs(0))
     first = tl.program_id(0).to(tl.int64) * share
     return first, tl.minimum(first + share, pixels)
@@ -83,7 +83,7 @@ def _interleave(
         pixel = start + tl.arange(0, rows)[:, None]
         i = pixel // (2 * width)
         j = pixel % (2 * width)
-        # The second of two rows, and of two columns, is of the convolution one further.
+        # Odd rows and columns take the convolution's output at the next position.
         source = (i // 2 + i % 2) * (width + 1) + j // 2 + j % 2
         phase = 2 * (i % 2) + j % 2
         inside = (pixel < last) & (c[None, :] < channels)
@@ -123,7 +123,7 @@ def _affine(
 
 @triton_op("zserve::channel_sums", mutates_args={})
 def channel_sums(x: Tensor) -> Tensor:
-    """See `reference.channel_sums`; in `PROGRAMS` shares. `x` is contiguous."""
+    """See `reference.channel_sums`; here `PROGRAMS` shares. `x` is contiguous."""
     pixels, channels = x.shape
     sums = _empty_sums(x, channels)
     wrap_triton(_channel_sums)[(PROGRAMS,)](x, sums, pixels, channels, *_tile(channels), num_warps=WARPS)
@@ -132,7 +132,7 @@ def channel_sums(x: Tensor) -> Tensor:
 
 @triton_op("zserve::add", mutates_args={})
 def add(x: Tensor, branch: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """See `reference.add`, and its `channel_sums`. All inputs are contiguous."""
+    """See `reference.add`; also returns the `channel_sums` of its result. All inputs are contiguous."""
     pixels, channels = x.shape
     out, sums = torch.empty_like(x), _empty_sums(x, channels)
     wrap_triton(_add)[(PROGRAMS,)](x, branch, bias, out, sums, pixels, channels, *_tile(channels), num_warps=WARPS)
@@ -141,7 +141,7 @@ def add(x: Tensor, branch: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
 
 @triton_op("zserve::interleave", mutates_args={})
 def interleave(phases: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """See `reference.interleave`, and its `channel_sums`. All inputs are contiguous."""
+    """See `reference.interleave`; also returns the `channel_sums` of its result. All inputs are contiguous."""
     height, width, channels = phases.shape[0] - 1, phases.shape[1] - 1, bias.shape[0]
     out, sums = phases.new_empty((4 * height * width, channels)), _empty_sums(phases, channels)
     wrap_triton(_interleave)[(PROGRAMS,)](
@@ -164,7 +164,7 @@ def affine(sums: Tensor, pixels: int, groups: int, weight: Tensor, bias: Tensor,
 
 
 def _tile(channels: int) -> tuple[int, int]:
-    """What holds the channels, and how many pixels at a time."""
+    """The block that holds the channels, and the number of pixels per tile."""
     block = triton.next_power_of_2(channels)
     return block, max(TILE // block, 1)
 

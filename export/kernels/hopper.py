@@ -1,4 +1,4 @@
-"""Whether what was made for NVIDIA's Hopper GPUs alone (H100, H200) can be used."""
+"""Whether kernels made only for NVIDIA's Hopper GPUs (H100, H200) can be used."""
 
 import torch
 
@@ -6,5 +6,5 @@ COMPUTE_CAPABILITY = (9, 0)
 
 
 def is_hopper(device: torch.device) -> bool:
-    """Whether `device` is one."""
+    """Whether `device` is a Hopper GPU."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == COMPUTE_CAPABILITY

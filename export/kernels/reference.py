@@ -1,11 +1,11 @@
 """What the kernels compute, in plain PyTorch and in fp32 throughout; only results are rounded to the inputs' type.
 
-`modulation` [B, 4 * dim] is what `adaLN_modulation` of a block makes of the timestep: scale and gate of the attention,
-then scale and gate of the feed-forward. `part` counts them from 0. Source: `ZImageTransformerBlock.forward` and
+`modulation` [B, 4 * dim] is a block's `adaLN_modulation` of the timestep: scale and gate of the attention, then scale
+and gate of the feed-forward. `part` indexes these from 0. Source: `ZImageTransformerBlock.forward` and
 `ZSingleStreamAttnProcessor` of diffusers 0.42.
 
-Rows that go into a product in FP8 are `Quantized`: e4m3 values [rows, width], and what each row is to be multiplied by,
-fp32 [rows, 1], as `torch._scaled_mm` takes them.
+Inputs of a product in FP8 are `Quantized`: e4m3 values [rows, width] and the factor to multiply each row by, fp32
+[rows, 1], as `torch._scaled_mm` takes them.
 """
 
 import torch
@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PARTS = 4
-LARGEST = 448.0  # that e4m3 holds
-SMALLEST_SCALE = 1e-12  # so that a row of zeros is divided by something
+LARGEST = 448.0  # value that e4m3 holds
+SMALLEST_SCALE = 1e-12  # so that a row of zeros is not divided by zero
 
 Quantized = tuple[Tensor, Tensor]
 
@@ -45,7 +45,7 @@ def norm_rotate(
 def norm_rotate_halves(
     qkv: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Queries [B, S, heads, head_dim] and keys of `qkv`, normalised and rotated, where a pair is a value of each half.
+    """Queries [B, S, heads, head_dim] and keys of `qkv`, normalised and rotated; a pair has a value of each half.
 
     `qkv` [B, S, (heads + 2 * key_heads) * head_dim]; `weight_q`, `weight_k` [head_dim]; `cos`, `sin` [B, S, head_dim].
     Source: `Qwen3Attention` and `apply_rotary_pos_emb` of transformers 5.
@@ -66,14 +66,14 @@ def quantize(x: Tensor) -> Quantized:
 
 
 def norm_modulate_quantize(x: Tensor, weight: Tensor, modulation: Tensor, part: int, eps: float) -> Quantized:
-    """`norm_modulate`, its result quantised before it is rounded."""
+    """`norm_modulate`, with its result quantised without rounding it to `x`'s type first."""
     return quantize(_normalised(x, weight, eps) * (1 + _part(modulation, part)))
 
 
 def swiglu(x: Tensor, w13: Tensor) -> Tensor:
     """`x` [tokens, dim] times the rows of `w13` [2 * hidden, dim]: SiLU of the first half times the second.
 
-    [tokens, hidden]. Source: Shazeer, GLU Variants Improve Transformer, 2020.
+    Returns [tokens, hidden]. Source: Shazeer, GLU Variants Improve Transformer, 2020.
     """
     gate, value = F.linear(x.float(), w13.float()).chunk(2, -1)
     return (F.silu(gate) * value).to(x.dtype)
@@ -86,7 +86,7 @@ def silu_product_quantize(gate_value: Tensor) -> Quantized:
 
 
 def channel_sums(x: Tensor) -> Tensor:
-    """Of the channels of `x` [pixels, C], the sums of values and of squares, fp32 [shares, 2, C]; here of one share."""
+    """The sums of values and of squares per channel of `x` [pixels, C], fp32 [shares, 2, C]; here one share."""
     wide = x.float()
     return torch.stack([wide.sum(0), wide.square().sum(0)])[None]
 
@@ -97,10 +97,10 @@ def add(x: Tensor, branch: Tensor, bias: Tensor) -> Tensor:
 
 
 def interleave(phases: Tensor, bias: Tensor) -> Tensor:
-    """An image [2h * 2w, C] of its `phases` [h + 1, w + 1, 4 * C], plus `bias` [C].
+    """An image [2h * 2w, C] from its `phases` [h + 1, w + 1, 4 * C], plus `bias` [C].
 
-    The pixels of even row and column come first, then even row and odd column, odd and even, odd and odd; those of odd
-    rows are of the lower h rows of the phases, those of odd columns of the right w columns.
+    The phases are ordered: even row and even column, even and odd, odd and even, odd and odd. Odd rows are taken from
+    the lower h rows of the phases, odd columns from the right w columns.
     """
     height, width = phases.shape[0] - 1, phases.shape[1] - 1
     quarters = phases.unflatten(2, (2, 2, -1))  # type: ignore[no-untyped-call]
@@ -109,7 +109,7 @@ def interleave(phases: Tensor, bias: Tensor) -> Tensor:
 
 
 def affine(sums: Tensor, pixels: int, groups: int, weight: Tensor, bias: Tensor, offset: Tensor, eps: float) -> Tensor:
-    """Factor and summand by channel, fp32 [2, C], that are group normalisation of an image [pixels, C] plus `offset`.
+    """Scale and shift per channel, fp32 [2, C], that group-normalise an image [pixels, C] plus `offset`.
 
     `sums` is `channel_sums` of the image; `weight`, `bias`, `offset` [C]. Source: Wu and He, Group Normalization, 2018.
     """

@@ -1,7 +1,7 @@
-"""The feed-forward's first product with SiLU and product in it, in Triton's language, for Hopper.
+"""The feed-forward's first matrix product with the SwiGLU fused into it, in Triton, for Hopper.
 
-The gate and the value of a channel are computed by the same program, so that neither is written: as three kernels,
-they are 340 MB of traffic a block at 1024x1024. Persistent, tiles by the tensor memory accelerator (TMA).
+The gate and the value of a channel are computed by the same program, so neither is written to memory: as three kernels
+they cost 340 MB of traffic per block at 1024x1024. Persistent; tiles move by the tensor memory accelerator (TMA).
 """
 
 import torch
@@ -12,17 +12,17 @@ from torch.library import triton_op, wrap_triton
 
 from export.kernels.hopper import is_hopper
 
-# A tile: so many tokens, so many channels (of which each is a gate and a value), and a step through what goes in. It
-# fills a multiprocessor's registers and, three steps at once, its shared memory.
+# A tile's tokens, its channels (each a gate and a value), and its step along the reduction dimension. It fills a
+# multiprocessor's registers and, with three steps in flight, its shared memory.
 TOKENS, CHANNELS, STEP = 128, 128, 64
 STAGES, WARPS = 3, 8
-# Rows of tiles that are worked on together, so that what they share stays in the cache.
+# Rows of tiles that are processed together, so that what they share stays in the cache.
 ROWS = 8
 
 
 @triton.jit
 def _place(index, down, across: tl.constexpr, rows: tl.constexpr):
-    """The row and the column of the tile that comes as the `index`-th."""
+    """The row and the column of the `index`-th tile."""
     first = index // (rows * across) * rows
     height = min(down - first, rows)
     rest = index % (rows * across)
@@ -52,7 +52,7 @@ def _swiglu(
     down = tl.cdiv(tokens, height)
     across: tl.constexpr = (hidden + width - 1) // width
     tiles = down * across
-    # All programs take as many tiles; of what is left over, halves, if there are enough programs for them.
+    # All programs take equally many tiles; those left over are halved, if there are enough programs for the halves.
     left = tiles % programs
     if 2 * left > programs:
         left = 0
@@ -67,7 +67,7 @@ def _swiglu(
 
 
 def suits(x: Tensor, w13: Tensor) -> bool:
-    """Whether the kernel is made for such inputs, and for the device they are on."""
+    """Whether the kernel supports these inputs and their device."""
     (width, depth), per_16_bytes = w13.shape, 8
     aligned = depth % per_16_bytes == 0 and width % (2 * per_16_bytes) == 0
     return x.dtype is torch.bfloat16 and aligned and is_hopper(x.device)
@@ -75,14 +75,14 @@ def suits(x: Tensor, w13: Tensor) -> bool:
 
 @triton_op("zserve::swiglu", mutates_args={})
 def swiglu(x: Tensor, w13: Tensor) -> Tensor:
-    """See `reference.swiglu`. All inputs are contiguous, and as `suits` says."""
+    """See `reference.swiglu`. All inputs are contiguous and satisfy `suits`."""
     out = x.new_empty((x.shape[0], w13.shape[0] // 2))
     launch(x, w13, out, torch.cuda.get_device_properties(x.device).multi_processor_count)
     return out
 
 
 def launch(x: Tensor, w13: Tensor, out: Tensor, programs: int) -> None:
-    """Fills `out`, by so many programs at once."""
+    """Fills `out` with `programs` programs at once."""
     (tokens, depth), hidden = x.shape, out.shape[1]
     wrap_triton(_swiglu)[(programs,)](
         x, w13, out, tokens, depth, hidden, programs, TOKENS, CHANNELS, STEP, ROWS, num_stages=STAGES, num_warps=WARPS

@@ -1,8 +1,8 @@
-"""The kernels in Triton's language, as operators that torch.export keeps and AOTInductor compiles and packages.
+"""The Triton kernels, as operators that torch.export keeps and AOTInductor compiles and packages.
 
-One program handles one token, whose values stay in registers between its passes. Inductor's own kernels for the same
-read a token up to three times, and rotate at a quarter of the memory's speed (docs/performance-log.md). Each operator
-computes what the function of its name in `reference` says.
+One program handles one token, whose values stay in registers between its passes. Inductor's own kernels for
+this read a token up to three times, and rotate at a quarter of the memory bandwidth (docs/performance-log.md). Each
+operator computes what the function of the same name in `reference` defines.
 """
 
 import torch
@@ -50,7 +50,7 @@ def _moved(x, branch, weight, modulation, row, sample, part, parts: tl.constexpr
 
 @triton.jit
 def _store_quantized(y, values, scales, row, i, dim):
-    # 448 is the largest that e4m3 holds; a row of zeros is divided by something. As `reference.quantize`.
+    # As `reference.quantize`: 448 is the largest value that e4m3 holds; 1e-12 keeps a row of zeros from dividing by 0.
     scale = tl.maximum(tl.max(tl.abs(y), 0) / 448.0, 1e-12)
     tl.store(values + row * dim + i, (y * (1.0 / scale)).to(values.dtype.element_ty), mask=i < dim)
     tl.store(scales + row, scale)
@@ -137,7 +137,7 @@ def _norm_rotate(
     heads: tl.constexpr, head_block: tl.constexpr, head_dim: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    keys = tl.program_id(1)  # 0: this program does the queries, 1: the keys
+    keys = tl.program_id(1)  # 0: this program handles the queries, 1: the keys
     pairs: tl.constexpr = head_dim // 2
     head = tl.arange(0, head_block)[:, None]
     d = tl.arange(0, head_dim)[None, :]
@@ -218,7 +218,7 @@ def gated_residual_norm_modulate(
     next_part: int,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """`gated_residual`, and `norm_modulate` of its result for what comes next. All inputs are contiguous."""
+    """`gated_residual`, and `norm_modulate` of its result for the next product. All inputs are contiguous."""
     batch, tokens, dim = x.shape
     moved, out = torch.empty_like(x), torch.empty_like(x)
     block = triton.next_power_of_2(dim)
@@ -255,7 +255,7 @@ def gated_residual_norm_modulate_quantize(
     next_part: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`gated_residual`, and `norm_modulate_quantize` of its result for what comes next. All inputs are contiguous."""
+    """`gated_residual`, and `norm_modulate_quantize` of its result for the next product. All inputs are contiguous."""
     batch, tokens, dim = x.shape
     moved = torch.empty_like(x)
     values, scales = _empty_quantized(x, batch * tokens, dim)

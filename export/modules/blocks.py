@@ -18,8 +18,8 @@ Foreign = Any  # a module of diffusers or transformers, whose attributes carry n
 def rms_norm(norm: Foreign, x: Tensor) -> Tensor:
     """diffusers' RMSNorm, to the bit.
 
-    torch's fused operator gives the same result in fp32. In bf16 it rounds in another order, which adds up to about
-    1 % over the denoiser, so there diffusers' own module runs; compilers fuse either.
+    torch's fused operator gives the same result in fp32. In bf16 it rounds in a different order, which adds up to about
+    1 % over the denoiser, so bf16 runs diffusers' own module; compilers fuse either.
     """
     if x.dtype is torch.float32:
         return F.rms_norm(x, norm.dim, norm.weight, norm.eps)
@@ -38,7 +38,7 @@ def attention(module: Foreign, x: Tensor, rotation: Rotation) -> Tensor:
 
 
 def block(module: Foreign, x: Tensor, rotation: Rotation) -> Tensor:
-    """A block without modulation: the caption refiners."""
+    """A block without modulation, as in the caption refiners."""
     x = x + rms_norm(module.attention_norm2, attention(module.attention, rms_norm(module.attention_norm1, x), rotation))
     widened = module.feed_forward(rms_norm(module.ffn_norm1, x))
     return x + rms_norm(module.ffn_norm2, widened)

@@ -1,8 +1,8 @@
 """Everything that runs once per step: latents, timestep and encoded caption in, velocity out.
 
-A re-expression of diffusers 0.42's `ZImageTransformer2DModel.forward` for one caption and one image a row, without its
-lists, masks and complex numbers. It equals diffusers exactly when all rows share the caption's padded length and the
-image's size, which is how the server batches.
+A re-expression of diffusers 0.42's `ZImageTransformer2DModel.forward` for one caption and one image per row, without
+its lists, masks and complex numbers. It equals diffusers exactly when all rows share the padded caption length and the
+image size, which is how the server batches.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ class Denoiser(nn.Module):
         self.layers = transformer.layers
         self.final_layer = transformer.all_final_layer["2-1"]
         self.rope = RotaryTables(config.axes_dims, config.axes_lens, config.rope_theta)
-        self.run_blocks = run_blocks  # or that of `export.modules.fused`
+        self.run_blocks = run_blocks  # or `export.modules.fused.run_blocks`
 
     def forward(self, latents: Tensor, timestep: Tensor, caption: Tensor) -> Tensor:
         height, width = latents.shape[2:]
@@ -81,7 +81,7 @@ def caption_positions(length: int, device: torch.device) -> list[Tensor]:
 
 
 def _patchify(latents: Tensor) -> Tensor:
-    """[B, C, 2r, 2c] -> [B, r * c, 4C], a patch's values ordered (row, column, channel)."""
+    """[B, C, 2r, 2c] -> [B, r * c, 4C], with each patch's values ordered (row, column, channel)."""
     batch, channels, height, width = latents.shape
     x = latents.reshape(batch, channels, height // 2, 2, width // 2, 2)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, (height // 2) * (width // 2), 4 * channels)

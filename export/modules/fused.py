@@ -1,8 +1,8 @@
 """The denoiser for compilers on CUDA: the same weights and results, in fewer and larger pieces.
 
-Projections of the same input are one matrix product, and what lies between two products is one kernel
-(`export/kernels`). Inductor finds neither by itself. Attention is FlashAttention-3 where that is. Each block has its
-products in one of two forms (`export/modules/products.py`): in the type of its weights, or in FP8.
+Projections of the same input are one matrix product, and everything between two products is one kernel
+(`export/kernels`). Inductor finds neither by itself. Attention is FlashAttention-3 where available. Each block computes
+its products in one of two forms (`export/modules/products.py`): in the type of its weights, or in FP8.
 """
 
 import copy
@@ -21,12 +21,12 @@ from export.modules.quantized import quantize_projections, quantized_layers
 from export.modules.rope import Rotation
 from export.spec import Precision
 
-# The parts of a block's modulation, as `export.kernels` counts them.
+# The parts of a block's modulation, as `export.kernels` numbers them.
 SCALE_ATTENTION, GATE_ATTENTION, SCALE_FEED_FORWARD, GATE_FEED_FORWARD = range(4)
 
 
 def fused(denoiser: Denoiser, precision: Precision) -> Denoiser:
-    """`denoiser` with its blocks in fused form; it shares all weights, once `merge_projections` has been here."""
+    """`denoiser` with its blocks in fused form, sharing all weights; its projections are merged in place."""
     merge_projections(denoiser)
     other = copy.copy(denoiser)
     other.run_blocks = run_blocks
@@ -39,9 +39,9 @@ def fused(denoiser: Denoiser, precision: Precision) -> Denoiser:
 def run_blocks(
     layers: Sequence[Foreign], x: Tensor, rotation: Rotation, conditioning: Tensor, quantized: Sequence[Foreign] = ()
 ) -> Tensor:
-    """What `export.modules.denoiser.run_blocks` does. What ends a block and begins the next is one kernel.
+    """Does what `export.modules.denoiser.run_blocks` does; a block's end and the next one's start are one kernel.
 
-    The products of those layers that are in `quantized` are computed in FP8.
+    The layers in `quantized` compute their products in FP8.
     """
     from export.kernels import triton_kernels as kernels
     from export.modules.products import PlainProducts, QuantizedProducts
@@ -71,7 +71,7 @@ def run_blocks(
 
 
 def _attention(attention: Foreign, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """From the projections to what goes into the output's: [B, S, 3 * dim] -> [B, S, dim]."""
+    """From the merged projections to the output projection's input: [B, S, 3 * dim] -> [B, S, dim]."""
     from export.kernels import triton_kernels as kernels
 
     norm_q, norm_k = attention.norm_q, attention.norm_k

@@ -1,8 +1,8 @@
-"""The image decoder for compilers on CUDA: the same weights and results, with less to compute and less to move.
+"""The image decoder for compilers on CUDA: the same weights and results, with less computation and memory traffic.
 
-Feature maps stay in channels-last memory, where cuDNN's convolutions want them; the sums that a group normalisation
-needs are taken where a map is written (`export/kernels/group_norm.py`); and what convolves a doubled map convolves
-before it doubles. Inductor finds neither by itself.
+Feature maps stay in channels-last memory, as cuDNN's convolutions want them; the sums that a group normalisation needs
+are accumulated as a map is written (`export/kernels/group_norm.py`); and a convolution of an upsampled map runs before
+the upsampling. Inductor finds none of these by itself.
 """
 
 import copy
@@ -15,12 +15,12 @@ from torch import Tensor
 from export.modules.blocks import Foreign
 from export.modules.image_decoder import ImageDecoder
 
-ATTENTION_CHUNKS = 4  # of the queries: height and width of latents are even, so they divide
+ATTENTION_CHUNKS = 4  # of the queries; divides h * w, as the latents' height and width are even
 
 
 @dataclass(frozen=True)
 class FeatureMap:
-    """`rows` [h * w, C], and `sums` as `export.kernels.reference.channel_sums` has them."""
+    """`rows` [h * w, C], and `sums` as `export.kernels.reference.channel_sums` returns them."""
 
     rows: Tensor
     sums: Tensor
@@ -28,14 +28,14 @@ class FeatureMap:
 
 
 def fused_decoder(decoder: ImageDecoder) -> ImageDecoder:
-    """`decoder`, whose weights it shares, in fused form: for one image a call."""
+    """`decoder` in fused form, sharing its weights; takes one image per call."""
     other = copy.copy(decoder)
     other.run_decoder = run_decoder
     return other
 
 
 def run_decoder(decoder: Foreign, z: Tensor) -> Tensor:
-    """What `export.modules.image_decoder.run_decoder` does."""
+    """Does what `export.modules.image_decoder.run_decoder` does."""
     x, middle = _summed(decoder.conv_in(z)), decoder.mid_block
     x = _residual(middle.resnets[0], x)
     for attention, resnet in zip(middle.attentions, middle.resnets[1:], strict=True):
@@ -53,7 +53,7 @@ def run_decoder(decoder: Foreign, z: Tensor) -> Tensor:
 
 
 def _residual(resnet: Foreign, x: FeatureMap) -> FeatureMap:
-    """`ResnetBlock2D.forward`. What follows a convolution adds its bias."""
+    """`ResnetBlock2D.forward`; each convolution's bias is added by the kernel after it."""
     from export.kernels import group_norm as kernels
 
     h = resnet.nonlinearity(_normalised(resnet.norm1, x)).to(x.rows.dtype)
@@ -70,7 +70,7 @@ def _residual(resnet: Foreign, x: FeatureMap) -> FeatureMap:
 
 
 def _attend(attention: Foreign, x: FeatureMap) -> FeatureMap:
-    """`AttnProcessor2_0` of diffusers, for its one head."""
+    """`AttnProcessor2_0` of diffusers, for a single head."""
     from export.kernels import group_norm as kernels
 
     h = _normalised(attention.group_norm, x).to(x.rows.dtype)
@@ -83,18 +83,18 @@ def _attend(attention: Foreign, x: FeatureMap) -> FeatureMap:
 def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention [S, d] as matrix products, for a head too wide for any fast fused kernel (d = 512).
 
-    By a quarter of the queries at a time, so that the scores take a quarter of the memory.
+    A quarter of the queries at a time, so that the scores take a quarter of the memory.
     """
     chunks = (query * query.shape[1] ** -0.5).unflatten(0, (ATTENTION_CHUNKS, -1)).unbind()
     return torch.cat([torch.softmax(chunk @ key.T, -1) @ value for chunk in chunks])
 
 
 def _doubled(conv: Foreign, x: FeatureMap) -> FeatureMap:
-    """`Upsample2D.forward`: every pixel twice in both directions, then `conv` of 3x3.
+    """`Upsample2D.forward`: every pixel repeated in both directions, then the 3x3 convolution `conv`.
 
-    Of the nine weights that meet a doubled pixel and its neighbours, those that meet copies of the same pixel are added
-    up, which leaves four: a convolution of 2x2 for each of the four pixels that come of one. That is 4/9 of the
-    multiplications, and the doubled map is written once. Source: polyphase decomposition, as in Shi et al., Is the
+    Of the nine weights applied around an upsampled pixel, those that meet copies of the same source pixel are summed,
+    which leaves four: a 2x2 convolution for each of the four pixels that one source pixel becomes. That is 4/9 of the
+    multiplications, and the upsampled map is written once. Source: polyphase decomposition, as in Shi et al., Is the
     deconvolution layer the same as a convolutional layer?, 2016.
     """
     from export.kernels import group_norm as kernels
@@ -116,7 +116,7 @@ def _folded(weight: Tensor, dim: int) -> Tensor:
 
 
 def _normalised(norm: Foreign, x: FeatureMap, offset: Tensor | None = None) -> Tensor:
-    """`norm` of a map, fp32 [h * w, C]; `offset` [C] is what has yet to be added to its pixels."""
+    """`norm` of a map, fp32 [h * w, C]; `offset` [C] has yet to be added to its pixels."""
     from export.kernels import group_norm as kernels
 
     moved = torch.zeros_like(norm.bias) if offset is None else offset
@@ -133,15 +133,15 @@ def _summed(image: Tensor) -> FeatureMap:
 
 
 def _convolved(conv: Foreign, rows: Tensor, size: tuple[int, int]) -> Tensor:
-    """`conv` of a map without its bias, [h * w, C']."""
+    """`conv` of a map, without the bias, [h * w, C']."""
     return _rows(F.conv2d(_image(rows, size), conv.weight, padding=conv.padding))
 
 
 def _image(rows: Tensor, size: tuple[int, int]) -> Tensor:
-    """As convolutions take it, [1, C, h, w], without a copy."""
+    """A map as convolutions take it, [1, C, h, w], without a copy."""
     return rows.view(1, *size, -1).permute(0, 3, 1, 2)
 
 
 def _rows(image: Tensor) -> Tensor:
-    """[1, C, h, w] as [h * w, C]; without a copy, as they are in channels-last memory."""
+    """[1, C, h, w] as [h * w, C]; without a copy if in channels-last memory."""
     return image[0].permute(1, 2, 0).flatten(0, 1).contiguous()

@@ -1,7 +1,7 @@
 """The prompt encoder for compilers on CUDA: the same weights and results, in fewer and larger matrix products.
 
-At the few tokens of a prompt a product takes as long as its weights take to be read, and small ones longer. Queries and
-keys are normalised and rotated by one kernel a layer (`export/kernels`), for which Inductor takes six.
+With a prompt's few tokens, a product takes as long as reading its weights, and small products take longer. Queries and
+keys are normalised and rotated by one kernel per layer (`export/kernels`), where Inductor takes six.
 """
 
 import copy
@@ -16,7 +16,7 @@ from export.modules.prompt_encoder import PromptEncoder, run_layer
 
 
 def fused_encoder(encoder: PromptEncoder) -> PromptEncoder:
-    """`encoder` with its layers in fused form; it shares all weights, once `merge_projections` has been here."""
+    """`encoder` with its layers in fused form, sharing all weights; its projections are merged in place."""
     merge_projections(encoder)
     other = copy.copy(encoder)
     other.run_layers = run_layers
@@ -24,11 +24,11 @@ def fused_encoder(encoder: PromptEncoder) -> PromptEncoder:
 
 
 def run_layers(layers: Iterable[Foreign], hidden: Tensor, positions: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """What `export.modules.prompt_encoder.run_layers` does."""
+    """Does what `export.modules.prompt_encoder.run_layers` does."""
     cos, sin = (table.contiguous() for table in rotation)
     for layer in layers:
         attention, mlp = layer.self_attn, layer.mlp
-        if not hasattr(attention, "qkv"):  # its projections have biases, which those of Z-Image's Qwen3 have not
+        if not hasattr(attention, "qkv"):  # not merged: they have biases, unlike those of Z-Image's Qwen3
             hidden = run_layer(layer, hidden, positions, rotation)
             continue
         hidden = hidden + attention.o_proj(_attend(attention, layer.input_layernorm(hidden), cos, sin))
@@ -38,7 +38,7 @@ def run_layers(layers: Iterable[Foreign], hidden: Tensor, positions: Tensor, rot
 
 
 def _attend(attention: Foreign, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`Qwen3Attention.forward` up to its output's projection: [B, T, width] -> [B, T, heads * head_dim]."""
+    """`Qwen3Attention.forward` up to the output projection: [B, T, width] -> [B, T, heads * head_dim]."""
     from export.kernels import triton_kernels as kernels
 
     norm_q, norm_k = attention.q_norm, attention.k_norm

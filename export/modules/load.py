@@ -60,13 +60,13 @@ def load_vae(checkpoint: Path) -> nn.Module:
 
 
 def build_components(pipeline: "ZImagePipeline") -> dict[Component, nn.Module]:
-    """The components over a diffusers pipeline that is already in memory; its weights are shared."""
+    """The components of a diffusers pipeline already in memory; its weights are shared."""
     parts = {name: getattr(pipeline, name) for name in ("transformer", "text_encoder", "vae")}
     return {c: build_component(c, parts).eval().requires_grad_(False) for c in Component}
 
 
 def build_component(component: Component, parts: dict[str, nn.Module]) -> nn.Module:
-    """The component over those checkpoint parts, in memory already, that `PARTS` lists for it."""
+    """The component over the checkpoint parts that `PARTS` lists for it, already in memory."""
     match component:
         case Component.PROMPT_ENCODER:
             return PromptEncoder(parts["text_encoder"], parts["transformer"])
@@ -77,13 +77,13 @@ def build_component(component: Component, parts: dict[str, nn.Module]) -> nn.Mod
 
 
 def _read_without_layers(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """The same, without the transformer's layers: most of its weights, and the denoiser's alone."""
+    """`_read`, without the transformer's layers: most of its weights, which only the denoiser uses."""
     if folder.name != "transformer":
         return _read(folder, dtype)
     from diffusers.utils import logging as diffusers_logging
 
     level = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()  # else it lists every weight that it leaves out
+    diffusers_logging.set_verbosity_error()  # otherwise it lists every weight it leaves out
     try:
         return _read(folder, dtype, n_layers=0)
     finally:
@@ -91,9 +91,9 @@ def _read_without_layers(folder: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def _read(folder: Path, dtype: torch.dtype, **config: int) -> nn.Module:
-    """The model in one folder of a checkpoint; `config` takes the place of what its config file says.
+    """The model in one folder of a checkpoint; `config` overrides its config file.
 
-    The libraries fill in what is missing with random numbers, and go on.
+    The libraries fill in missing tensors with random numbers and go on.
     """
     from diffusers import AutoencoderKL, ZImageTransformer2DModel
     from huggingface_hub.errors import StrictDataclassError
@@ -105,7 +105,7 @@ def _read(folder: Path, dtype: torch.dtype, **config: int) -> nn.Module:
             case "text_encoder":
                 encoder: Foreign
                 encoder, loading = AutoModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-                # Causal without a mask, which `prompt_encoder` relies on, whatever the config asks for.
+                # Causal without a mask, as `prompt_encoder` relies on, whatever the config asks for.
                 encoder.set_attn_implementation("sdpa")
                 model = encoder
             case name:
@@ -115,9 +115,9 @@ def _read(folder: Path, dtype: torch.dtype, **config: int) -> nn.Module:
                 model, loading = kind.from_pretrained(
                     folder, dtype=dtype, low_cpu_mem_usage=False, output_loading_info=True, **config
                 )
-    except RuntimeError as error:  # both libraries', of other shapes
+    except RuntimeError as error:  # from both libraries, for other shapes
         raise CheckpointError(f"the weights in {folder} do not fit its config.json: {error}; {REMEDY}") from error
-    except (ValueError, TypeError, LookupError, ImportError, StrictDataclassError) as error:  # of its config.json
+    except (ValueError, TypeError, LookupError, ImportError, StrictDataclassError) as error:  # about its config.json
         raise CheckpointError(f"{folder} cannot be read as its config.json says ({error!r}); {REMEDY}") from error
     missing = sorted(loading["missing_keys"])
     if missing:
@@ -128,7 +128,7 @@ def _read(folder: Path, dtype: torch.dtype, **config: int) -> nn.Module:
 
 @contextmanager
 def _quiet_loading() -> Iterator[None]:
-    """Both libraries draw progress bars over their own weight loading; ours would be torn by them."""
+    """Silences both libraries while they load weights: their progress bars would break up ours."""
     import diffusers.utils.logging as diffusers_logging
     import transformers.utils.logging as transformers_logging
 

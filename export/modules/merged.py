@@ -11,19 +11,19 @@ from export.modules.prompt_encoder import PromptEncoder
 
 
 def merge_projections(component: Denoiser | PromptEncoder) -> None:
-    """Lays the weights of projections of the same input behind one another, as one parameter more.
+    """Concatenates the weights of projections of the same input into one additional parameter.
 
-    The parameters that there were become views of it, so nothing is in memory twice, and whatever computes with them
-    still does. Does nothing the second time, and leaves projections with a bias alone.
+    The original parameters become views of it, so nothing is in memory twice, and code that uses them still works. Does
+    nothing the second time, and leaves projections with a bias alone.
     """
     for owner, name, parts in _projections(component):
         if _merge(owner, name, parts):
-            # What the parts took: in all more than half of the weights, which torch would keep from others there.
+            # What the parts took, over half of the weights in total: torch would keep it from others on the device.
             torch.cuda.empty_cache()
 
 
 def _projections(component: Denoiser | PromptEncoder) -> Iterator[tuple[Foreign, str, Sequence[str]]]:
-    """Of each block, what has the projections, and the names of theirs in one and of each."""
+    """For each block: the projections' owner, the merged parameter's name, and each projection's name."""
     match component:
         case Denoiser():
             for block in (*component.noise_refiner, *component.layers):
@@ -36,7 +36,7 @@ def _projections(component: Denoiser | PromptEncoder) -> Iterator[tuple[Foreign,
 
 
 def _merge(owner: Foreign, name: str, parts: Sequence[str]) -> bool:
-    """Whether there was anything to merge."""
+    """Merges `parts` into `name`; returns whether there was anything to merge."""
     linears = [getattr(owner, part) for part in parts]
     if hasattr(owner, name) or any(linear.bias is not None for linear in linears):
         return False

@@ -1,6 +1,6 @@
 """The components without their weights, for graphs of models that would not fit into memory.
 
-Parameters are fake tensors: shapes and types that torch.export can trace through, and no data. The small tables that
+Parameters are fake tensors: shapes and types that torch.export can trace, without data. The small tables that
 a graph holds as constants are real.
 """
 
@@ -34,7 +34,7 @@ def outline_component(checkpoint: Path, component: Component, precision: Precisi
     with mode, default_dtype(TORCH_DTYPES[precision]):
         parts = {name: _outline_part(checkpoint, name) for name in PARTS[component]}
     if "text_encoder" in parts:
-        # Its rotary frequencies are computed, not stored, so they must be made where they are real.
+        # Its rotary frequencies are computed, not stored, so they must be made outside fake mode.
         rotary: Any = parts["text_encoder"].rotary_emb
         parts["text_encoder"].rotary_emb = type(rotary)(parts["text_encoder"].config)
     module = build_component(component, parts).eval().requires_grad_(False)
@@ -64,7 +64,7 @@ def _outline_part(checkpoint: Path, name: str) -> nn.Module:
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Parameters are made in the right type: fake ones cannot be converted, real ones would be there twice."""
+    """Creates parameters in `dtype`: fake ones cannot be converted, and real ones would be in memory twice."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

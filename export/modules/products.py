@@ -1,7 +1,7 @@
-"""A block's four large matrix products, and the kernels that make what goes into them, in their two forms.
+"""A block's four large matrix products, and the kernels that compute their inputs, in two forms.
 
-Both have the same methods. What `norm_modulate` makes, `qkv` and `feed_forward` take: a tensor in the one form, values
-and scales in the other.
+Both forms have the same methods. `qkv` and `feed_forward` take what `norm_modulate` returns: a tensor in one form,
+values and scales in the other.
 """
 
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from export.modules.blocks import Foreign
 
 
 class PlainProducts:
-    """In the type of the weights."""
+    """The products in the type of the weights."""
 
     norm_modulate = staticmethod(kernels.norm_modulate)
     gated_residual_norm_modulate = staticmethod(kernels.gated_residual_norm_modulate)
@@ -23,17 +23,17 @@ class PlainProducts:
         self._attention, self._feed_forward = block.attention, block.feed_forward
 
     def qkv(self, h: Tensor) -> Tensor:
-        """Queries, keys and values behind one another."""
+        """Queries, keys and values, concatenated."""
         return F.linear(h, self._attention.qkv)
 
     def attention_output(self, mixed: Tensor) -> Tensor:
-        """The projection behind the attention."""
+        """The projection after the attention."""
         output: Tensor = self._attention.to_out[0](mixed)
         return output
 
     def feed_forward(self, h: Tensor) -> Tensor:
-        """All samples' tokens as one list [B * S, dim]."""
-        # Where the batch is dynamic, Inductor would copy what goes into w2 to make it so.
+        """All samples' tokens, flattened to [B * S, dim]."""
+        # With a dynamic batch, Inductor would copy w2's input to flatten it.
         h, w13 = h.flatten(0, 1), self._feed_forward.w13
         if swiglu.suits(h, w13):
             widened = swiglu.swiglu(h, w13)
@@ -45,7 +45,7 @@ class PlainProducts:
 
 
 class QuantizedProducts:
-    """In FP8, tokens always as one list. Each row is quantised by the kernel that makes it."""
+    """The products in FP8, tokens always flattened; each row is quantised by the kernel that computes it."""
 
     def __init__(self, block: Foreign) -> None:
         self._attention, self._feed_forward = block.attention, block.feed_forward
@@ -58,7 +58,7 @@ class QuantizedProducts:
 
     @staticmethod
     def gated_residual_norm_modulate(*arguments: Foreign) -> tuple[Tensor, Quantized]:
-        """See `kernels.gated_residual_norm_modulate_quantize`, whose arguments these are."""
+        """See `kernels.gated_residual_norm_modulate_quantize`, which takes the same arguments."""
         moved, values, scales = kernels.gated_residual_norm_modulate_quantize(*arguments)
         return moved, (values, scales)
 

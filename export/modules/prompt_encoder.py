@@ -1,4 +1,4 @@
-"""Everything about the prompt that does not depend on the timestep, so it runs once a prompt and can be cached."""
+"""Everything about the prompt that does not depend on the timestep, so it runs once per prompt and can be cached."""
 
 from collections.abc import Iterable
 
@@ -28,7 +28,7 @@ class PromptEncoder(nn.Module):
         self.cap_pad_token = transformer.cap_pad_token
         self.context_refiner = transformer.context_refiner
         self.rope = RotaryTables(config.axes_dims, config.axes_lens, config.rope_theta)
-        self.run_layers = run_layers  # or that of `export.modules.fused_encoder`
+        self.run_layers = run_layers  # or `export.modules.fused_encoder.run_layers`
 
     def forward(self, input_ids: Tensor, caption_length: Tensor) -> Tensor:
         hidden = self._read(input_ids)
@@ -57,6 +57,6 @@ def run_layers(layers: Iterable[Foreign], hidden: Tensor, positions: Tensor, rot
 
 
 def run_layer(layer: Foreign, hidden: Tensor, positions: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """One of them, as transformers has it."""
+    """One layer, as transformers computes it."""
     output: Tensor = layer(hidden, attention_mask=None, position_embeddings=rotation, position_ids=positions)
     return output

@@ -1,7 +1,7 @@
 """The denoiser's large matrix products in FP8: a second form of their weights, beside those in bf16.
 
-e4m3 by rows: every output channel of a weight has a scale of its own, made once from the weight in bf16, and so has
-every token that goes in, made anew in each call (`export.kernels`). Eager keeps computing with the weights in bf16.
+e4m3 with one scale per row: each output channel of a weight has its own, computed once from the bf16 weight, and each
+input token has its own, computed in every call (`export.kernels`). Eager keeps computing with the bf16 weights.
 """
 
 from collections.abc import Sequence
@@ -35,18 +35,18 @@ class QuantizedLinear(nn.Module):
             scale_a=scales,
             scale_b=self.scale,
             out_dtype=torch.bfloat16,
-            use_fast_accum=True,  # Hopper keeps its sums in fewer bits than fp32 then, and does not stop to move them
+            use_fast_accum=True,  # Hopper then sums in fewer bits than fp32, without stopping to promote partial sums
         )
 
 
 def quantized_layers(denoiser: Denoiser) -> Sequence[Foreign]:
-    """The main blocks between the first and the last: sparing these two takes a fifth of the error from the demo's."""
+    """The main blocks except the first and the last: sparing these two removes a fifth of the demo's error."""
     layers: Foreign = denoiser.layers
     return list(layers)[1:-1]
 
 
 def quantize_projections(denoiser: Denoiser) -> None:
-    """Puts the weights of `quantized_layers` beside their own, in FP8. Does nothing the second time."""
+    """Adds FP8 weights to `quantized_layers` beside their own; does nothing the second time."""
     merge_projections(denoiser)
     for layer in quantized_layers(denoiser):
         attention, feed_forward = layer.attention, layer.feed_forward

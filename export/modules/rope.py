@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Rotation:
-    """How far each token is turned: `cos` and `sin`, fp32, each [B, S, 1, head_dim / 2]."""
+    """How far each token is rotated: `cos` and `sin`, fp32, each [B, S, 1, head_dim / 2]."""
 
     cos: Tensor
     sin: Tensor
@@ -28,12 +28,12 @@ class Rotation:
         return torch.stack(turned, -1).flatten(-2).type_as(x)
 
     def followed_by(self, other: "Rotation") -> "Rotation":
-        """Of this one's tokens, then of the other's."""
+        """The rotation of this one's tokens, followed by the other's."""
         return type(self)(torch.cat([self.cos, other.cos], 1), torch.cat([self.sin, other.sin], 1))
 
 
 class OnnxRotation(Rotation):
-    """The same as one ONNX operator, for runtimes that have one kernel for it, where else they run ten small ones."""
+    """The same as one ONNX operator, for runtimes that run it as one kernel instead of ten small ones."""
 
     def rotate(self, x: Tensor) -> Tensor:
         """See `Rotation`."""
@@ -43,7 +43,7 @@ class OnnxRotation(Rotation):
 
 
 class RotaryTables(nn.Module):
-    """cos and sin of every position of every axis, as one table [length, 2 * pairs] an axis."""
+    """cos and sin of every position of every axis, as one table [length, 2 * pairs] per axis."""
 
     def __init__(self, axes_dims: Sequence[int], axes_lens: Sequence[int], theta: float) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class RotaryTables(nn.Module):
             self.register_buffer(f"table{axis}", _table(dim, length, theta), persistent=False)
 
     def forward(self, positions: Sequence[Tensor]) -> Rotation:
-        """`positions`: one int64 tensor [B, S] an axis."""
+        """`positions`: one int64 tensor [B, S] per axis."""
         rows = [F.embedding(p, getattr(self, f"table{axis}")) for axis, p in enumerate(positions)]
         cos, sin = zip(*(row.chunk(2, dim=-1) for row in rows), strict=True)
         return self.kind(torch.cat(cos, -1).unsqueeze(2), torch.cat(sin, -1).unsqueeze(2))
@@ -67,7 +67,7 @@ def _table(dim: int, length: int, theta: float) -> Tensor:
 
 
 def with_onnx_rotation(module: nn.Module) -> nn.Module:
-    """A shallow copy of a component that rotates by ONNX's operator, if it rotates at all; the weights are shared."""
+    """A shallow copy of a component that rotates with ONNX's operator, if it rotates at all; shares the weights."""
     plain = getattr(module, "rope", None)
     if not isinstance(plain, RotaryTables):
         return module

@@ -1,1 +1,1 @@
-"""What can stand behind a model of the repository, found by the `backend` of its config.pbtxt."""
+"""The backends that can serve a model of the repository, chosen by the `backend` of its config.pbtxt."""

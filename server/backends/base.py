@@ -1,4 +1,4 @@
-"""The seam between Triton's protocol and what answers it: every backend makes a `Model` of a `ModelFolder`."""
+"""The seam between Triton's protocol and what answers it: every backend makes a `Model` from a `ModelFolder`."""
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
@@ -18,13 +18,13 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class VersionPolicy:
-    """Which versions of a folder are served: the `latest` so many, or `specific` ones, or with neither set all."""
+    """Which versions of a folder are served: the `latest` N, `specific` ones, or all if neither is set."""
 
     latest: int = 1
     specific: tuple[str, ...] = ()
 
     def choose(self, versions: list[str]) -> list[str]:
-        """Of `versions`, the served ones, oldest first."""
+        """Those of `versions` that are served, oldest first."""
         ordered = sorted(versions, key=int)
         if self.specific:
             return [v for v in ordered if v in self.specific]
@@ -50,7 +50,7 @@ class ModelFile:
 
     @property
     def rows_together(self) -> int:
-        """Rows of several requests that may share an execution; without dynamic batching none do."""
+        """How many rows of several requests may share an execution; 1 without dynamic batching."""
         return self.max_batch_size if self.dynamic_batching else 1
 
 
@@ -70,7 +70,7 @@ class ModelFolder:
 
 @dataclass(frozen=True)
 class Host:
-    """What the server lends a backend. Few need any of it."""
+    """What the server offers a backend. Few need any of it."""
 
     config: ServeConfig
     dispatcher: Dispatcher
@@ -86,24 +86,24 @@ class Model(Protocol):
     statistics: Statistics
 
     async def load(self) -> None:
-        """Returns once it serves. Whatever it raises, `unload` is called then.
+        """Returns once it serves. If it raises anything, `unload` is called.
 
         Raises:
             ZServeError: it cannot be served; the message is shown as the version's reason.
         """
 
     def retire(self) -> None:
-        """Takes no more requests; those under way go on."""
+        """Accepts no more requests; those under way continue."""
 
     async def unload(self) -> None:
-        """Frees everything, also what a cancelled `load` has begun; requests under way are ended by this."""
+        """Frees everything, including what a cancelled `load` has begun; ends requests under way."""
 
     @property
     def ready(self) -> bool:
-        """Whether it serves at this moment. Where no version does, requests come all the same: they wait, or fail."""
+        """Whether it serves at this moment. If no version does, requests still come, and wait or fail."""
 
     def infer(self, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
-        """The responses to `request`; closing the generator cancels it, an error thrown into it makes it a failure.
+        """The responses to `request`; closing the generator cancels it, throwing an error into it makes it a failure.
 
         Raises:
             ZServeError: it cannot be answered.
@@ -112,9 +112,9 @@ class Model(Protocol):
 
 @asynccontextmanager
 async def taking(items: AsyncGenerator[Item, None]) -> AsyncIterator[AsyncGenerator[Item, None]]:
-    """Closes `items` at the end, as `aclosing` does; an error of the body is thrown into it before.
+    """Closes `items` at the end, as `aclosing` does, after throwing an error of the body into it.
 
-    So a response that cannot be delivered is a failure for whoever counts the request, though the model has made it.
+    So a request whose response cannot be delivered counts as a failure, although the model has answered it.
     """
     async with aclosing(items):
         try:

@@ -1,4 +1,4 @@
-"""Triton's dynamic batching for backends that run whole requests: by priority, bounded, timed, several at once."""
+"""Triton's dynamic batching for backends that run whole requests: priorities, limits, timeouts, several instances."""
 
 import asyncio
 import bisect
@@ -17,7 +17,7 @@ Execute = Callable[[list[InferRequest]], Awaitable[None]]
 
 @dataclass(order=True, kw_only=True)
 class _Waiting:
-    """In the order in which they run."""
+    """A waiting request; they sort in the order in which they run."""
 
     priority: int
     delayed: bool = False  # its queue timeout has passed: behind all others of its level
@@ -44,7 +44,7 @@ class Batcher:
         self._running: set[asyncio.Task[None]] = set()
 
     async def run(self, request: InferRequest) -> Spent:
-        """Waits for a turn and for the batch to have run.
+        """Returns when the request's batch has run.
 
         Raises:
             QueueFullError: as many of its priority wait as the policy allows.
@@ -97,7 +97,7 @@ class Batcher:
             self._statistics.pending -= 1
 
     def _dispatch(self) -> None:
-        """Starts batches while there is an instance for them; a batch that may still grow waits for its time."""
+        """Starts batches while there is an instance for them; a batch that may still grow waits out its delay."""
         if self._alarm is not None:
             self._alarm.cancel()
             self._alarm = None
@@ -126,9 +126,9 @@ class Batcher:
         return batch[: preferred or None]
 
     def _seconds_to_wait(self, batch: list[_Waiting]) -> float:
-        """Counted from the arrival of the oldest, so that later ones do not put it off."""
+        """Counted from the oldest arrival, so that later ones do not put the batch off."""
         rows = sum(p.request.batch_size for p in batch)
-        followed = len(batch) < len(self._waiting)  # by one that does not fit, so nothing more comes to this batch
+        followed = len(batch) < len(self._waiting)  # by one that does not fit, so this batch cannot grow
         if followed or rows >= self._max_rows or rows in self._policy.preferred_batch_sizes:
             return 0.0
         return self._policy.max_delay - (time.monotonic() - min(p.arrived for p in batch))
@@ -151,7 +151,7 @@ class Batcher:
         queued = [int(1e9 * (now - p.arrived)) for p in batch]
         try:
             spent = await self._run_batch([p.request for p in batch], queued[0])
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is the answer of everyone in the batch
+        except Exception as error:  # noqa: BLE001 - whatever it is, it answers every request in the batch
             for place in batch:
                 if not place.done.done():
                     place.done.set_exception(error)

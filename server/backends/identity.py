@@ -1,6 +1,6 @@
 """`identity`: returns its inputs. For measuring the server itself, and for the tests of clients.
 
-Input i becomes output i. The parameter `execute_delay_ms` of the model or of a request makes every execution take so
+Input i becomes output i. The parameter `execute_delay_ms` of the model or of a request makes every execution take that
 long; on a decoupled model a request's `repeat` is the number of responses.
 """
 
@@ -92,7 +92,7 @@ def _whole_number(request: InferRequest, name: str, default: int, high: int) -> 
 
 
 def _float(text: float | str) -> float:
-    """NaN where it is no number, which is in no range."""
+    """`text` as a number; NaN, which is in no range, if it is none."""
     try:
         return float(text)
     except ValueError:

@@ -58,7 +58,7 @@ class ZImageModel:
         """See `Model`."""
         self.retire()
         name, version = self.spec.name, self.spec.version
-        # First: whoever loses a worker from now on is not to wait for another.
+        # First, so that requests that lose their worker from now on do not wait for another.
         self.queue.close(
             ModelNotReadyError(
                 f"version {version} of model {name!r} was unloaded before the request was done; send it again where "
@@ -93,7 +93,7 @@ class ZImageModel:
 
 
 def _accepted(folder: ModelFolder, host: Host) -> Path:
-    """A folder with the config as it is now: a worker that is replaced must not read what was written since."""
+    """A folder with the config as it is now: a worker's replacement must not read what was written since."""
     kept = Path(tempfile.mkdtemp(dir=host.sockets)) / folder.path.name
     kept.mkdir()
     shutil.copy(folder.path / "config.pbtxt", kept)
@@ -101,7 +101,7 @@ def _accepted(folder: ModelFolder, host: Host) -> Path:
 
 
 def _worker_configs(folder: ModelFolder, host: Host, accepted: Path, devices: Sequence[str]) -> list[WorkerConfig]:
-    prefix = secrets.token_hex(3)  # two loads of one version may overlap; short, since a socket's path has 107 bytes
+    prefix = secrets.token_hex(3)  # two loads of one version may overlap; short, as a socket path has at most 107 bytes
     return [
         WorkerConfig(
             model=folder.path,

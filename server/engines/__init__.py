@@ -1,1 +1,1 @@
-"""Loaded, runnable components. No policy lives here but the one fallback."""
+"""Loaded, runnable components. The only policy here is the fallback to eager."""

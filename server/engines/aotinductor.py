@@ -21,7 +21,7 @@ from server.errors import EngineLoadError, EngineRunError
 
 
 class AotInductorEngine:
-    """A package with its weights lent by `module`: changing one in place changes both. On a CPU, `threads` compute."""
+    """A package that uses `module`'s weights: changing one in place changes both. On a CPU it has `threads` threads."""
 
     backend = Backend.AOTINDUCTOR
 
@@ -49,7 +49,7 @@ class AotInductorEngine:
             raise EngineRunError(f"AOTInductor failed: {error}") from error
 
     def free_memory(self) -> None:
-        """See `KeepsMemory`: it has the graphs, and runs plainly without."""
+        """See `KeepsMemory`: frees the graphs, and runs without them from then on."""
         if isinstance(self._call, RecordedCalls):
             _wait()
             self._call.stop()
@@ -60,7 +60,7 @@ class AotInductorEngine:
 
 
 class PackageCalls:
-    """A package whose errors tell memory that was refused from everything else."""
+    """A package whose errors distinguish refused memory from everything else."""
 
     def __init__(self, package: Callable[..., Tensor]) -> None:
         self._package = package
@@ -70,13 +70,13 @@ class PackageCalls:
         try:
             return self._package(*inputs)
         except RuntimeError as error:
-            # The package's C interface makes one kind of error of all; the allocator still knows what it refused.
+            # The package's C interface turns all errors into one kind; the allocator still counts what it refused.
             if memory.refusals() > refused or memory.host_refused(error):
                 raise torch.OutOfMemoryError(str(error)) from error
             raise
 
 
 def _wait() -> None:
-    """Calls that were begun may still be running."""
+    """Waits for calls that may still be running on the device."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()

@@ -22,17 +22,17 @@ class Engine(Protocol):
         """Runs the component once.
 
         Raises:
-            EngineRunError: the engine failed; it is not to be used again.
+            EngineRunError: the engine failed; it must not be used again.
             torch.OutOfMemoryError: there was no memory for this call; smaller ones may succeed.
         """
 
     def close(self) -> None:
-        """Waits for calls that the device is still busy with, and gives the memory back."""
+        """Waits for calls that the device is still running, and frees the memory."""
 
 
 @runtime_checkable
 class KeepsMemory(Protocol):
-    """What an engine is besides, if it keeps memory on the device that it can do without."""
+    """What an engine also implements if it keeps memory on the device that it can do without."""
 
     def free_memory(self) -> None:
-        """Gives it back, for there is too little; calls may be slower from then on."""
+        """Frees that memory, because there is too little; calls may be slower from then on."""

@@ -1,4 +1,4 @@
-"""PyTorch itself: always there, slowest, and what every other engine is held against."""
+"""PyTorch itself: always available, the slowest, and the reference for every other engine."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ from server.engines.threads import torch_threads
 
 
 class EagerEngine:
-    """Runs the component's module as it is, on a CPU with so many `threads`."""
+    """Runs the component's module as it is, on a CPU with `threads` threads."""
 
     backend = Backend.EAGER
 

@@ -1,4 +1,4 @@
-"""The one place that falls back at load: the version's compiled engine, else eager."""
+"""The one place that falls back at load: the version's compiled engine, otherwise eager."""
 
 import logging
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""What is allocated, free and reserved: for reports by stage, and for the error when it does not suffice."""
+"""Allocated, free and reserved memory: for reports by stage, and for the error when it runs out."""
 
 import resource
 
@@ -12,7 +12,7 @@ _outside_torch = {"now": 0, "peak": 0}
 
 
 def add_outside_torch(size: int) -> None:
-    """Accounts for device memory that a library holds without torch's allocator knowing; negative when it is freed."""
+    """Accounts for device memory that a library holds outside torch's allocator; negative when it is freed."""
     _outside_torch["now"] += size
     _outside_torch["peak"] = max(_outside_torch.values())
 
@@ -32,7 +32,7 @@ def _on_cuda() -> bool:
 
 
 def device_bytes() -> int:
-    """What torch has reserved on the CUDA device, and engines beside it; 0 without one."""
+    """Memory on the CUDA device reserved by torch, plus what engines hold outside it; 0 without a device."""
     return torch.cuda.memory_reserved() + _outside_torch["now"] if _on_cuda() else 0
 
 
@@ -42,21 +42,21 @@ def device_peak_bytes() -> int:
 
 
 def refusals() -> int:
-    """How often torch's allocator has had no memory on the CUDA device; 0 without one."""
+    """How often torch's allocator has run out of memory on the CUDA device; 0 without one."""
     return int(torch.cuda.memory_stats().get("num_ooms", 0)) if _on_cuda() else 0
 
 
-# Of the host, which has no exception of its own: torch's, and what ONNX Runtime passes on by platform.
+# Messages about host memory, which has no exception of its own: torch's, and what ONNX Runtime passes on by platform.
 _REFUSED = ("can't allocate memory", "bad_alloc", "bad allocation", "Failed to allocate memory")
 
 
 def host_refused(error: Exception) -> bool:
-    """Whether a library says with `error` that the host had no memory."""
+    """Whether `error` is how a library reports that the host had no memory."""
     return any(text in str(error) for text in _REFUSED)
 
 
 def out_of_memory_error(error: torch.OutOfMemoryError) -> DeviceMemoryError:
-    """The answer to a request that did not fit, with the figures; they are of before anything was freed."""
+    """The answer to a request that did not fit, with the figures from before anything is freed."""
     return DeviceMemoryError(
         f"not enough memory for this request ({figures()}); ask for a smaller size or fewer images, or try again "
         f"when less is running. The allocator said: {str(error).splitlines()[0][:200]}"

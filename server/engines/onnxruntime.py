@@ -14,8 +14,8 @@ from server.engines.base import Shapes
 from server.engines.limits import ShapeLimits
 from server.errors import EngineLoadError, EngineRunError
 
-# onnxruntime raises its own exceptions, which have no common base below Exception; these are the ones that loading
-# and running document.
+# onnxruntime raises its own exceptions, which have no common base below Exception; these are the ones documented
+# for loading and running.
 _state = onnxruntime.capi.onnxruntime_pybind11_state
 ORT_ERRORS = (
     _state.Fail,
@@ -37,10 +37,10 @@ class OnnxRuntimeEngine:
     def __init__(self, path: Path, spec: ComponentSpec, limits: ShapeLimits, threads: int) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        # Threads that spin between calls take the cores from the processes that carry the events; those that do not
-        # spin within a call either have to be woken at each of its hundreds of operators, a fifth of its time.
+        # Threads that spin between calls take cores from the processes that carry the events. Threads that do not spin
+        # within a call either would have to be woken at each of its hundreds of operators, a fifth of its time.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        options.log_severity_level = 3  # its warnings about re-used buffers are about speed, and many
+        options.log_severity_level = 3  # its many warnings about re-used buffers concern only speed
         try:
             self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except ORT_ERRORS as error:

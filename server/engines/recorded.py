@@ -1,8 +1,8 @@
-"""Calls on CUDA, recorded as graphs and replayed: the host launches one thing then, instead of every kernel.
+"""CUDA calls recorded as graphs and replayed, so that the host launches one graph instead of every kernel.
 
-The first call of a shape runs plainly, for libraries prepare themselves in it as they could not while one records. The
-second is recorded, and from then on inputs are copied to where the graph reads, and its result from where it writes.
-As these places are the same in every call, calls have to be in order: on one stream, or after one has waited.
+The first call of a shape runs plainly, because libraries prepare themselves in it, which they could not do while being
+recorded. The second is recorded, and from then on inputs are copied to the buffers that the graph reads, and its result
+from the one that it writes. All calls share these buffers, so they must be ordered: on one stream, or by waiting.
 """
 
 import logging
@@ -17,7 +17,7 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-# Warm-up meets 16 shapes of the denoiser a size (batches of 1 to 8 rows, four captions), which have to stay.
+# Warm-up runs 16 denoiser shapes per size (batches of 1 to 8 rows, four captions), all of which must be kept.
 MOST = 64
 
 
@@ -25,27 +25,28 @@ T = TypeVar("T")
 
 
 class Graph(Protocol):
-    """As a CUDA graph is."""
+    """The interface of a CUDA graph."""
 
     def replay(self) -> None:
         """Puts the recorded call on the current stream."""
 
     def pool(self) -> Any:
-        """Names the memory it computes in."""
+        """The handle of the memory pool that it computes in."""
 
 
 class Recorder(Protocol):
-    """Records what `work` does, without doing it, in the memory of `beside`: the graph, and what it will write to."""
+    """Records `work` without running it, in the memory of `beside`; returns the graph and the tensor it will write."""
 
     def __call__(self, work: Callable[[], Tensor], beside: Graph | None) -> tuple[Graph, Tensor]:
-        """Raises: RuntimeError, torch.OutOfMemoryError among them; the device can be used as before."""
+        """Raises: RuntimeError, including torch.OutOfMemoryError; the device can be used as before."""
 
 
 class CudaRecorder:
     """Records CUDA graphs, on streams of its own.
 
-    Any thread may free pinned memory that was copied to on a stream, and torch then marks that stream to know when the
-    copy is done: on a stream that is being recorded, the mark would be part of the graph, and asking for it an error.
+    Any thread may free pinned memory that a stream has copied to, and torch then records an event on that stream to
+    know when the copy is done. On a stream that is being recorded, the event would be part of the graph, and querying
+    it an error.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -57,7 +58,7 @@ class CudaRecorder:
         graph = torch.cuda.CUDAGraph()
         pool = torch.cuda.graph_pool_handle() if beside is None else beside.pool()
         stream = self.stream()
-        with torch.cuda.stream(stream):  # torch's own way back to the caller's stream is not reached by all errors
+        with torch.cuda.stream(stream):  # torch itself does not restore the caller's stream after every error
             try:
                 with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                     output = work()
@@ -67,7 +68,7 @@ class CudaRecorder:
         return graph, output
 
     def stream(self) -> torch.cuda.Stream:
-        """The one to record on now: of the current one's priority, which kernels keep in the graph."""
+        """The stream to record on now, with the current stream's priority, which kernels keep in the graph."""
         priority = torch.cuda.current_stream(self._device).priority
         if priority not in self._streams:
             self._streams[priority] = torch.cuda.Stream(self._device, priority=priority)  # type: ignore[no-untyped-call]
@@ -75,28 +76,28 @@ class CudaRecorder:
 
     @staticmethod
     def _end(pool: Any) -> None:
-        """Ends the recording for torch's allocator, which older versions do not when CUDA's own end of it fails.
+        """Ends the recording for torch's allocator, which older versions leave open when CUDA's own end fails.
 
-        While it believes in one, `torch.cuda.empty_cache` fails (pytorch issue 180395, torch 2.11 and 2.12).
+        Until then `torch.cuda.empty_cache` fails (pytorch issue 180395, torch 2.11 and 2.12).
         """
-        with suppress(RuntimeError):  # it has ended
+        with suppress(RuntimeError):  # it has ended already
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
 
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """One shape's call, and the places where it reads and writes."""
+    """One shape's call, and the buffers that it reads and writes."""
 
     inputs: tuple[Tensor, ...]
     output: Tensor
     graph: Graph
 
     def replay(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        """What the call makes of `inputs`."""
+        """The call's output for `inputs`."""
         for held, given in zip(self.inputs, inputs, strict=True):
             held.copy_(given)
         self.graph.replay()
-        return self.output.clone()  # the next call writes over it
+        return self.output.clone()  # the next call overwrites it
 
 
 class Plainly(Enum):
@@ -111,14 +112,14 @@ _Shapes = tuple[tuple[int, ...], ...]
 
 
 class RecordedCalls:
-    """`call`, replayed for the `most` shapes that were used last.
+    """`call`, replayed for the `most` recently used shapes.
 
-    A shape that cannot be recorded runs plainly, so recording is never the reason why a call fails.
+    A shape that cannot be recorded runs plainly, so recording never makes a call fail.
     """
 
     def __init__(self, call: Callable[..., Tensor], record: Recorder, most: int = MOST) -> None:
         self._call, self._record, self._most = call, record, most
-        self._known: dict[_Shapes, Recording | Plainly] = {}  # what was used last is at the end
+        self._known: dict[_Shapes, Recording | Plainly] = {}  # the most recently used last
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """What `call` returns; inputs are positional, on the device."""
@@ -130,9 +131,9 @@ class RecordedCalls:
         return known.replay(inputs) if isinstance(known, Recording) else self._call(*inputs)
 
     def stop(self) -> None:
-        """Gives the recordings' memory back and makes no more; the device must not be busy with one.
+        """Frees the recordings' memory and makes no more of them; the device must not be running one.
 
-        Where memory has run out, recordings that are made again could take from plain calls what these need.
+        After memory has run out, new recordings could take memory that plain calls need.
         """
         if self._most:
             log.warning("memory has run out: calls are not recorded as CUDA graphs any more")

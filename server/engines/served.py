@@ -1,4 +1,4 @@
-"""A component as it is served: its engine, and eager behind it."""
+"""A component as it is served: its engine, with eager as the fallback."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -50,7 +50,7 @@ class ServedComponent:
         shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
         if not self._engine.fits(shapes):
             eager = self._fallback()
-            # Without the shapes: reasons label a metric, and clients choose sizes.
+            # Does not name the shapes: reasons label a metric, and clients choose sizes.
             reason = f"the {self._engine.backend} engine was not built for such a size, prompt or batch"
             return eager.run(inputs), EngineUse(self._spec.component, eager.backend, reason)
         try:
@@ -62,19 +62,19 @@ class ServedComponent:
         return self._fallback().run(inputs), self._use
 
     def by_eager(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """What eager makes of `inputs`, whichever engine is in use; raises like `run`."""
+        """Eager's output for `inputs`, whichever engine is in use; raises like `run`."""
         return self._fallback().run(inputs)
 
     def quarantine(self, reason: str) -> None:
-        """Gives a compiled engine up for eager, for good; eager's weights are read when they are needed."""
+        """Replaces a compiled engine with eager, for good; eager's weights are read when they are needed."""
         assert self._engine is not None, "it is quarantined once"
         log.error("%s: the %s engine is quarantined: %s", self._spec.component, self._engine.backend, reason)
         failed, self._engine = self._engine, None
         self._use = EngineUse(self._spec.component, Backend.EAGER, reason)
-        failed.close()  # before there is another: both may not fit into the memory
+        failed.close()  # before eager is made: both may not fit into memory
 
     def free_memory(self) -> None:
-        """Has the engine give back what it can do without."""
+        """Has the engines free memory that they can do without."""
         for engine in self._engines():
             if isinstance(engine, KeepsMemory):
                 engine.free_memory()
@@ -85,10 +85,10 @@ class ServedComponent:
         return self._eager
 
     def close(self) -> None:
-        """Gives the memory of both back."""
+        """Frees the memory of both engines."""
         for engine in self._engines():
             engine.close()
 
     def _engines(self) -> list[Engine]:
-        """Those that there are now."""
+        """The engines that exist now."""
         return [engine for engine in (self._engine, self._eager) if engine is not None]

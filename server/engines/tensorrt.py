@@ -50,7 +50,7 @@ class TensorRtEngine:
         memory.add_outside_torch(self._held)
         self._streams: dict[int, torch.cuda.Stream] = {}  # by priority
         self._scratch = Scratch(self._plan, device)
-        self._plain: dict[int, Foreign] = {}  # one context a profile
+        self._plain: dict[int, Foreign] = {}  # one context per profile
         self._recorded: dict[tuple[tuple[int, ...], ...], RecordedCall] = {}
 
     def fits(self, shapes: Shapes) -> bool:
@@ -68,23 +68,20 @@ class TensorRtEngine:
                 output = self._call(inputs) if profile == RECORDED_PROFILE else self._run_plain(profile, inputs)
         except torch.OutOfMemoryError:
             raise
-        except (
-            PlanError,
-            RuntimeError,
-        ) as error:  # torch's own, such as of a copy, are those of this engine's call too
+        except (PlanError, RuntimeError) as error:  # torch's own too, such as a failed copy's
             raise EngineRunError(f"TensorRT failed: {error}") from error
         caller.wait_stream(stream)
-        output.record_stream(caller)  # else its memory would be given out again while the caller still reads it
+        output.record_stream(caller)  # otherwise its memory could be reused while the caller still reads it
         return output
 
     def _stream(self, priority: int) -> torch.cuda.Stream:
-        """The engine's own, of the caller's priority, which kernels have from their stream: the denoiser's go first."""
+        """The engine's own stream of the caller's priority, which its kernels inherit: the denoiser's go first."""
         if priority not in self._streams:
             self._streams[priority] = torch.cuda.Stream(self._device, priority=priority)  # type: ignore[no-untyped-call]
         return self._streams[priority]
 
     def free_memory(self) -> None:
-        """See `KeepsMemory`: it has contexts, graphs and what they compute in, and makes those it needs again."""
+        """See `KeepsMemory`: frees contexts, graphs and scratch memory, which are made again when needed."""
         with suppress(RuntimeError):  # a device in error: there is nothing to wait for
             for stream in self._streams.values():
                 stream.synchronize()
@@ -144,10 +141,10 @@ class RecordedCall:
             self._graph.replay()
         else:
             self._plan.execute(self._context)
-        return self._output.clone()  # the next call writes over it
+        return self._output.clone()  # the next call overwrites it
 
     def _run_first(self) -> None:
-        """Runs plainly, as TensorRT sets up things then that cannot be recorded, and records the calls to come."""
+        """Runs plainly, because TensorRT's setup in a first run cannot be recorded, then records the call."""
         self._graph = None
         self._generation = self._scratch.lend(self._context)
         self._plan.execute(self._context)
@@ -167,7 +164,7 @@ class Scratch:
         self.generation = 0
 
     def lend(self, context: Foreign) -> int:
-        """Gives `context` what its shapes need; returns the generation."""
+        """Lends `context` the memory that its shapes need; returns the generation."""
         needed = self._plan.memory_needed(context)
         if needed > self._buffer.numel():
             self.free()
@@ -176,6 +173,6 @@ class Scratch:
         return self.generation
 
     def free(self) -> None:
-        """Gives the memory back, in which nothing that was recorded may compute any more."""
+        """Frees the memory; graphs recorded with it must not be replayed any more."""
         self.generation += 1
         self._buffer = torch.empty(0, dtype=torch.uint8, device=self._device)

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class TensorRtPlan(OpenPlan):
-    """An open plan whose contexts compute in memory that they are lent."""
+    """An open plan whose contexts compute in memory lent to them."""
 
     def __init__(self, trt: Foreign, path: Path, spec: ComponentSpec, backend: Backend, recorder: CudaRecorder) -> None:
         super().__init__(trt, path, spec)
@@ -34,7 +34,7 @@ class TensorRtPlan(OpenPlan):
         return context
 
     def record(self, context: Foreign) -> Graph | None:
-        """One call as a CUDA graph; None where that cannot be."""
+        """One call as a CUDA graph; None if it cannot be recorded."""
         if self._compiled is not None and not context.is_stream_capturable(self._recorder.stream().cuda_stream):
             return None
         try:
@@ -50,7 +50,7 @@ class TensorRtPlan(OpenPlan):
             self._compiled.keep()
 
     def close(self) -> None:
-        """Gives the weights' memory back; no context may be left."""
+        """Frees the weights' memory; no context may be left."""
         self.keep_compiled()
         self._compiled = None
         del self.engine, self._runtime
@@ -60,7 +60,7 @@ class CompiledKernels:
     """TensorRT-RTX compiles kernels when it first meets a shape; what it has compiled is kept beside the plan."""
 
     def __init__(self, trt: Foreign, engine: Foreign, plan: Path) -> None:
-        # Hidden: it is none of what was exported, and a poll of the repository would see a new version in it.
+        # Hidden: it is not part of the export, and a poll of the repository would take it for a new version.
         self._file = plan.with_name(f".{plan.stem}.runtime_cache")
         self._kept = b""
         fixed, ranged = engine.create_runtime_config(), engine.create_runtime_config()
@@ -69,22 +69,22 @@ class CompiledKernels:
         fixed.dynamic_shapes_kernel_specialization_strategy = strategy.EAGER
         ranged.dynamic_shapes_kernel_specialization_strategy = strategy.LAZY
         self._cache = fixed.create_runtime_cache()
-        with suppress(OSError):  # there is none yet, or another user's
+        with suppress(OSError):  # there is none yet, or it belongs to another user
             self._kept = self._file.read_bytes()
         if self._kept and not self._cache.deserialize(self._kept):
             log.info("%s is of another GPU, driver or TensorRT-RTX; kernels are compiled anew", self._file)
-        self._configs = (fixed, ranged)  # which have to live as long as their contexts, and so has the cache
+        self._configs = (fixed, ranged)  # they and the cache have to live as long as their contexts
         for config in self._configs:
             config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
             if not config.set_runtime_cache(self._cache):
                 log.warning("TensorRT-RTX takes no runtime cache, and compiles its kernels at every start")
 
     def config(self, profile: int) -> Foreign:
-        """How contexts in `profile` are to be made."""
+        """The configuration for contexts in `profile`."""
         return self._configs[min(profile, 1)]
 
     def keep(self) -> None:
-        """Writes them for the next start, which compiles again where that cannot be."""
+        """Writes the kernels for the next start, which compiles them again if that fails."""
         draft = self._file.with_suffix(f".{os.getpid()}.draft")  # a model's workers share the folder
         with suppress(OSError, RuntimeError):  # a read-only model repository, or a device in error
             torch.cuda.synchronize()

@@ -8,7 +8,7 @@ import torch
 
 @contextmanager
 def torch_threads(count: int | None) -> Iterator[None]:
-    """So many within the block; None leaves it as it is."""
+    """Sets torch's threads to `count` within the block; None leaves them as they are."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:

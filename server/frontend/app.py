@@ -46,7 +46,7 @@ class Frontend:
     """One server over one model repository."""
 
     def __init__(self, config: ServeConfig, sockets: Path, worker_command: Sequence[str] = COMMAND) -> None:
-        self.port = 0  # that clients connect to, once it is `until_ready`
+        self.port = 0  # the one clients connect to; known after `until_ready`
         self._config = config
         self._metrics = Metrics()
         self._dispatcher = Dispatcher(
@@ -55,7 +55,7 @@ class Frontend:
         self._health = Health()
         self._stop = asyncio.Event()
         self._changed = asyncio.Event()
-        self._started = asyncio.Event()  # what was to be loaded at the start has been, or could not be
+        self._started = asyncio.Event()  # what was to be loaded at the start is, or has failed to load
         self._absent: set[str] = set()  # models that were to be loaded at the start, have no folder, and are not loaded
         self._state = ServerState()
         self._memory = SharedMemory(allowed=config.allow_client_shm)
@@ -64,7 +64,7 @@ class Frontend:
         self._repository = Repository(config.model_repository, host)
 
     def stop(self) -> None:
-        """Lets `run` come to its end: drain, then stop."""
+        """Makes `run` drain, then stop."""
         self._stop.set()
 
     @property
@@ -155,7 +155,7 @@ class Frontend:
         return server
 
     async def _load(self, names: list[str]) -> bool:
-        """Loads `names`; True when the server has to end because they cannot be."""
+        """Loads `names`; True if the server has to exit because that failed."""
         results = await asyncio.gather(*(self._repository.load(name) for name in names), return_exceptions=True)
         self._absent = {n for n, r in zip(names, results, strict=True) if isinstance(r, ModelNotFoundError)}
         for name in self._absent:
@@ -172,7 +172,7 @@ class Frontend:
         return True
 
     async def _poll(self, loaded: asyncio.Task[bool]) -> None:
-        """With poll control, looks again and again whether the repository has changed."""
+        """With poll control, checks at intervals whether the repository has changed."""
         if self._config.model_control_mode is not ControlMode.POLL:
             return
         await loaded
@@ -183,11 +183,11 @@ class Frontend:
             except ZServeError as error:
                 log.error("polling: %s", error)
             except Exception:
-                # Nobody else would hear of it, and the next round may go well: folders change while they are read.
+                # Nothing else would report it, and the next round may succeed: folders change while they are read.
                 log.exception("polling failed; the next round is in %g s", self._config.repository_poll_secs)
 
     async def _follow_readiness(self) -> None:
-        """Keeps health true to the models until the server is told to stop."""
+        """Keeps the health status in line with the models until the server is told to stop."""
         announced = False
         while True:
             self._absent -= {model.spec.name for model in self._repository.loaded()}
@@ -201,7 +201,7 @@ class Frontend:
             self._changed.clear()
 
     def _readiness(self) -> dict[str, bool]:
-        """Of each model that is to be served, whether it is."""
+        """For each model that is to be served, whether it is."""
         return {**dict.fromkeys(self._absent, False), **self._repository.readiness()}
 
     async def _shut_down(self, server: grpc.aio.Server) -> None:
@@ -245,7 +245,7 @@ async def serve(config: ServeConfig) -> int:
 
 
 def _start_gauges(config: ServeConfig) -> Gauges:
-    """Those that are allowed. Where no process keeps the GPUs' driver loaded, opening it takes seconds."""
+    """Starts those that are allowed. If no process keeps the GPU driver loaded, opening it takes seconds."""
     sources: list[Source] = [CpuGauges()] if config.allow_cpu_metrics else []
     if config.allow_gpu_metrics:
         sources.append(GpuGauges(open_gpus()))

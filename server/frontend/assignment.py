@@ -1,7 +1,7 @@
-"""What each worker of one model has, who gets the next room with one, and when. Policy only; it is given a clock.
+"""Which requests each worker of a model holds, and which goes to which worker next. Policy only, with no clock.
 
-A worker gets enough to choose from (its window), not so much that others idle, and always has room for what is more
-urgent than all it has.
+A worker gets enough requests to choose from (its window), but not so many that others idle, and keeps room for those
+more urgent than all it holds.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from server.frontend.workers import Worker, WorkerState
 from server.requests import GenerationRequest, Queued
 from server.turns import Claim, Rank
 
-MOST_WINDOWS = 4  # so many windows of ever more urgent requests a worker takes at most
+MOST_WINDOWS = 4  # a worker holds at most this many windows of ever more urgent requests
 
 
 @dataclass(eq=False)
@@ -25,28 +25,28 @@ class Place:
     request: GenerationRequest
     claim: Claim
     queue_timeout_at: float
-    moved: asyncio.Event = field(default_factory=asyncio.Event)  # there is news below
+    moved: asyncio.Event = field(default_factory=asyncio.Event)  # signals a new `standing`, `worker` or `refused`
     standing: Queued | None = None
     worker: Worker | None = None
     refused: ZServeError | None = None
-    started: bool = False  # its worker has begun with it
-    alone: bool = False  # its worker has had nothing else since
-    steps_done: dict[int, int] = field(default_factory=dict)  # by image; one that starts again counts anew
+    started: bool = False  # its worker has started it
+    alone: bool = False  # its worker has held no other request since
+    steps_done: dict[int, int] = field(default_factory=dict)  # by image index; reset when the request starts over
     attempts: int = 0  # workers it was given to
-    losses: int = 0  # of those, the ones that ended
-    strikes: int = 0  # of those in turn, the ones that had begun with it or had nothing else
+    losses: int = 0  # of those workers, the ones that were lost
+    strikes: int = 0  # of those losses, the ones where the worker had started this request or held no other
 
     @property
     def suspect(self) -> bool:
-        """Whether it may be what ends workers: from then on it gets one for itself, so that no other is blamed.
+        """Whether it may be what ends workers; it then gets one to itself, so that no other request is blamed.
 
-        One that ends them before they can say that they have begun is known by that others suffer beside it, twice.
+        A request that ends workers before they can report having started it is recognised by losing two of them.
         """
         return self.strikes > 0 or self.losses > 1
 
 
 class Assignment:
-    """Who has which of `workers`. `rank` says how urgent a place is now; `window` is in requests."""
+    """Which of `workers` holds which places. `rank` says how urgent a place is now; `window` is in requests."""
 
     def __init__(self, workers: Sequence[Worker], window: int, rank: Callable[[Place], Rank]) -> None:
         self._workers, self._window, self._rank = workers, window, rank
@@ -59,7 +59,7 @@ class Assignment:
 
     @property
     def unstarted(self) -> int:
-        """Those of them that their worker has not begun with."""
+        """Those of them that their worker has not started."""
         return sum(not place.started for held in self._held.values() for place in held)
 
     def ready(self) -> list[Worker]:
@@ -67,11 +67,11 @@ class Assignment:
         return [w for w in self._workers if w.state is WorkerState.READY]
 
     def held(self, worker: Worker) -> Sequence[Place]:
-        """What `worker` has."""
+        """The places that `worker` holds."""
         return self._held.get(worker, ())
 
     def assign(self, waiting: Sequence[Place]) -> list[Place]:
-        """Gives free workers to `waiting`, in its order; returns those that have got one."""
+        """Assigns workers with room to `waiting`, in order; returns the places that got one."""
         reserved: set[Worker] = set()
         given = []
         for place in waiting:
@@ -80,7 +80,7 @@ class Assignment:
                 self._give(place, worker)
                 given.append(place)
             elif place.suspect:
-                reserved |= set(self._by_load()[:1])  # it empties, and then takes the suspect alone
+                reserved |= set(self._by_load()[:1])  # it drains, then takes the suspect alone
             else:
                 break
         return given
@@ -96,9 +96,9 @@ class Assignment:
         place.worker = None
 
     def seconds(self, place: Place) -> float:
-        """Device time that the request still needs: of its worker's device, or of the first one's while it waits.
+        """Device time that the request still needs: on its worker, or while it waits, on the first one that serves.
 
-        While no worker serves, as they did before.
+        While no worker serves, by the costs last known.
         """
         request = place.request
         rows = 2 if request.guided else 1
@@ -108,7 +108,7 @@ class Assignment:
         return image * request.num_images * (1 - sum(place.steps_done.values()) / steps)
 
     def forecasts(self, waiting: Sequence[Place]) -> list[float] | None:
-        """Seconds until each of `waiting`, the first ones in the queue, starts; None while no worker serves."""
+        """Seconds until each of `waiting`, the head of the queue, starts; None while no worker serves."""
         held = {w: [self._work(p) for p in self.held(w)] for w in self.ready()}
         return starting_times([self._work(place) for place in waiting], held)
 
@@ -127,7 +127,7 @@ class Assignment:
         place.moved.set()
 
     def _worker_for(self, place: Place, reserved: set[Worker]) -> Worker | None:
-        """The worker that has room for `place` and the least to do."""
+        """The least loaded worker that has room for `place`."""
         return next((w for w in self._by_load() if w not in reserved and self._has_room(w, place)), None)
 
     def _by_load(self) -> list[Worker]:

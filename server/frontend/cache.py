@@ -1,4 +1,4 @@
-"""Triton's response cache: the answer to a request that has been answered before, while there is room for it."""
+"""Triton's response cache: repeated requests get the answer they got before, while there is room to keep it."""
 
 import hashlib
 from collections import OrderedDict
@@ -12,7 +12,7 @@ ENTRY_BYTES = 1024  # what an entry takes besides the images: its key, which is 
 
 @dataclass(frozen=True)
 class ResponseKey:
-    """What a request's images depend on. `model` is one loading of a version: another one may bring other weights."""
+    """What a request's images depend on. `model` is one load of a version: another may bring other weights."""
 
     model: object
     digest: bytes
@@ -35,7 +35,7 @@ class ResponseCache:
         return tuple(replace(e, response_cached=True) if isinstance(e, Completed) else e for e in answer)
 
     def put(self, key: ResponseKey, answer: Answer) -> None:
-        """Keeps `answer`, dropping the least recently used ones when there is too much; not one that is too large."""
+        """Keeps `answer`, evicting the least recently used ones to make room; not one over the capacity."""
         size = _size(answer)
         if key in self._answers or size > self._capacity:
             return
@@ -54,7 +54,7 @@ class ResponseCache:
 
 
 def response_key(request: GenerationRequest, instance: InstanceInfo, model: object) -> ResponseKey:
-    """Everything an image's bytes depend on: the request but for when and for whom, and the engines that draw it."""
+    """Everything an image's bytes depend on: the request without timing, id, priority or previews, and the engines."""
     when = replace(request, timeout=None, queue_timeout=None, waited=0.0, delayed=False)
     drawn = replace(when, request_id="", priority=0, preview_interval=0)
     parts = (drawn, instance.version, instance.precision, _backends(instance.engines))

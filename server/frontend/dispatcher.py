@@ -1,4 +1,4 @@
-"""What the frontend answers with: finds the model, answers from the cache, admits, and drains at the end."""
+"""The frontend's `ImageService`: finds the model, answers from the cache, admits, and drains at the end."""
 
 import time
 from collections.abc import AsyncGenerator
@@ -18,7 +18,7 @@ class Dispatcher:
     """The `ImageService` of the frontend."""
 
     def __init__(self, metrics: Metrics, *, max_retries: int = 3, cache_bytes: int = 0) -> None:
-        self._queues: dict[str, list[ModelQueue]] = {}  # of one model: the versions, in the order they were loaded
+        self._queues: dict[str, list[ModelQueue]] = {}  # by model: its versions, in the order they were loaded
         self._metrics = metrics
         self._max_retries = max_retries
         self._cache = ResponseCache(cache_bytes)
@@ -30,7 +30,7 @@ class Dispatcher:
         self._metrics.expect(queue)
 
     def remove(self, queue: ModelQueue) -> None:
-        """Takes no more requests for `queue`; those under way go on."""
+        """Accepts no more requests for `queue`; those under way continue."""
         self._cache.forget(queue)
         queues = self._queues.get(queue.config.name, [])
         if queue in queues:
@@ -57,7 +57,7 @@ class Dispatcher:
                 yield event
 
     async def generate_on(self, queue: ModelQueue, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        """The same on one certain version of the model."""
+        """`generate` on one particular version of the model."""
         if not self._accepting:
             raise ShuttingDownError(
                 "the server is shutting down and takes no new requests; try another one", retry_after=5.0
@@ -69,30 +69,30 @@ class Dispatcher:
                     yield event
 
     def refuse_new(self) -> None:
-        """Takes no more requests; those under way go on."""
+        """Accepts no more requests; those under way continue."""
         self._accepting = False
 
     def refuse_waiting(self) -> None:
-        """Answers who waits for a worker, and whoever loses theirs from now on, with UNAVAILABLE."""
+        """Answers waiting requests, and those that lose their worker from now on, with UNAVAILABLE."""
         for queue in self.queues():
             queue.close(ShuttingDownError("the server shut down before the request was done; send it to another"))
 
     async def _answer(self, queue: ModelQueue, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        """From the response cache where the model has it switched on, else from a worker."""
+        """Answers from the response cache, if the model has it on and it has the answer, otherwise from a worker."""
         key = _cache_key(queue, request)
         answer = self._look_up(queue, key)
         if answer is not None:
             for kept in answer:
                 yield kept
             return
-        made: list[Image | Completed] = []  # for the cache; without one an image is let go when the client has taken it
+        made: list[Image | Completed] = []  # for the cache; without it, each image is freed once the client has it
         serving = Serving(queue, request, max_retries=self._max_retries, metrics=self._metrics)
         async with aclosing(serving.events()) as events:
             async for event in events:
                 if key is not None and isinstance(event, Image | Completed):
                     made.append(event)
                 yield event
-        if key is not None and queue in self.queues():  # else its model was unloaded while the client was reading
+        if key is not None and queue in self.queues():  # otherwise its model was unloaded while the client was reading
             began = time.monotonic_ns()
             self._cache.put(key, tuple(made))
             queue.statistics.cache_miss.ns += time.monotonic_ns() - began
@@ -116,12 +116,12 @@ class Dispatcher:
             raise ModelNotFoundError(f"{asked}; this server has: {known}")
         queues = self._queues[name]
         serving = [queue for queue in queues if queue.ready] or queues
-        # One with some of its workers may still fail to load, and is asked only where no other serves.
+        # A queue that is not fully loaded may still fail to load, and is used only if no other serves.
         return next((queue for queue in reversed(serving) if queue.loaded), serving[-1])
 
 
 def _cache_key(queue: ModelQueue, request: GenerationRequest) -> ResponseKey | None:
-    """None where the model has no response cache, or nobody to say which engines would draw."""
+    """None if the model has no response cache, or no ready instance to tell which engines would draw."""
     instances = _status(queue).instances
     return response_key(request, instances[0], queue) if queue.config.response_cache and instances else None
 

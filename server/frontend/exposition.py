@@ -18,7 +18,7 @@ HELP_ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n"})
 ESCAPES = {**HELP_ESCAPES, ord('"'): r"\""}
 
 
-PATIENCE = 10.0  # seconds for a client to say what it wants, or to take it; until then it has a thread
+PATIENCE = 10.0  # seconds for a client to send its request or read the response; until then it occupies a thread
 
 
 class _Server(ThreadingHTTPServer):
@@ -27,7 +27,7 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def server_bind(self) -> None:
-        """HTTPServer's own also asks DNS for this machine's name: nobody needs it, and a dead resolver takes long."""
+        """HTTPServer's own also looks up this machine's name: nobody needs it, and a dead DNS server takes long."""
         TCPServer.server_bind(self)
 
 
@@ -52,7 +52,7 @@ def serve(registry: CollectorRegistry, address: str, port: int) -> tuple[int, Ca
             self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class names it
-            """A scrape every few seconds is nothing to log."""
+            """Logs nothing: there is a scrape every few seconds."""
 
     server = _Server((address, port), Handler)
     thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
@@ -82,7 +82,7 @@ def _line(sample: Sample) -> str:
 
 
 def decimal(value: float) -> str:
-    """Without an exponent, whatever the size."""
+    """`value` without an exponent, whatever its size."""
     if math.isinf(value):
         return "+Inf" if value > 0 else "-Inf"
     if math.isnan(value):

@@ -1,4 +1,4 @@
-"""When those who wait will start: plain arithmetic on ranks and seconds."""
+"""When waiting requests will start: plain arithmetic on ranks and seconds."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Work:
 def starting_times(waiting: Sequence[Work], held: Mapping[W, Sequence[Work]]) -> list[float] | None:
     """Seconds until each of `waiting`, the next one first, starts; None without workers.
 
-    Each takes the worker that is free for it first: of what a worker has, only what is as urgent goes ahead.
+    Each takes the worker that is free for it first: of what a worker holds, only what is at least as urgent goes ahead.
     """
     if not held:
         return None

@@ -1,4 +1,4 @@
-"""Gauges of the machine under Triton's names, read at an interval whoever asks for them, and however often."""
+"""Gauges of the machine under Triton's names, read at an interval, however often they are scraped."""
 
 import logging
 import threading
@@ -27,7 +27,7 @@ Source = Callable[[], Iterator[Metric]]
 
 
 class Gauges(Collector):
-    """The latest reading of all sources, made by a thread of its own."""
+    """The latest reading of all sources, taken by a thread of its own."""
 
     def __init__(self, sources: Sequence[Source], interval: float) -> None:
         self._sources, self._interval = sources, interval
@@ -37,7 +37,7 @@ class Gauges(Collector):
         self._thread = threading.Thread(target=self._run, name="gauges", daemon=True)
 
     def start(self) -> None:
-        """Returns with the first reading."""
+        """Takes the first reading, then starts the thread."""
         self._read()
         if self._sources:
             self._thread.start()
@@ -57,7 +57,7 @@ class Gauges(Collector):
             self._read()
 
     def _read(self) -> None:
-        """What cannot be read is missing, and the first of a row of failures is logged."""
+        """Takes a reading; if that fails there are none, and the first failure in a row is logged."""
         try:
             self._latest = [family for source in self._sources for family in source()]
         except Exception as error:  # noqa: BLE001 - the thread's boundary
@@ -85,7 +85,7 @@ class CpuGauges:
         yield make_family("nv_cpu_memory_used_bytes", "CPU used memory, in bytes", "gauge", [({}, used)])
 
     def _utilization(self) -> float:
-        """Counted here: psutil counts from the last call of the same thread."""
+        """Computed here: psutil counts from the last call by the same thread."""
         busy, idle = _cpu_seconds()
         worked, rested = max(0.0, busy - self._busy), max(0.0, idle - self._idle)
         self._busy, self._idle = busy, idle
@@ -99,7 +99,7 @@ class GpuGauges:
         self._gpus = gpus
 
     def __call__(self) -> Iterator[Metric]:
-        """All families of which there is a value."""
+        """All families that have a value."""
         readings = [({"gpu_uuid": gpu.uuid}, gpu.read()) for gpu in self._gpus]
         for name, (text, kind) in GPU_FAMILIES.items():
             values = [(labels, found[name]) for labels, found in readings if name in found]

@@ -1,4 +1,4 @@
-"""What the driver's management library says of the GPUs. A machine without one has none; nothing touches a device."""
+"""GPU readings from NVML, the driver's management library; without it there are no GPUs. Nothing touches a device."""
 
 import contextlib
 from collections.abc import Callable
@@ -8,14 +8,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU; `readers` by the name of their metric."""
+    """One GPU; `readers` are keyed by metric name."""
 
     uuid: str
     readers: dict[str, Callable[[], float]]
     unreadable: type[Exception]
 
     def read(self) -> dict[str, float]:
-        """What can be read of it now; a GPU may not have every sensor."""
+        """What can be read now; a GPU may lack some sensors."""
         found = {}
         for name, reader in self.readers.items():
             with contextlib.suppress(self.unreadable):

@@ -24,7 +24,7 @@ STEP_SECONDS = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 1
 
 BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 32)
 
-# Of a request that has come to a queue.
+# How a request that has reached a queue can end.
 OUTCOMES = ("ok", "cancelled", "invalid_argument", "resource_exhausted", "deadline_exceeded", "unavailable", "internal")
 LOOKUPS = ("hit", "miss")
 
@@ -85,11 +85,11 @@ class Metrics:
         return stop
 
     def watch(self, queues: Callable[[], Iterable[ModelQueue]], readiness: Callable[[], Mapping[str, bool]]) -> None:
-        """Also reports the queues, their workers and which models are ready, as it is at the moment of each scrape."""
+        """Also reports the queues, their workers and which models are ready, as of each scrape."""
         self.registry.register(_StateCollector(queues, readiness))
 
     def expect(self, queue: ModelQueue) -> None:
-        """Shows the counters of a model at 0: of one that comes with its first event Prometheus sees no increase."""
+        """Shows the counters of a model at 0: Prometheus sees no increase in one that appears with its first event."""
         model = queue.config.name
         for counter in (self.images, self.previews, self.retries, self.poisoned):
             counter.labels(model)
@@ -132,16 +132,16 @@ class GenerationRecord:
         self._wait(waiting=True)
 
     def see(self, event: Event) -> None:
-        """Takes an event of the request in."""
+        """Takes in an event of the request."""
         observer = OBSERVER.get()
         if observer is not None:
             observer.see(event)
         match event:
-            case Queued():  # again, where its worker was lost
+            case Queued():  # again, if its worker was lost
                 self._wait(waiting=True)
             case Started():
                 self._wait(waiting=False)
-            case Progress(batch_index=0):  # the first of those who shared the step stands for all
+            case Progress(batch_index=0):  # the first of the images that shared the step stands for all
                 self._metrics.steps.labels(self._model).observe(event.step_ms / 1e3)
                 self._metrics.batches.labels(self._model).observe(event.batch_size)
             case Preview():
@@ -153,14 +153,14 @@ class GenerationRecord:
                 self._see_completed(event)
 
     def end(self, outcome: str) -> None:
-        """The request has ended."""
+        """Records that the request has ended."""
         self._wait(waiting=False)
         self._metrics.requests.labels(self._model, outcome).inc()
         if outcome == "ok":
             self._metrics.duration.labels(self._model).observe(time.monotonic() - self._began)
 
     def _wait(self, *, waiting: bool) -> None:
-        """It does, or does no longer, wait for a worker to begin with it."""
+        """Records whether it waits for a worker to start it."""
         self._statistics.pending += waiting - self._waiting
         self._waiting = waiting
 
@@ -182,7 +182,7 @@ class GenerationRecord:
 
 
 def _spent(timings: Timings) -> Spent:
-    """The stages of an image under Triton's names: encoding the image file is the output's part."""
+    """The stages of an image under Triton's names: encoding the image file is `compute_output`."""
     infer = timings.encode_ms + timings.denoise_ms + timings.decode_ms
     return Spent(
         queue=int(1e6 * timings.queue_ms),
@@ -192,7 +192,7 @@ def _spent(timings: Timings) -> Spent:
 
 
 class _StateCollector(Collector):
-    """Reads the state at the moment of the scrape, so nothing has to be kept in step with it."""
+    """Reads the state at the moment of the scrape, so nothing has to be kept in sync with it."""
 
     def __init__(self, queues: Callable[[], Iterable[ModelQueue]], readiness: Callable[[], Mapping[str, bool]]) -> None:
         self._queues, self._readiness = queues, readiness
@@ -244,7 +244,7 @@ class _StateCollector(Collector):
         yield from (waiting, running, ready, restarts, engines, memory)
 
     def _shown(self) -> Iterable[ModelQueue]:
-        """One of each version; while it is loaded anew, with another config, that is the old one."""
+        """One queue per version; while a version is being reloaded with another config, the old one."""
         shown: dict[tuple[str, str], ModelQueue] = {}
         for queue in list(self._queues()):
             key = (queue.config.name, queue.version)

@@ -1,6 +1,6 @@
 """The requests of one model: waiting in the order of their turns, or with a worker. Policy only; it takes a clock.
 
-A worker orders what it has step by step; what it has not been given waits here, where it may still be refused.
+A worker orders the requests it has step by step; the others wait here, where they may still be refused.
 """
 
 import asyncio
@@ -18,13 +18,13 @@ from server.requests import GenerationRequest, Queued
 from server.statistics import Statistics
 from server.turns import Claim, Rank, Turns
 
-BATCHING_GAIN = 0.7  # batches may make a queue shorter than forecast, but not by more than this
-MOST_LEVELS_SHOWN = 16  # a model may have any number of levels, a metric should not have as many series
-TELL_EVERY = 0.25  # seconds between two updates of the positions of those who wait
+BATCHING_GAIN = 0.7  # batching may shorten a wait to this share of the forecast, but not further
+MOST_LEVELS_SHOWN = 16  # a model may have any number of levels; a metric should not have that many series
+TELL_EVERY = 0.25  # seconds between two position updates for waiting requests
 
 
 class ModelQueue:
-    """The workers of one model, and everyone who waits for one or has one."""
+    """The workers of one model, and every request that waits for one or has one."""
 
     def __init__(
         self, config: ModelConfig, workers: Iterable[Worker] = (), clock: Callable[[], float] = time.monotonic
@@ -32,7 +32,7 @@ class ModelQueue:
         self.config = config
         self.workers = list(workers)
         self.statistics = Statistics()
-        self.loaded = False  # all its workers have been ready once; set by whoever loads it
+        self.loaded = False  # all its workers have been ready once; set by the backend that loads it
         self._clock = clock
         self._turns = Turns[Place](lambda place: place.claim, config.queue.turns)
         self._assignment = Assignment(self.workers, 2 * config.max_batch_size, self._rank)
@@ -42,7 +42,7 @@ class ModelQueue:
 
     @property
     def version(self) -> str:
-        """The version that its workers have."""
+        """The version that its workers serve."""
         return self.workers[0].config.version if self.workers else ""
 
     @property
@@ -52,7 +52,7 @@ class ModelQueue:
 
     @property
     def depths(self) -> dict[int, int]:
-        """The same by priority, also of levels where none waits; safe from any thread."""
+        """`waiting` by priority, including levels where none waits; safe from any thread."""
         waiting = Counter(place.request.priority for place in self._turns.items())
         shown = range(1, min(self.config.queue.levels, MOST_LEVELS_SHOWN) + 1)
         return {level: waiting[level] for level in {*shown, *waiting}}
@@ -79,14 +79,14 @@ class ModelQueue:
         return max(1.0, *starts) if starts else 1.0
 
     def held(self, worker: Worker) -> Sequence[Place]:
-        """What `worker` has."""
+        """The places that `worker` holds."""
         return self._assignment.held(worker)
 
     def enter(self, request: GenerationRequest) -> Place:
-        """A place in the queue.
+        """Takes a place in the queue.
 
         Raises:
-            ModelNotReadyError: no worker serves, nor will again soon.
+            ModelNotReadyError: no worker serves or is about to again.
             QueueFullError: as many wait as the policy allows.
             DeadlinePassedError: it could not be done before its deadline.
         """
@@ -113,33 +113,33 @@ class ModelQueue:
         return place
 
     def leave(self, place: Place) -> None:
-        """Gives the place up, whether or not a worker had been found; others move up."""
+        """Gives the place up, whether or not it had a worker; others move up."""
         self._take_out(place)
         self.change()
 
     def lose(self, place: Place) -> None:
-        """The place's worker has ended, perhaps because of it.
+        """Records that the place's worker was lost, perhaps because of it.
 
         Raises:
-            ZServeError: the queue is closed, and its workers are being stopped: that is nobody's fault.
+            ZServeError: the queue is closed and its workers are being stopped, which is no request's fault.
         """
         if self._closed is not None:
             raise self._closed
         place.losses += 1
         if place.started or place.alone:
             place.strikes += 1
-        place.queue_timeout_at = float("inf")  # it had its worker in time; that one's end is not its own delay
+        place.queue_timeout_at = float("inf")  # it got its worker in time; the loss is not its own delay
         self._take_out(place)
         place.started, place.steps_done = False, {}
         self.change()
 
     def rejoin(self, place: Place) -> None:
-        """Back to where it waited, its turn unchanged."""
+        """Puts the place back where it waited, its turn unchanged."""
         self._turns.add(place, self._clock())
         self.change()
 
     def time_out(self, place: Place) -> None:
-        """What the policy says when a place has waited for too long; does nothing while it has not.
+        """Applies the policy to a place that has waited for too long; does nothing to others.
 
         Raises:
             DeadlinePassedError: its deadline cannot be met any more.
@@ -162,21 +162,21 @@ class ModelQueue:
         self._turns.add(place, now)
 
     def patience(self, place: Place) -> float | None:
-        """Seconds until `time_out` has something to say about `place`; None for never."""
+        """Seconds until `time_out` may act on `place`; None for never."""
         latest = place.queue_timeout_at
         if place.claim.deadline is not None:
             latest = min(latest, place.claim.deadline - self._assignment.seconds(place))
         return None if latest == float("inf") else max(0.0, latest - self._clock())
 
     def close(self, error: ZServeError) -> None:
-        """Answers everyone who waits with the first `error`, and everyone who loses their worker from now on."""
+        """Answers waiting requests, and those that lose their worker from now on, with the first `error`."""
         self._closed = self._closed or error
         for place in self._turns.ordered(self._clock()):
             place.refused = self._closed
             place.moved.set()
 
     def change(self) -> None:
-        """Something has changed: free workers go to those who wait, and they learn where they stand."""
+        """Reacts to a change: workers with room go to waiting requests, and these learn where they stand."""
         self._turns.remove(self._assignment.assign(self._turns.ordered(self._clock())))
         self._changed.set()
         if self._telling is None and len(self._turns):
@@ -200,7 +200,7 @@ class ModelQueue:
         self._tell(set(self._turns.ordered(self._clock())))
 
     def _tell(self, places: Collection[Place]) -> None:
-        """Gives those of `places` that wait their position and when they should start, where it has changed."""
+        """Tells those of `places` that wait their position and expected start, if the position has changed."""
         ordered = self._turns.ordered(self._clock())
         starts = self._assignment.forecasts(ordered)
         for ahead, place in enumerate(ordered):
@@ -226,7 +226,7 @@ class ModelQueue:
             )
 
     def _check_deadline(self, place: Place) -> None:
-        """Raises DeadlinePassedError when the measured costs leave no hope for a place that waits."""
+        """Raises DeadlinePassedError if, by the measured costs, a waiting place cannot meet its deadline."""
         if place.claim.deadline is None or place.worker is not None:
             return
         now, own = self._clock(), self._assignment.seconds(place)

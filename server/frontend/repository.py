@@ -1,7 +1,7 @@
-"""The model repository: which models and versions there are, and those that are loaded.
+"""The model repository: which models and versions exist, and which are loaded.
 
-A new version is loaded before the one it replaces goes, and a model that cannot be loaded leaves everything else as it
-was: its name and the reason are in the index.
+A new version is loaded before the one it replaces is dropped, and a model that cannot be loaded leaves everything else
+as it was: its name and the reason are in the index.
 """
 
 import asyncio
@@ -38,7 +38,7 @@ from server.frontend.versions import (
 
 log = logging.getLogger(__name__)
 
-DRAIN_SECONDS = 30.0  # that requests of a replaced or unloaded version get to finish
+DRAIN_SECONDS = 30.0  # for requests of a replaced or unloaded version to finish
 
 
 class Repository:
@@ -46,17 +46,17 @@ class Repository:
 
     def __init__(self, path: Path, host: Host, backends: Callable[[str], Backend] = find_backend) -> None:
         self._path, self._host, self._backends = path, host, backends
-        self._entries: dict[str, Entry] = {}  # by name; only of folders that are there, or were
-        self._live: set[Version] = set()  # with a model, also those that are replaced and have not gone yet
+        self._entries: dict[str, Entry] = {}  # by name; only for folders that exist or have existed
+        self._live: set[Version] = set()  # those with a model, including replaced ones not yet unloaded
         self._tasks: set[asyncio.Task[None]] = set()
-        self._left_out: set[str] = set()  # folders of which the log has it that they are
+        self._left_out: set[str] = set()  # folders already logged as left out
         self._closing = False
 
     def find(self, name: str, version: str = "") -> Model:
         """The model that takes requests for `version`, or for the newest one that is ready.
 
         Raises:
-            InvalidRequestError: `version` is not one.
+            InvalidRequestError: `version` is not a version number.
             ModelNotFoundError: there is no such model or version.
             ModelNotReadyError: the version is there, but takes no requests.
         """
@@ -80,13 +80,13 @@ class Repository:
         return self._entries[model.spec.name].versions[model.spec.version].folder.file
 
     def loaded(self, name: str = "") -> list[Model]:
-        """The models that serve, by name and version; all of them, or those called `name`. Safe from any thread."""
+        """The models that take requests, by name and version: all, or those called `name`. Safe from any thread."""
         found = [model for v in self._each(name) if (model := v.accepting) is not None]
         return sorted(found, key=lambda m: (m.spec.name, int(m.spec.version)))
 
     @property
     def live(self) -> list[Model]:
-        """The models that may have requests: those that serve, and those that are coming or going."""
+        """The models that may have requests: those that serve, and those being loaded or unloaded."""
         return [v.model for v in self._live if v.model is not None]
 
     def index(self) -> list[IndexEntry]:
@@ -96,7 +96,7 @@ class Repository:
         return sorted(lines, key=lambda e: (e.name, int(e.version or 0)))
 
     def readiness(self) -> dict[str, bool]:
-        """Of each model that is to be served, whether all of it is; safe from any thread."""
+        """For each model that is to be served, whether all of its wanted versions are; safe from any thread."""
         states = {name: entry.ready for name, entry in list(self._entries.items())}
         return {name: ready for name, ready in states.items() if ready is not None}
 
@@ -113,9 +113,9 @@ class Repository:
         return [p.name for p in self._folders()]
 
     async def load(self, name: str, override: Override | None = None) -> None:
-        """Loads what the version policy asks for and is not loaded as it is; then drops what that replaces.
+        """Loads the versions that the version policy selects, unless unchanged; then drops what they replace.
 
-        It goes on when whoever asked for it has left: half a load is of no use to anybody.
+        It continues if the caller goes away: half a load is of no use to anybody.
 
         Raises:
             ModelNotFoundError: it has no folder.
@@ -141,9 +141,9 @@ class Repository:
             raise
 
     def unload_soon(self, name: str) -> None:
-        """Begins to unload `name`, and takes no more requests for it; requests under way may finish.
+        """Starts to unload `name`, and accepts no more requests for it; requests under way may finish.
 
-        Loads of it that are under way come to nothing. A model that is not loaded, or not there, is no error in Triton.
+        Loads of it under way are abandoned. As in Triton, a model that is not loaded or does not exist is no error.
         """
         entry = self._entries.get(name)
         if entry is not None:
@@ -157,7 +157,7 @@ class Repository:
         """
         present = set(self.names())
         marks = await asyncio.to_thread(lambda: {name: folder_mark(self._path / name) for name in present})
-        # A folder in which there is nothing yet is one that an export has just begun with.
+        # A folder with nothing to load yet is one where an export has just begun.
         known = {name: self._entries[name].tried_mark if name in self._entries else [] for name in present}
         changed = [name for name in present if known[name] != marks[name]]
         gone = self._entries.keys() - present
@@ -172,7 +172,7 @@ class Repository:
                 raise error
 
     async def close(self) -> None:
-        """Unloads everything at once, also what is being loaded."""
+        """Unloads everything at once, including what is being loaded."""
         self._closing = True
         tasks = list(self._tasks)
         for task in tasks:
@@ -181,7 +181,7 @@ class Repository:
         await asyncio.gather(*(_unload(model) for model in self.live))
 
     def _own(self, work: Coroutine[Any, Any, None]) -> "asyncio.Future[None]":
-        """Does `work` to its end, even when nobody waits for it any more; only `close` stops it."""
+        """Runs `work` to its end, even if nobody waits for it any more; only `close` stops it."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -237,7 +237,7 @@ class Repository:
             raise ConfigError("; ".join(failures))
 
     async def _start(self, version: Version) -> None:
-        """Loads one version; where it cannot be, its reason says why."""
+        """Loads one version; if that fails, its reason says why."""
         began = time.monotonic()
         folder = version.folder
         try:
@@ -256,11 +256,11 @@ class Repository:
             await self._abandon(version, f"{type(error).__name__}: {error}")
             return
         version.state = ModelState.READY
-        self._host.changed()  # now: what it replaces may take long to go
+        self._host.changed()  # now: what it replaces may take long to unload
         log.info("model %s version %s is ready", folder.file.name, folder.version)
 
     async def _abandon(self, version: Version, reason: str = UNLOADED) -> None:
-        """Frees what a load that has failed, or is cancelled, has begun: to its end, if it is cancelled meanwhile."""
+        """Frees what a failed or cancelled load has begun; finishes even if it is cancelled meanwhile."""
         model = version.model
         try:
             if model is not None:
@@ -278,7 +278,7 @@ class Repository:
         return self._own(self._unload(entry))
 
     async def _unload(self, entry: Entry) -> None:
-        async with entry.lock:  # whoever waits longest gets it next: loads that were asked for before have ended
+        async with entry.lock:  # first come, first served: loads requested earlier have ended
             entry.unloads -= 1
             entry.error, entry.loaded_mark = "", None
             await _together(self._drop(v) for v in entry.versions.values())
@@ -302,7 +302,7 @@ class Repository:
         self._live.discard(version)
 
     async def _tidy(self, entry: Entry) -> None:
-        """Removes what came with load requests and is not served any more; a worker that is replaced reads it again."""
+        """Removes files of load requests that no live version uses; until then a replaced worker may reread them."""
         unused = entry.scratch - {v.folder.path.parent for v in self._live}
         entry.scratch -= unused
         for scratch in unused:
@@ -326,7 +326,7 @@ class Repository:
         )
 
     def _can_be_named(self, folder: str) -> bool:
-        """Whether the protocol can say it; where not that is logged, once."""
+        """Whether the protocol can carry the name; if not, that is logged, once."""
         named = _is_unicode(folder)
         if not named and folder not in self._left_out:
             self._left_out.add(folder)
@@ -343,13 +343,13 @@ def _is_unicode(text: str) -> bool:
 
 
 def _is_known(task: "asyncio.Task[None]") -> None:
-    """What it failed with has been logged, and whoever asked for it may have left: asyncio need not miss that."""
+    """Retrieves the task's error, so that asyncio does not report it: it is logged, and the caller may be gone."""
     if not task.cancelled():
         task.exception()
 
 
 async def _unload(model: Model) -> None:
-    """Whatever a backend does: its version is at rest afterwards, and others are none the worse."""
+    """Unloads `model`; an error of its backend is only logged, so that nothing else is affected."""
     try:
         await model.unload()
     except Exception:
@@ -357,7 +357,7 @@ async def _unload(model: Model) -> None:
 
 
 async def _together(works: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Does all of `works` at once, and comes back only when none of them goes on, also when it is cancelled."""
+    """Runs all of `works` concurrently, and returns only when all of them have ended, even if cancelled."""
     async with asyncio.TaskGroup() as group:
         for work in works:
             group.create_task(work)

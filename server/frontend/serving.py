@@ -1,7 +1,7 @@
-"""One request from its admission to its end: wait for a worker, pass its events on, and again if it is lost.
+"""One request from its admission to its end: wait for a worker, pass its events on, start over if it is lost.
 
-A task of its own does that, however slowly the client reads: what it has not taken waits here, and not in the worker,
-whose room goes to the next request as soon as the last event has come.
+This runs in a task of its own, however slowly the client reads: events it has not taken wait here, not in the worker,
+whose room goes to the next request as soon as the last event has arrived.
 """
 
 import asyncio
@@ -19,11 +19,11 @@ from server.requests import Completed, Event, GenerationRequest, Image, Progress
 
 log = logging.getLogger(__name__)
 
-POISON = 2  # a request that has ended so many workers is not given to another
+POISON = 2  # a request that has ended this many workers is not given to another
 
 
 class Serving:
-    """A request that has a place in a queue, from the moment this is made until `events` ends.
+    """A request with a place in a queue, from construction until `events` ends.
 
     Raises:
         ZServeError: the queue does not take the request.
@@ -34,16 +34,16 @@ class Serving:
         self._queue, self._request = queue, request
         self._max_retries, self._metrics = max_retries, metrics
         self._place = queue.enter(request)
-        self._sent: set[int] = set()  # images, by index: an attempt after the first makes them all again
-        # What the client has not taken, None at the end. No more than the request's own events, of which there are so
-        # many as it has steps, previews and images.
+        self._sent: set[int] = set()  # indices of images: a further attempt makes all images again
+        # What the client has not taken; None marks the end. Bounded by the number of the request's own events, which
+        # follows from its steps, previews and images.
         self._untaken: deque[Event | None] = deque()
         self._told = asyncio.Event()
 
     async def events(self) -> AsyncGenerator[Event, None]:
-        """Everything that is to be told, across all attempts. Closing it cancels the request."""
+        """All events for the client, across all attempts. Closing it cancels the request."""
         work = asyncio.create_task(self._work(), name=f"serve {self._request.request_id}")
-        work.add_done_callback(self._end)  # not at the end of the task itself: one that is cancelled may never begin
+        work.add_done_callback(self._end)  # not at the end of the task itself: a cancelled task may never start
         try:
             while (event := await self._next()) is not None:
                 yield event
@@ -60,7 +60,7 @@ class Serving:
 
     def _tell(self, event: Event | None) -> None:
         if isinstance(event, Queued) and self._untaken and isinstance(self._untaken[-1], Queued):
-            self._untaken.pop()  # a newer position replaces one that nobody has taken
+            self._untaken.pop()  # a newer position replaces one not taken yet
         self._untaken.append(event)
         self._told.set()
 
@@ -78,7 +78,7 @@ class Serving:
                 self._survive(error)
 
     async def _wait(self) -> None:
-        """Until there is a worker; tells the place's position whenever it has changed."""
+        """Waits for a worker; reports the place's position whenever it has changed."""
         place, told = self._place, None
         while place.worker is None:
             if place.refused is not None:
@@ -94,7 +94,7 @@ class Serving:
             place.moved.clear()
 
     async def _attempt(self) -> None:
-        """Tells the events of one worker."""
+        """Passes on the events of one worker."""
         assert self._place.worker is not None, "the place has no worker"
         waited = time.monotonic() - self._arrived
         request = replace(self._request, waited=waited, delayed=self._place.claim.delayed)
@@ -107,7 +107,7 @@ class Serving:
                     self._tell(passed_on)
 
     def _pass_on(self, event: Event, waited: float) -> Event | None:
-        """What the client is told when a worker says `event`; None for what it knows."""
+        """What the client is told on a worker's `event`; None for what it already has."""
         match event:
             case Started():
                 self._place.started = True
@@ -125,7 +125,7 @@ class Serving:
         return event
 
     def _survive(self, error: WorkerLostError) -> None:
-        """Back to the queue, unless this was once too often.
+        """Puts the request back into the queue, unless it has lost too many workers.
 
         Raises:
             ZServeError: the request ends here.

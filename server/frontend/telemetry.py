@@ -1,4 +1,4 @@
-"""Traces as OpenTelemetry spans, made when a request has ended from what was noted on its way.
+"""Traces as OpenTelemetry spans, created once a request has ended from what was recorded along the way.
 
 The only module that knows OpenTelemetry, which is an optional extra.
 """
@@ -39,7 +39,7 @@ class Telemetry:
         self._tracer = self._provider.get_tracer("zserve")
 
     def write(self, trace: Trace) -> None:
-        """Makes the spans of `trace`: one for the call, below the caller's if it named one, and one a stage."""
+        """Creates the spans of `trace`: one for the call, below the caller's if it named one, and one per stage."""
         api = self._api
         shift = time.time_ns() - time.monotonic_ns()
         call = self._tracer.start_span(
@@ -60,12 +60,12 @@ class Telemetry:
         call.end(trace.ended + shift)
 
     def close(self) -> None:
-        """Sends what is left."""
+        """Exports the remaining spans and shuts down."""
         self._provider.shutdown()
 
 
 def stages(trace: Trace) -> list[Stage]:
-    """Those of an image are its own; of any other model there are the two that its statistics know."""
+    """An image request's own stages; any other request also has the two known from its model's statistics."""
     record = trace.record
     if record is None or any(s.name == "queue" for s in trace.stages) or record.cached:
         return trace.stages

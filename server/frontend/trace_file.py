@@ -12,7 +12,7 @@ from server.tracing import Trace
 
 
 def append_trace(trace: Trace) -> None:
-    """Appends to the JSON list in the trace's file, which stays a whole one after every trace."""
+    """Appends to the JSON list in the trace's file, which is valid JSON after every trace."""
     settings = trace.settings
     part = f".{(trace.id - 1) // settings.log_frequency}" if settings.log_frequency else ""
     text = ",\n".join(json.dumps(record) for record in _records(trace))

@@ -26,7 +26,7 @@ DURATIONS: dict[str, Callable[[Statistics], Summary]] = {
 
 
 class TritonCollector(Collector):
-    """Triton's `nv_` metrics of all models that are loaded, and one of ours that is of any model."""
+    """Triton's `nv_` metrics of all loaded models, and one of ours that applies to any model."""
 
     def __init__(self, models: Callable[[], Iterable[Model]], config: MetricsConfig) -> None:
         self._models, self._config = models, config
@@ -71,7 +71,7 @@ class TritonCollector(Collector):
                 yield _summary(f"nv_inference_{stage}_summary_us", durations, self._config.quantiles)
 
     def _cache(self, figures: list[tuple[Labels, Statistics]]) -> Iterator[Metric]:
-        """Of the response cache: all zero for models that have it off."""
+        """Response cache metrics; all zero for models that have it off."""
         for kind, (plural, read) in CACHE.items():
             durations = [(labels, read(s)) for labels, s in figures]
             counts = [(labels, d.count) for labels, d in durations]

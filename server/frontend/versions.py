@@ -1,4 +1,4 @@
-"""One model of the repository and its versions: their state, and what tells them from others."""
+"""One model of the repository and its versions: their states, their folders, and how changes are detected."""
 
 import asyncio
 import logging
@@ -15,7 +15,7 @@ from server.rpc.triton.model_config import read_model_file
 log = logging.getLogger(__name__)
 
 MAX_VERSION = 2**63 - 1
-UNLOADED = "unloaded"  # the reason of a version that was there and is not wanted now
+UNLOADED = "unloaded"  # the reason of a version that is no longer wanted
 
 
 class ModelState(StrEnum):
@@ -32,14 +32,14 @@ class Version:
     """One version of a model as it stands now."""
 
     folder: ModelFolder
-    model: Model | None = None  # from the moment it is loaded to the end of its unloading
+    model: Model | None = None  # from the start of its loading to the end of its unloading
     state: ModelState = ModelState.LOADING
     reason: str = ""
-    loading: "asyncio.Task[None] | None" = None  # what loads it, also when that has ended
+    loading: "asyncio.Task[None] | None" = None  # the task that loads it, kept after it has ended
 
     @property
     def accepting(self) -> Model | None:
-        """The model, while it takes requests; they wait where it is not ready just now, as when its workers restart."""
+        """The model, while it takes requests; they wait while it is not ready, as when its workers restart."""
         return self.model if self.state is ModelState.READY else None
 
     @property
@@ -59,7 +59,7 @@ class Version:
         return self.reason or self.state.lower()
 
     def retire(self) -> None:
-        """Takes no more requests; those under way go on, but loading it does not."""
+        """Accepts no more requests; those under way continue, but loading is cancelled."""
         if self.state is ModelState.UNAVAILABLE:
             return
         if self.state is ModelState.LOADING and self.loading is not None:
@@ -72,7 +72,7 @@ class Version:
         self.state = ModelState.UNLOADING
 
     def rest(self, reason: str = UNLOADED) -> None:
-        """Nothing of it is loaded any more, and why."""
+        """Records that nothing of it is loaded any more, and why."""
         self.model, self.state, self.reason = None, ModelState.UNAVAILABLE, reason
 
 
@@ -88,37 +88,37 @@ class IndexEntry:
 
 @dataclass(eq=False)
 class Entry:
-    """One model of the repository, from the first time it is to be loaded."""
+    """One model of the repository, from the first request to load it."""
 
     versions: dict[str, Version] = field(default_factory=dict)
     error: str = ""  # why its folder cannot be read
-    loaded_mark: object = None  # of the folder as it was loaded; None after anything else than a success with it
-    fresh: list[Version] = field(default_factory=list)  # that the last load has begun with
-    unloads: int = 0  # asked for and not done yet; loads that were asked for before them come to nothing
-    tried_mark: object = None  # of the folder at the last attempt: polling is to try again only when it has changed
-    scratch: set[Path] = field(default_factory=set)  # folders that hold what came with load requests
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # held by who loads or unloads
+    loaded_mark: object = None  # of the folder as loaded; None after anything but a successful load of the folder
+    fresh: list[Version] = field(default_factory=list)  # versions that the last load has started
+    unloads: int = 0  # requested and not done yet; loads requested before them are abandoned
+    tried_mark: object = None  # of the folder at the last attempt: polling retries only when it has changed
+    scratch: set[Path] = field(default_factory=set)  # folders with the files of load requests
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while loading or unloading
 
     @property
     def active(self) -> bool:
-        """Whether any version is loaded, is being loaded or could not be."""
+        """Whether any version is loaded, is being loaded or failed to load."""
         return any(v.model is not None or v.wanted for v in self.versions.values())
 
     @property
     def ready(self) -> bool | None:
-        """Whether all of it serves that is to; None where nothing is to."""
+        """Whether every wanted version is ready; None if there is nothing to serve."""
         wanted = [v for v in list(self.versions.values()) if v.wanted]
         if not wanted and not self.error:
             return None
         return not self.error and all(v.ready for v in wanted)
 
     def retire(self) -> None:
-        """No version takes any more requests, nor will one that is being loaded."""
+        """Makes every version, including those being loaded, accept no more requests."""
         for version in {*self.versions.values(), *self.fresh}:
             version.retire()
 
     def newest(self, name: str) -> Model:
-        """The newest version that is ready; where none is at this moment, the newest that takes requests.
+        """The newest version that is ready; if none is at this moment, the newest that takes requests.
 
         Raises:
             ModelNotFoundError: none is loaded.
@@ -134,7 +134,7 @@ class Entry:
         raise ModelNotReadyError(f"Request for unknown model: '{name}' is not at ready state ({reasons})")
 
     def index(self, name: str) -> list[IndexEntry]:
-        """Its lines of the repository's index."""
+        """Its lines in the repository's index."""
         lines = [IndexEntry(name, v.folder.version, v.state, v.reason) for v in self.versions.values()]
         if self.error:
             lines.append(IndexEntry(name, "", ModelState.UNAVAILABLE, self.error))
@@ -149,7 +149,7 @@ class Override:
         InvalidRequestError: a file has no name, or would lie outside the model's folder.
     """
 
-    config: str  # the text of a config.pbtxt; empty, it is one that leaves everything to the defaults
+    config: str  # the text of a config.pbtxt; empty: all defaults
     files: dict[str, bytes] = field(default_factory=dict)  # by their path in the model's folder
 
     def __post_init__(self) -> None:
@@ -159,7 +159,7 @@ class Override:
                 raise InvalidRequestError.of("file", name, "a path inside the model's folder is, such as 1/model.onnx")
 
     def lay_out(self, model: Path, scratch: Path) -> Path:
-        """A folder below `scratch` like `model`, with this config, and with these files instead of the versions.
+        """Makes a folder in `scratch` like `model`, with this config and, if any, these files instead of the versions.
 
         Raises:
             ConfigError: it cannot be written.
@@ -179,7 +179,7 @@ class Override:
 
 
 def check_version(text: str) -> None:
-    """Raises InvalidRequestError unless `text` is a version's number."""
+    """Raises InvalidRequestError unless `text` is a version number."""
     if not text.lstrip("-").isdecimal() or len(text) > len(str(MAX_VERSION)):
         raise InvalidRequestError(
             f"failed to get model version from specified version string '{text[:32]}', "
@@ -190,15 +190,15 @@ def check_version(text: str) -> None:
 
 
 def version_folders(model: Path) -> list[Path]:
-    """The folders of a model that are versions."""
+    """The version folders of a model."""
     return [p for p in model.iterdir() if p.name.isdecimal() and p.is_dir()]
 
 
 def chosen_folders(path: Path) -> list[ModelFolder]:
-    """The versions in the folder that its config asks for.
+    """The versions in the folder that its version policy selects.
 
     Raises:
-        ConfigError: there is none, or no config that can be read.
+        ConfigError: there is none, or no readable config.
     """
     there = [p.name for p in version_folders(path)]
     if not there:
@@ -211,9 +211,9 @@ def chosen_folders(path: Path) -> list[ModelFolder]:
 
 
 def folder_mark(model: Path) -> object:
-    """Differs whenever config.pbtxt or a file of a version has; empty where there is neither.
+    """A value that changes whenever config.pbtxt or a file of a version does; empty if there is neither.
 
-    What else lies in the folder does not count: an export writes there for minutes, and what it writes comes and goes.
+    Other files in the folder do not count: an export writes there for minutes, and its files come and go.
     """
     return sorted(mark for file in _files(model) for mark in _file_mark(file))
 
@@ -232,6 +232,6 @@ def _files(model: Path) -> Iterator[Path]:
 def _file_mark(file: Path) -> list[tuple[str, int, int]]:
     try:
         found = file.stat()
-    except OSError:  # it has gone since it was listed, or cannot be read, which is for a load to say
+    except OSError:  # it has gone since it was listed, or cannot be read, which a load will report
         return []
     return [(str(file), found.st_mtime_ns, found.st_size)]

@@ -21,20 +21,20 @@ from server.rpc.images import ImageGenerationClient
 
 log = logging.getLogger(__name__)
 
-# -P: the folder that the server is called in is not where modules are looked for.
+# -P: modules are not looked up in the current directory.
 COMMAND = (sys.executable, "-P", "-m", "server.worker.main")
 FIRST_BACKOFF, LONGEST_BACKOFF = 0.5, 30.0  # seconds between restarts of a worker that keeps ending
 KILL_AFTER = 5.0  # seconds from SIGTERM to SIGKILL
 HEARTBEAT_EVERY = 1.0  # seconds
-LOOK_EVERY = 0.05  # seconds between two looks at whether a process has ended
-CHANNEL_GRACE = 1.0  # seconds for the calls of a worker that has ended to learn so, and for the rest of its output
-KEPT_BYTES = 16 * 1024  # of what a worker says on its standard output: it is the end of it that tells why it ended
-# How a process ends that runs bad machine code. SIGKILL is not among them: that is the system short of memory.
+LOOK_EVERY = 0.05  # seconds between two checks whether a process has ended
+CHANNEL_GRACE = 1.0  # seconds for the calls of a worker that has ended to fail, and for the rest of its output
+KEPT_BYTES = 16 * 1024  # of a worker's standard output, the end of which tells why the worker ended
+# How a process that runs bad machine code ends. SIGKILL is not among them: it means the system is short of memory.
 CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
 
 
 class WorkerState(Enum):
-    """Where a worker is in its life."""
+    """Where a worker is in its life cycle."""
 
     STARTING = "starting"
     READY = "ready"
@@ -50,7 +50,7 @@ class _Ending:
     status: int = 0
     said: str = ""
     was_ready: bool = False
-    known: str = ""  # how, where the status does not tell
+    known: str = ""  # how, if the status does not tell
 
     @property
     def crashed_engine(self) -> Component | None:
@@ -76,19 +76,19 @@ class _Process:
     client: ImageGenerationClient
     said: asyncio.Task[bytes]  # the end of its standard output
     was_ready: bool = False
-    given_up: str = ""  # why, where it did not end by itself
+    given_up: str = ""  # why, if it did not end by itself
 
     async def ended(self) -> _Ending:
-        """Waits for its end, and ends what it has started.
+        """Waits for it to end, then kills what it has started.
 
-        Its standard input stays open for as long: when that closes, the worker takes the frontend to be gone.
+        Its standard input stays open until then: if that closes, the worker assumes that the frontend is gone.
         `Process.communicate` would close it, since Python 3.12.
         """
-        # Not by `Process.wait`, nor by the end of its output: both come with the end of any child that has its pipes.
+        # Not `Process.wait`, nor the end of its output: both also wait for every child that has inherited its pipes.
         while (status := self.process.returncode) is None:  # noqa: ASYNC110 - asyncio has no event for it
             await asyncio.sleep(LOOK_EVERY)
         self._kill_all()
-        await asyncio.wait((self.said,), timeout=CHANNEL_GRACE)  # longer only where a child has left the group
+        await asyncio.wait((self.said,), timeout=CHANNEL_GRACE)  # takes that long only if a child has left the group
         said = self.said.result().decode(errors="replace") if self.said.done() else ""
         return _Ending(status, said, self.was_ready, self.given_up)
 
@@ -114,7 +114,7 @@ class _Process:
 
 
 async def _end_of(stream: asyncio.StreamReader) -> bytes:
-    """The last of what comes until `stream` ends. All is read: a process whose pipe is full would stand still."""
+    """The last bytes of `stream`. Everything is read: a process whose pipe is full would block."""
     kept = b""
     while read := await stream.read(KEPT_BYTES):
         kept = (kept + read)[-KEPT_BYTES:]
@@ -140,11 +140,11 @@ class Worker:
 
     @property
     def pid(self) -> int | None:
-        """The process, while there is one."""
+        """The process's ID, while there is one."""
         return None if self._current is None else self._current.process.pid
 
     def start(self) -> None:
-        """Begins to run the process, for as long as the server does."""
+        """Starts the process, and keeps one running for as long as the server runs."""
         self._supervisor = asyncio.create_task(self._supervise(), name=f"supervise {self.config.instance}")
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
@@ -162,7 +162,7 @@ class Worker:
 
     async def stop(self) -> None:
         """Ends the process, and the supervision of it."""
-        self._set(WorkerState.STOPPED, "the server is shutting down")  # first: calls that break off now are no loss
+        self._set(WorkerState.STOPPED, "the server is shutting down")  # first: calls failing now are no loss
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.gather(self._supervisor, return_exceptions=True)
@@ -170,9 +170,9 @@ class Worker:
             await self._current.stop()
 
     def _lose(self, process: _Process) -> None:
-        """A call to `process` has broken off: it gets no more, even where its end is yet to be noticed.
+        """A call to `process` has broken off: it gets no more calls, even if its end has yet to be noticed.
 
-        Who learns it late is not to end the process that has taken its place since.
+        A caller that notices late must not end the process that has replaced it since.
         """
         if process is not self._current or self.state is not WorkerState.READY:
             return
@@ -196,7 +196,7 @@ class Worker:
             await asyncio.sleep(backoff)
 
     def _disable(self, ending: _Ending) -> bool:
-        """Turns off the engine that ended the process while it was loaded or warmed up; whether there was one."""
+        """Turns off the engine that ended the process while being loaded or warmed up; says whether there was one."""
         component = ending.crashed_engine
         if component is None or component in self.config.disabled or self.config.fallback is FallbackPolicy.REFUSE:
             return False
@@ -210,7 +210,7 @@ class Worker:
         """Runs one process to its end; returns how it ended."""
         try:
             current = self._current = await self._start_process()
-        except (OSError, RuntimeError) as error:  # no memory, process or thread left, no interpreter: it may be back
+        except (OSError, RuntimeError) as error:  # no memory, process or thread left, no interpreter: may pass
             return _Ending(known=f"could not be started: {error}")
         watch = asyncio.create_task(self._watch(current))
         try:
@@ -221,7 +221,7 @@ class Worker:
         if current.was_ready:
             self._set(WorkerState.RESTARTING, "it has just ended")
         await current.client.close(CHANNEL_GRACE)
-        self._current = None  # its number may soon be another's, whom `stop` must not end
+        self._current = None  # its PID may soon be reused by a process that `stop` must not end
         return ending
 
     async def _start_process(self) -> _Process:
@@ -232,7 +232,7 @@ class Worker:
             *self.config.arguments(),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            # What libraries unpack there and a killed worker cannot remove goes with the frontend's own folder.
+            # What libraries unpack there, and a killed worker cannot remove, is removed with the frontend's own folder.
             env={**os.environ, "TMPDIR": str(self.config.socket.parent)},
             start_new_session=True,
         )
@@ -241,7 +241,7 @@ class Worker:
         return _Process(process, ImageGenerationClient(f"unix:{self.config.socket}"), said)
 
     async def _watch(self, process: _Process) -> None:
-        """Waits until it serves; from then on listens for its heartbeat. Ends it when there is none."""
+        """Waits until it serves, then polls for its heartbeat; kills it if there is none."""
         try:
             self._see(await process.client.instance(within=self.config.start_patience))
             process.was_ready = True

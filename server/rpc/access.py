@@ -43,8 +43,8 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
-        """Passes on the handler, one that counts, or one that refuses."""
-        # A call that belongs to no group is no one's to make where anything is restricted.
+        """Returns the handler, one that also counts calls, or one that refuses."""
+        # A call that belongs to no group has to meet every restriction.
         method = handler_call_details.method.rpartition("/")[2]
         refused = self._refusal(PROTOCOL_OF.get(method), handler_call_details)
         if refused is not None:
@@ -78,7 +78,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
 
 
 def _equal(given: str | bytes, secret: str) -> bool:
-    """In a time that tells nothing about where they differ."""
+    """Compares in a time that does not tell where they differ."""
     return hmac.compare_digest(given.encode() if isinstance(given, str) else given, secret.encode())
 
 
@@ -89,7 +89,7 @@ def _error(header: str) -> ZServeError:
 
 
 def _refuse(error: ZServeError) -> Handler:
-    """Answers a call of any kind; a stream is not waited for."""
+    """A handler that refuses calls of any kind, without waiting for a stream."""
 
     async def refuse(requests: Any, context: Context) -> None:
         await abort(error, context)

@@ -98,7 +98,7 @@ def encode_request(request: GenerationRequest) -> pb.GenerateRequest:
 
 
 def microseconds(seconds: float | None) -> int:
-    """As the message has them; 0 for None. What is rounded must not become more than the field holds."""
+    """`seconds` as in the message; 0 for None. Rounding must not exceed what the field holds."""
     return min(round(1e6 * (seconds or 0)), 2**64 - 1)
 
 
@@ -187,7 +187,7 @@ def decode_event(message: pb.GenerateEvent) -> Event | None:
 
 
 def image_fields(image: Image) -> dict[str, Any]:
-    """The fields of an image's wire form. Not a message: putting one into another would copy the pixels twice."""
+    """The fields of an image's wire form. Not a message: nesting one in another would copy the pixels twice."""
     return {**vars(image), "format": WIRE_FORMATS[image.format]}
 
 

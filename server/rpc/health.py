@@ -30,7 +30,7 @@ class Health:
         health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
 
     async def set(self, *, serving: bool) -> None:
-        """Tells everyone who watches."""
+        """Sets the status, and tells everyone who watches."""
         for name in ("", *SERVICES):
             await self._servicer.set(name, SERVING if serving else NOT_SERVING)
 

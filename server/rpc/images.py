@@ -17,21 +17,21 @@ from server.rpc.descriptions import decode_instance, encode_model
 from server.service import ImageService, ModelStatus
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["ImageGeneration"].full_name
-MAX_MESSAGE_BYTES = 2**31 - 1  # Triton's; grpc's own 4 MB are less than two raw 1024x1024 images
+MAX_MESSAGE_BYTES = 2**31 - 1  # Triton's; gRPC's default of 4 MB is less than two raw 1024x1024 images
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
 ]
-# A worker is looked for often: gRPC's own pauses grow to two minutes, for which nobody would notice that it is ready.
-# How long a connection may take (`min_reconnect_backoff_ms`) stays gRPC's 20 s: on a busy machine it takes longer than
-# these pauses.
+# Connecting to a worker is retried often: gRPC's default backoff grows to two minutes, in which nobody would notice
+# that it is ready. The time to connect (`min_reconnect_backoff_ms`) stays gRPC's 20 s: on a busy machine connecting
+# takes longer than these pauses.
 WORKER_CHANNEL_OPTIONS = [
     *CHANNEL_OPTIONS,
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 500),
 ]
 
-# How long a request has waited before a worker gets it (milliseconds), and whether that was longer than it was to. Only
+# How long a request has waited before a worker gets it (milliseconds), and whether its queue timeout has passed. Only
 # a worker heeds them.
 WAITED, DELAYED = "zserve-waited-ms", "zserve-delayed"
 MOST_DIGITS = 15
@@ -52,7 +52,7 @@ class ImageGenerationServicer(pb_grpc.ImageGenerationServicer):
                 yield convert.encode_event(event, decoded.request_id)
 
     async def GenerateImage(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateImageResponse:
-        decoded = replace(self._decode(request, context), preview_interval=0)  # there is nowhere to put them
+        decoded = replace(self._decode(request, context), preview_interval=0)  # the response has no place for them
         response = pb.GenerateImageResponse(request_id=decoded.request_id)
         async with aclosing(self._service.generate(decoded)) as events:
             async for event in events:
@@ -81,17 +81,17 @@ def _encode_status(status: ModelStatus) -> pb.Model:
 
 
 class ImageGenerationClient:
-    """Calls a worker; the worker's errors are raised here as themselves."""
+    """Calls a worker; its errors are raised here as the same types."""
 
     def __init__(self, address: str) -> None:
         self._channel = grpc.aio.insecure_channel(address, options=WORKER_CHANNEL_OPTIONS)
         self._stub: Any = pb_grpc.ImageGenerationStub(self._channel)
 
     async def instance(self, within: float | None = None) -> InstanceInfo:
-        """The worker's description of itself; waits until it serves, which it does once it is warmed.
+        """The worker's description of itself; waits until it serves, that is, until it is warmed up.
 
         Raises:
-            WorkerLostError: it did not answer `within` so many seconds, or its device has stopped to.
+            WorkerLostError: it did not answer within `within` seconds, or its device has stopped answering.
         """
         try:
             model = await self._stub.GetModel(pb.GetModelRequest(), wait_for_ready=True, timeout=within)
@@ -123,13 +123,13 @@ class ImageGenerationClient:
             call.cancel()
 
     async def close(self, grace: float | None = None) -> None:
-        """Closes the channel; calls under way are cancelled, after `grace` seconds."""
+        """Closes the channel; calls under way are cancelled after `grace` seconds."""
         await self._channel.close(grace)
 
 
 def _raised_by_worker(error: grpc.aio.AioRpcError) -> ZServeError:
     details = error.details() or ""
-    # Nobody here has cancelled the call: the worker did, because it was told to stop.
+    # CANCELLED does not come from here: the worker cancelled the call, because it was told to stop.
     if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         return WorkerLostError(f"the worker process ended while it had the request ({details}); send it again")
     return error_of_status(error.code(), details)

@@ -1,4 +1,4 @@
-"""One place turns exceptions into gRPC statuses."""
+"""The one place that turns exceptions into gRPC statuses."""
 
 from __future__ import annotations  # the stubs are generic where grpc itself is not
 
@@ -20,7 +20,7 @@ from server.errors import InvalidRequestError, ZServeError
 log = logging.getLogger(__name__)
 
 STATUS_DETAILS = "grpc-status-details-bin"
-MOST_TEXT = 1024  # bytes of an error's text; of trailers over 8 KiB, where one may be written as three, gRPC drops some
+MOST_TEXT = 1024  # bytes of an error's text, each possibly sent as three; gRPC drops some of the trailers over 8 KiB
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -30,14 +30,14 @@ Translate = Callable[[Exception], Exception]
 
 
 def unchanged(error: Exception) -> Exception:
-    """For services that tell our errors as they are."""
+    """For services that report our errors as they are."""
     return error
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Answers a `ZServeError` with its own status and text, anything else with INTERNAL, the detail in the log.
+    """Answers a `ZServeError` with its own status and text, anything else with INTERNAL, details only in the log.
 
-    `translators` put the errors of a service, by its full name, into that service's own terms first.
+    `translators`, by full service name, first put errors into that service's own terms.
     """
 
     def __init__(self, translators: Mapping[str, Translate] | None = None) -> None:
@@ -50,7 +50,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     ) -> Handler | None:
         """Wraps the handlers whose responses are returned or yielded.
 
-        The others, such as health's Watch, write to the context and see to their errors themselves.
+        The others, such as health's Watch, write to the context and handle their errors themselves.
         """
         handler = await continuation(handler_call_details)
         if handler is None or (handler.response_streaming and not inspect.isasyncgenfunction(behaviour_of(handler))):
@@ -64,19 +64,19 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                     raise unreadable(request)
                 yield
             except Exception as error:  # noqa: BLE001 - the process boundary
-                # Of a stream the requests are read while it is answered.
+                # A stream's requests are read, and may fail to parse, while it is answered.
                 await abort(unreadable(error) if isinstance(error, DecodeError) else error, context, translate)
 
         return wrapped(handler, reporting)
 
 
 def behaviour_of(handler: Handler) -> Any:
-    """The method that answers the call, of whatever kind it is."""
+    """The method that answers the call, whatever its kind."""
     return handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
 
 
 def wrapped(handler: Handler, around: Callable[[Any, Context], AbstractAsyncContextManager[None]]) -> Handler:
-    """`handler` with each call inside `around(request, context)`; of a stream of requests it gets the stream.
+    """`handler` with each call inside `around(request, context)`; for streamed requests, `request` is the stream.
 
     A single request that cannot be parsed arrives as the DecodeError.
     """
@@ -107,7 +107,7 @@ _MAKERS: dict[tuple[bool, bool], Callable[..., Handler]] = {
 
 
 def _forgiving(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
-    """Returns what a bad message raised: raised inside gRPC it would be UNKNOWN, and a traceback in the log."""
+    """Returns a DecodeError instead of raising it: gRPC would make it UNKNOWN, and log a traceback."""
     if deserialize is None:
         return None
 
@@ -121,7 +121,7 @@ def _forgiving(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], 
 
 
 def unreadable(error: DecodeError) -> InvalidRequestError:
-    """The answer to bytes that are no message of the call's type."""
+    """The answer to bytes that are not a message of the call's type."""
     return InvalidRequestError(f"the request cannot be read: {error}")
 
 
@@ -137,16 +137,16 @@ def retry_advice(error: ZServeError) -> Trailers:
 
 
 def _text(error: ZServeError) -> str:
-    """What it says, as far as it fits twice, in the details too: a client does not read longer trailers.
+    """The error's text, cut to fit twice (the details repeat it): a client does not read longer trailers.
 
-    It may speak of a file whose name is not UTF-8.
+    It may mention a file whose name is not UTF-8.
     """
     data = str(error).encode(errors="replace")
     return data.decode() if len(data) <= MOST_TEXT else data[:MOST_TEXT].decode(errors="ignore") + " ..."
 
 
 def _one_line(text: str) -> str:
-    """For the log: what clients send must not look like lines of its own."""
+    """Escapes `text` for the log: what clients send must not look like log lines."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -158,7 +158,7 @@ async def abort(error: Exception, context: Context, translate: Translate = uncha
 
 
 def reported(error: Exception) -> tuple[grpc.StatusCode, str, Trailers]:
-    """The status, the text and the trailing metadata for the client; the detail of what nobody foresaw is logged."""
+    """The status, the text and the trailing metadata for the client; details of unexpected errors are logged."""
     if isinstance(error, ZServeError):
         log.info("%s: %s", error.status.name, _one_line(_text(error)))
         return error.status, _text(error), retry_advice(error)

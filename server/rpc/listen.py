@@ -24,9 +24,9 @@ def make_server(config: GrpcConfig, interceptors: Sequence[grpc.aio.ServerInterc
 
 
 def transport_options(config: GrpcConfig) -> list[tuple[str, int]]:
-    """gRPC's names of the options."""
+    """The options under gRPC's names."""
     options = [
-        # Off: a second server would share the port and get half of the requests.
+        # Off by default: otherwise a second server would share the port and get half of the requests.
         ("grpc.so_reuseport", int(config.reuse_port)),
         ("grpc.keepalive_time_ms", config.keepalive_time),
         ("grpc.keepalive_timeout_ms", config.keepalive_timeout),
@@ -34,8 +34,8 @@ def transport_options(config: GrpcConfig) -> list[tuple[str, int]]:
         ("grpc.http2.max_pings_without_data", config.http2_max_pings_without_data),
         ("grpc.http2.min_ping_interval_without_data_ms", config.http2_min_recv_ping_interval_without_data),
         ("grpc.http2.max_ping_strikes", config.http2_max_ping_strikes),
-        # Of calls that have arrived and that Python has not taken yet, gRPC by itself keeps 1,000 and answers more and
-        # more of the others with CANCELLED. Who is refused, and with what advice, is for the models' queues to say.
+        # By default gRPC keeps 1,000 calls that Python has not accepted yet, and answers more and more of the others
+        # with CANCELLED. Which requests are refused, and with what advice, is for the models' queues to decide.
         ("grpc.server.max_pending_requests", MOST_PENDING),
         ("grpc.server.max_pending_requests_hard_limit", MOST_PENDING),
     ]
@@ -47,7 +47,7 @@ def transport_options(config: GrpcConfig) -> list[tuple[str, int]]:
 
 
 def bind(server: grpc.aio.Server, config: GrpcConfig) -> int:
-    """Takes the port, and returns which one it is.
+    """Binds the port, and returns its number.
 
     Raises:
         ConfigError: it is not free, or a certificate cannot be read.
@@ -63,8 +63,8 @@ def bind(server: grpc.aio.Server, config: GrpcConfig) -> int:
 
 def _credentials(tls: TlsConfig) -> grpc.ServerCredentials:
     try:
-        check = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)  # gRPC would say no more than that it cannot listen
-        check.set_ciphers("DEFAULT:@SECLEVEL=0")  # how strong they have to be is not for this check to say
+        check = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)  # gRPC itself would only say that it cannot listen
+        check.set_ciphers("DEFAULT:@SECLEVEL=0")  # their required strength is not for this check to decide
         check.load_cert_chain(tls.server_cert, tls.server_key, password="")
         if tls.root_cert is not None:
             check.load_verify_locations(tls.root_cert)

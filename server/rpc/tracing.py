@@ -1,4 +1,4 @@
-"""The image service with its requests traced; workers have the plain one."""
+"""The image service with its requests traced; workers use the plain one."""
 
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager, nullcontext

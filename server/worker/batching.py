@@ -1,7 +1,7 @@
-"""How many equal sequences share a step. Decided by the cost table: a batch is not a goal in itself.
+"""How many equal sequences share a step, decided from the cost table: a batch is not a goal in itself.
 
-One image at 1024x1024 fills a GPU, so sharing a step makes the first of two images late and pays only when many wait,
-or when many more will come; at 256x256 it nearly always does.
+One image at 1024x1024 fills a GPU, so sharing a step delays the first of two images and pays off only when many wait
+or many more are coming; at 256x256 it nearly always pays off.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ class StepShape(NamedTuple):
 
 @dataclass(frozen=True)
 class BatchPolicy:
-    """Limits on sharing, in Triton's words. Where enough wait for a `preferred` size, others are not used."""
+    """Limits on sharing, named as in Triton. When enough wait for a `preferred` size, only those and 1 are used."""
 
     max_batch: int = 4
     preferred: tuple[int, ...] = ()
@@ -54,7 +54,7 @@ class Batching:
         return self._policy.max_delay
 
     def limit(self, shape: StepShape, count: int) -> None:
-        """Never again more than `count` of this shape: there was no memory for more."""
+        """Caps steps of this shape at `count` sequences: there was no memory for more."""
         self._limits[shape] = max(1, count)
 
     def largest(self, shape: StepShape) -> int:
@@ -62,7 +62,7 @@ class Batching:
         return min(self._policy.max_batch, self._limits.get(shape, self._policy.max_batch))
 
     def seconds(self, shape: StepShape, count: int) -> float:
-        """What a step of `count` sequences costs."""
+        """Seconds that a step of `count` sequences takes."""
         if shape.one_forward:
             return self._costs.step(shape.height, shape.width, count * shape.rows)
         return shape.rows * self._costs.step(shape.height, shape.width, count)
@@ -70,20 +70,20 @@ class Batching:
     def count(self, shape: StepShape, waiting: int, most_seconds: float, load: float = 0.0) -> int:
         """How many of `waiting` equal sequences should share the next step.
 
-        Served `k` at a time, n equal jobs end on average after (n / k + 1) / 2 times the cost of a shared step, and the
-        last of them after n / k times it, which is how long whoever comes after them waits. So many come before the
-        queue is empty: where the device is busy for a share `load` of the time, n load / (1 - load) (the busy period
-        that n customers begin: Kleinrock, Queueing Systems I, 5.8). The `k` that costs all of them the least wins:
-        without a load the one that serves the n best, under a high one the one with the highest throughput. A step
-        longer than `most_seconds` would cost the first one its deadline.
+        Served `k` at a time, n equal jobs finish on average after (n / k + 1) / 2 times the cost of a shared step, and
+        the last of them after n / k times it, which is how long later arrivals wait. If the device is busy for a share
+        `load` of the time, n load / (1 - load) of these arrive before the queue is empty (the busy period started by n
+        customers: Kleinrock, Queueing Systems I, 5.8). The `k` with the lowest total cost wins: without load the one
+        that serves the n best, under high load the one with the highest throughput. With a step longer than
+        `most_seconds`, the first one would miss its deadline.
         """
         sizes = self._sizes(shape, waiting)
         in_time = [k for k in sizes if self.seconds(shape, k) <= most_seconds] or sizes[:1]
-        later = load / (1 - load)  # for each that waits
+        later = load / (1 - load)  # arrivals for each that waits
         return min(in_time, key=lambda k: self.seconds(shape, k) * ((waiting / k + 1) / 2 + later * waiting / k))
 
     def _sizes(self, shape: StepShape, waiting: int) -> Sequence[int]:
-        """The sizes that may be chosen, ascending: those that were measured, of them the preferred ones."""
+        """The sizes to choose from, ascending: the measured ones, or of these only 1 and the preferred, if any."""
         measured = self._costs.measured(shape.height, shape.width)
         rows = shape.rows if shape.one_forward else 1
         most = min(waiting, self.largest(shape))

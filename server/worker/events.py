@@ -1,4 +1,4 @@
-"""What the loop tells of a request, on its own thread."""
+"""What the loop reports about a request, on the loop's own thread."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """Runs the three components on the device: encode -> denoise -> decode. One thread calls it.
 
-Everything is started, and asked for later: where the device can (see `lanes`), encoding and decoding run beside the
-steps, and a step is given to it before the one before is done.
+Work is started and its result collected later: where the device can (see `lanes`), encoding and decoding run beside the
+steps, and a step is submitted before the previous one is done.
 """
 
 import time
@@ -25,10 +25,10 @@ from server.worker.planner import PlannedSequence
 from server.worker.prompts import PromptCache, TokenIds, padded_length
 from server.worker.sampler import euler_step, initial_noise, sigma_schedule, timestep
 
-PAD_TOKEN = 0  # any id does: causal attention never looks right, and the learned pad token replaces the result
+PAD_TOKEN = 0  # any id works: causal attention never looks ahead, and the learned pad token replaces the result
 
 Components = dict[Component, ServedComponent]
-Output = tuple[Tensor, EngineUse]  # of one call of a component, and who made it
+Output = tuple[Tensor, EngineUse]  # of one call of a component, and the engine that made it
 
 
 @dataclass(eq=False, kw_only=True)
@@ -40,13 +40,13 @@ class ImageSequence(PlannedSequence):
     prompts: tuple[TokenIds, ...]  # the prompt's, and for guidance the negative prompt's
     sigmas: tuple[float, ...]
     latents: Tensor | None = None  # fp32 [1, C, h, w]
-    captions: tuple[Tensor, ...] = ()  # fp32 [1, T, dim], one a prompt
+    captions: tuple[Tensor, ...] = ()  # fp32 [1, T, dim], one per prompt
     schedule: Tensor | None = None  # fp32 [3, steps]: every step's time, its change of sigma, and the guidance
-    velocity: Tensor | None = None  # of the last step that was begun, for previews
-    prompt_cached: bool = False  # the prompt's own encoding was there
-    encoded: int = 0  # prompts that were given to the encoder, the negative one too
-    restarted: bool = False  # its result was not finite once
-    starved: bool = False  # there was no memory for it alone once
+    velocity: Tensor | None = None  # of the last step begun, for previews
+    prompt_cached: bool = False  # the prompt's own encoding was in the cache
+    encoded: int = 0  # prompts that had to be encoded, including the negative one
+    restarted: bool = False  # once, because its result was not finite
+    starved: bool = False  # it has run out of memory once while alone in its plan
     engines: dict[Component, EngineUse] = field(default_factory=dict)
     seconds: dict[Component, float] = field(default_factory=dict)
 
@@ -131,15 +131,15 @@ class Executor:
         """Puts the sequence back to its noise."""
         request = sequence.request
         noise = initial_noise(sequence.seed, height=request.height, width=request.width, channels=self._channels)
-        # Both before either is kept: where there is no memory for one, noise would be taken for what was denoised.
+        # Both are made before either is kept: if memory ran out in between, noise would be taken for denoised latents.
         latents = noise.to(self._device)
         schedule = _schedule(sequence.sigmas, request.guidance_scale).to(self._device)
         sequence.latents, sequence.schedule, sequence.velocity = latents, schedule, None
 
     def denoise(self, sequences: Sequence[ImageSequence]) -> Pending[float]:
-        """Moves each of `sequences`, all of one shape, one step of its own schedule on.
+        """Advances each of `sequences`, all of one shape, by one step of its own schedule.
 
-        Their next step may be begun before this one is done. The result: seconds that the device took for it.
+        Their next step may be started before this one is done. The result is the seconds that the device took for it.
         """
         started = time.perf_counter()
 
@@ -154,14 +154,14 @@ class Executor:
         """The finished image, uint8 [H, W, 3] in host memory.
 
         Raises, when its result is asked for:
-            NonFiniteError: the denoiser's result is not finite; the sequence has to start again, on eager.
+            NonFiniteError: the denoiser's result is not finite; the sequence has to be restarted, on eager.
         """
         return self._lanes[Component.IMAGE_DECODER].start(lambda: self._decode(sequence))
 
     def preview(self, sequence: ImageSequence, step: int) -> Pending[Pixels]:
-        """The image as predicted after `step` steps, the last that was begun: uint8 [H / 8, W / 8, 3].
+        """The image as predicted after `step` steps, the last one begun: uint8 [H / 8, W / 8, 3].
 
-        Through a linear map.
+        Made by a linear map from the latents.
         """
 
         def work() -> Callable[[], Pixels]:
@@ -173,7 +173,7 @@ class Executor:
         return self._lanes[Component.DENOISER].start(work)
 
     def quarantine(self, component: Component, reason: str) -> bool:
-        """Moves `component` to eager; False if it is there already. Prompts it encoded are forgotten."""
+        """Moves `component` to eager and empties the prompt cache; False if it is on eager already."""
         if not self._components[component].compiled:
             return False
         self._components[component].quarantine(reason)
@@ -181,7 +181,7 @@ class Executor:
         return True
 
     def usable(self) -> bool:
-        """False where an error has left the device in a state that only a new process mends, as CUDA's errors may."""
+        """False if an error has left the device in a state that only a new process can mend, as CUDA's errors may."""
         if self._device.type == "cuda":
             try:
                 torch.cuda.synchronize(self._device)
@@ -194,7 +194,7 @@ class Executor:
         self._cache.clear()
 
     def free_memory(self) -> None:
-        """Drops what can be made again, and what engines can do without: there is too little memory."""
+        """Frees what can be made again, and what engines can do without, because memory is short."""
         self.forget_prompts()
         for component in self._components.values():
             component.free_memory()
@@ -202,7 +202,7 @@ class Executor:
             torch.cuda.empty_cache()
 
     def run(self, component: Component, inputs: dict[str, Tensor]) -> Tensor:
-        """One call of a component, waited for: for warm-up."""
+        """Runs one call of a component and waits for it; for warm-up."""
         on_device = {name: t.to(self._device) for name, t in inputs.items()}
         output, _ = self._run(component, on_device)
         return output
@@ -223,10 +223,10 @@ class Executor:
             sequence.latents, sequence.velocity = moved[row : row + 1], velocity[row : row + 1]
 
     def _charge_step(self, sequences: Sequence[ImageSequence], started: float, inputs: object) -> float:
-        """Of a step that is done; before, the device may have had another. `inputs` are held until here."""
+        """Charges a finished step, which may have waited for the one before. `inputs` are held until here."""
         started, self._stepped = max(started, self._stepped), time.perf_counter()
         seconds, images = self._stepped - started, Counter(s.key for s in sequences)
-        for sequence in sequences:  # what a request's images share, they have waited for together
+        for sequence in sequences:  # split among a request's images, which waited for it together
             _charge(sequence, Component.DENOISER, seconds / images[sequence.key])
         return seconds
 
@@ -234,7 +234,7 @@ class Executor:
         """The caption of `ids`; several sequences may wait for the same one."""
         caption = self._cache.get(ids)
         if caption is None:
-            inputs = self._prompt(ids)  # made before the lane's work, for a copy to the device waits for its stream
+            inputs = self._prompt(ids)  # made before the lane's work: a copy to the device waits for its stream
             caption = self._lanes[Component.PROMPT_ENCODER].start(lambda: self._encode(inputs))
             self._cache.put(ids, caption)
         return caption
@@ -254,10 +254,10 @@ class Executor:
     def _decode(self, sequence: ImageSequence) -> Callable[[], Pixels]:
         started = time.perf_counter()
         inputs = {"latents": _latents(sequence)}
-        # Checked once an image, where a copy to the host is due anyway: NaN never heals on the way here.
+        # Checked once per image, where a copy to the host is due anyway: NaN never goes away on the way here.
         finite = _to_host(_is_finite(inputs["latents"]))
         output, use = self._components[Component.IMAGE_DECODER].run(inputs)
-        # Engines give the colours as planes; the host would take 7 ms to lay 1024x1024 pixels out as they are encoded.
+        # Engines return colour planes; interleaving 1024x1024 pixels for encoding would take the host 7 ms.
         image, good = _to_host(output.contiguous()), _to_host(_is_picture(output))
 
         def finish() -> Pixels:
@@ -272,15 +272,15 @@ class Executor:
         return finish
 
     def _again(self, output: Tensor, use: EngineUse, inputs: dict[str, Tensor]) -> Output:
-        """A useless output is made again by eager, unless that made it, and its engine is not used any more.
+        """Repeats the call on eager when an engine's output is useless, and quarantines that engine.
 
-        An image that eager gives one colour too is no fault of the engine.
+        Eager's own output is returned as it is. If eager's image is of one colour too, the engine is not at fault.
         """
         if use.backend is Backend.EAGER:
             return output, use
         reason = f"the {use.component}'s output is not finite or of one value"
         if use.component is not Component.IMAGE_DECODER:
-            self.quarantine(use.component, reason)  # first: eager may not fit into the memory beside it
+            self.quarantine(use.component, reason)  # first: eager may not fit into memory beside the engine
             return self._run(use.component, inputs)
         eagers = self._lanes[use.component].start(lambda: self._by_eager(use.component, inputs)).result()
         if not _is_picture(eagers):
@@ -303,7 +303,7 @@ class Executor:
     def _guided(
         self, sequences: Sequence[ImageSequence], latents: Tensor, times: Tensor, captions: list[Tensor]
     ) -> Sequence[Tensor]:
-        """Both velocities: in one forward where the captions are equally long, since all its rows must be."""
+        """Both velocities, in one forward if the captions are equally long, as all rows of a forward must be."""
         if captions[0].shape == captions[1].shape:
             both = self._forward(sequences, latents.repeat(2, 1, 1, 1), times.repeat(2), torch.cat(captions))
             return both.chunk(2)
@@ -327,7 +327,7 @@ def _latents(sequence: ImageSequence) -> Tensor:
 
 
 def _schedule(sigmas: Sequence[float], guidance: float) -> Tensor:
-    """See `ImageSequence.schedule`: on the device at the beginning, for a copy to it would keep each step waiting."""
+    """See `ImageSequence.schedule`; copied to the device up front, because a copy would stall each step."""
     levels = torch.tensor(sigmas)
     times = torch.tensor([timestep(sigma) for sigma in sigmas[:-1]])
     return torch.stack([times, levels[1:] - levels[:-1], torch.full_like(times, guidance)])
@@ -349,5 +349,5 @@ def _is_finite(tensor: Tensor) -> Tensor:
 
 
 def _is_picture(image: Tensor) -> Tensor:
-    """A decoder that overflows gives one colour all over."""
+    """False for an image of a single value, which a decoder that overflows returns."""
     return (image != image.flatten()[0]).any()

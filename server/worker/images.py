@@ -20,7 +20,7 @@ PNG_FILTER_UP, PNG_RGB = 2, 2
 
 
 def encode_image(pixels: Pixels, image_format: ImageFormat, quality: int) -> bytes:
-    """`pixels` uint8 [H, W, 3] as a file of `image_format`, or as they are for RAW. PNG is lossless."""
+    """`pixels` uint8 [H, W, 3] as a file of `image_format`, or unchanged for RAW. PNG is lossless."""
     match image_format:
         case ImageFormat.RAW:
             return pixels.tobytes()
@@ -36,12 +36,12 @@ def encode_image(pixels: Pixels, image_format: ImageFormat, quality: int) -> byt
 
 
 def parts(pixels: Pixels, image_format: ImageFormat) -> list[Pixels]:
-    """What can be encoded by a thread each, to be `joined`."""
+    """The parts of `pixels` that can each be encoded by its own thread, to be `joined`."""
     return jpeg.strips(pixels) if image_format is ImageFormat.JPEG else [pixels]
 
 
 def joined(files: Sequence[bytes], pixels: Pixels) -> bytes:
-    """The file of `pixels`, of those of its `parts` in order."""
+    """The file of `pixels`, made from the files of its `parts` in order."""
     height, width, _ = pixels.shape
     return files[0] if len(files) == 1 else jpeg.joined(files, height, width)
 

@@ -1,12 +1,12 @@
 """Where work runs on the device: each kind on a lane of its own, so that a decode does not hold up others' steps.
 
-On CUDA a lane is a stream: one thread puts work on several of them and looks from time to time what is done. On a CPU
-there is nothing to run beside, and a lane does its work at once.
+On CUDA a lane is a stream: one thread puts work on several of them and polls for what is done. On a CPU nothing
+runs concurrently, and a lane does its work at once.
 
 Two rules make streams safe here, without torch's `record_stream`. All calls of one component are on one lane, so what
 an engine keeps between calls (static buffers, graphs, scratch memory) is used in order. And memory changes lanes only
-while the device does nothing with it: what one lane has made is used by another only once the host has seen it done,
-and the inputs of pending work are kept until then, also when nobody wants its result any more.
+while the device is not using it: one lane's output is used by another only once the host has seen it complete, and the
+inputs of pending work are kept until then, even if its result is no longer wanted.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +31,7 @@ class Mark(Protocol):
 
 
 class Pending(Generic[T]):
-    """Work that the device has been given. With no marks it is done."""
+    """Work submitted to the device. Without marks it is already done."""
 
     def __init__(self, finish: Finish[T], *marks: Mark) -> None:
         self._finish, self.marks = finish, marks
@@ -42,7 +42,7 @@ class Pending(Generic[T]):
         return all(mark.query() for mark in self.marks)
 
     def result(self) -> T:
-        """Waits for the device; the same every time."""
+        """Waits for the device; returns the same object every time."""
         if not self._results:
             for mark in self.marks:
                 mark.synchronize()
@@ -51,10 +51,10 @@ class Pending(Generic[T]):
 
 
 class Lane:
-    """A lane of a device that does everything at once."""
+    """A lane of a device that runs its work synchronously."""
 
     def start(self, work: Callable[[], Finish[T]]) -> Pending[T]:
-        """Puts `work` on the lane; what it returns makes the result, and holds the inputs until then."""
+        """Starts `work` on the lane; the callable it returns makes the result, and holds the inputs until then."""
         return Pending(work())
 
 
@@ -66,7 +66,7 @@ class CudaLane(Lane):
         self._stream = torch.cuda.Stream(device, priority=priority)  # type: ignore[no-untyped-call]
 
     def start(self, work: Callable[[], Finish[T]]) -> Pending[T]:
-        """See `Lane`. After what the current stream has been given, where inputs come from."""
+        """See `Lane`. Runs after the work already on the current stream, which made the inputs."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             finish = work()
@@ -76,7 +76,7 @@ class CudaLane(Lane):
 
 
 def lanes(device: torch.device) -> Mapping[Component, Lane]:
-    """One a component; the denoiser's goes first."""
+    """One lane per component; the denoiser's goes first."""
     if device.type != "cuda":
         return dict.fromkeys(Component, Lane())
     return {c: CudaLane(device, priority=-1 if c is Component.DENOISER else 0) for c in Component}

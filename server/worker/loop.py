@@ -1,14 +1,13 @@
 """The worker's loop: plan -> run -> report. The only thread that touches the device.
 
-Two things are under way at most that the planner decides in order: the step that runs, and the one after it, which is
-planned and given to the device when the first is nearly done (`AHEAD`), so that the device does not wait for the host
-between them. What is not a step, encoding and decoding, is begun when it is planned, where the device can do it beside
-steps, and collected when it is done.
+At most two steps are in progress: the one that runs, and the next, which is planned and given to the device when the
+first is nearly done (`AHEAD`), so that the device does not wait for the host between them. Encoding and decoding are
+started when they are planned, beside the steps where the device can do that, and collected when they are done.
 
 Requests and cancellations come in through a queue, events go out through callbacks; while a step runs the loop takes in
-whatever arrives, so a cancel or a more urgent request takes effect at the next step. What there is to tell of a step is
-told when the next one has been given to the device: the event loop that hears of it takes the interpreter's lock, and
-the device would wait.
+whatever arrives, so a cancel or a more urgent request takes effect at the next step. A step's events are delivered once
+the next step has been given to the device: the event loop that receives them takes the interpreter's lock, and the
+device would wait.
 """
 
 import logging
@@ -39,13 +38,13 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-# Seconds before a step should be done at which the next one is planned. Planning it and giving it to the device takes 1
-# to 2 ms; with others at work in this process, sometimes more.
+# Seconds before a step's expected end at which the next one is planned. Planning it and giving it to the device takes 1
+# to 2 ms, sometimes more when other threads of this process are busy.
 AHEAD = 0.005
-# Seconds between two looks at what runs beside the steps: when there is no step to take, and while one runs, of which
-# each look takes the interpreter's lock for a moment.
+# Seconds between two polls of what runs beside the steps: while no step runs, and while one does (longer, because each
+# poll takes the interpreter's lock for a moment).
 LOOK_EVERY, LOOK_BESIDE = 0.0003, 0.002
-LATE = 20.0  # a plan that takes so many times what it should, and the loop's patience besides, never ends
+LATE = 20.0  # a plan that takes this many times its expected seconds, plus the loop's patience, has hung
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class _Call:
 
 
 class WorkerLoop(threading.Thread):
-    """Runs sequences until it is stopped. `patience`: seconds that anything may take, whatever it should."""
+    """Runs sequences until it is stopped. `patience`: seconds that any plan may take, whatever it should cost."""
 
     def __init__(
         self,
@@ -84,23 +83,23 @@ class WorkerLoop(threading.Thread):
         self._inbox: queue.SimpleQueue[_Submit | _Cancel | _Call | None] = queue.SimpleQueue()
         self._flights: list[Flight] = []
         self._step: Step | None = None
-        self._free_at = 0.0  # when the step before that one was seen done
-        self._in_company = False  # whether that step has shared the device with anything
+        self._free_at = 0.0  # when the step before `_step` was seen done
+        self._in_company = False  # whether `_step` has shared the device with anything
         self._reports = Reports()
         self._moved = False  # whether positions in the queue may have changed
-        self._overdue_at = float("inf")  # when the plan that runs now should long have ended
+        self._overdue_at = float("inf")  # when the first of the running plans counts as hung
         self._running = True
 
     def submit(self, sequences: tuple[ImageSequence, ...], listener: Listener) -> None:
-        """Takes in all sequences of one request; `listener` is called on this thread with what happens."""
+        """Takes in all sequences of one request; `listener` is called on the loop's thread with its events."""
         self._inbox.put(_Submit(sequences, listener))
 
     def cancel(self, key: int) -> None:
-        """Takes the request's sequences out at the next step; unknown ones are ignored."""
+        """Takes the request's sequences out at the next step; an unknown key is ignored."""
         self._inbox.put(_Cancel(key))
 
     def call(self, work: Callable[[], T]) -> "Future[T]":
-        """Runs `work` on this thread, between two plans. What CUDA's libraries prepare is kept by thread."""
+        """Runs `work` on the loop's thread between two plans: CUDA's libraries keep what they prepare per thread."""
         answer: Future[T] = Future()
         self._inbox.put(_Call(work, answer))
         return answer
@@ -126,7 +125,7 @@ class WorkerLoop(threading.Thread):
         self._reports.tell()
 
     def _go_on(self, plan: Plan | Wait | None) -> None:
-        """What has been decided, as soon as it is due."""
+        """Carries out the planner's decision as soon as it is due."""
         if self._step is None or (isinstance(plan, Plan) and plan.stage is not Stage.DENOISE):
             match plan:
                 case Plan():
@@ -134,28 +133,28 @@ class WorkerLoop(threading.Thread):
                 case Wait(until):
                     self._receive(self._at_most(until - self._clock()))
         elif (early := self._nearly_done(self._step) - self._clock()) > 0:
-            self._receive(self._at_most(early))  # what comes until then may change the plan
+            self._receive(self._at_most(early))  # what arrives until then may change the plan
         elif isinstance(plan, Plan):
             self._run(plan)
         else:
             self._settle()
 
     def _nearly_done(self, step: Step) -> float:
-        """When the next one has to be planned."""
+        """When the step after `step` has to be planned."""
         return max(step.began, self._free_at) + self._planner.expected_seconds(step.plan) - AHEAD
 
     def _take_in(self) -> None:
-        """Everything that has arrived; waits when there is nothing else to do."""
+        """Handles everything that has arrived; waits when there is nothing else to do."""
         if len(self._planner) == 0 and self._step is None:
             self._receive(self._at_most(None))
         while not self._inbox.empty():
             self._receive(None)
 
     def _at_most(self, seconds: float | None) -> float | None:
-        """So long it may wait for messages: not long while something runs that does not send one."""
+        """How long to wait for messages: only briefly while the device works, since it sends none when it is done."""
         if self._step is None and not self._flights:
             return seconds
-        # A step may end sooner than its cost says; were that not seen, what was waited for would become its cost.
+        # A step may end sooner than its cost says; if that went unnoticed, the waiting time would become its cost.
         look = LOOK_EVERY if self._step is None else LOOK_BESIDE if self._flights else AHEAD
         return look if seconds is None else min(seconds, look)
 
@@ -177,14 +176,14 @@ class WorkerLoop(threading.Thread):
             case _Call(work, answer):
                 try:
                     answer.set_result(work())
-                except Exception as error:  # noqa: BLE001 - it is the caller's, who waits for it
+                except Exception as error:  # noqa: BLE001 - it belongs to the caller, who waits for it
                     answer.set_exception(error)
             case None:
                 self._running = False
 
     def _drop_hopeless(self) -> None:
         free = 0.0 if self._step is None else self._nearly_done(self._step) + AHEAD
-        # One at a time: with it go all images of its request, and what was hopeless behind them may not be any more.
+        # One at a time: all images of its request go with it, and sequences behind them may then be in time.
         while hopeless := self._planner.hopeless(self._clock(), free):
             sequence = hopeless[0]
             behind = "" if sequence.started else " behind what goes before it"
@@ -197,7 +196,7 @@ class WorkerLoop(threading.Thread):
             )
 
     def _tell_positions(self) -> None:
-        """Tells those that have not begun where they stand, whenever that has changed."""
+        """Reports queue positions to requests that have not begun, whenever these may have changed."""
         if not self._moved:
             return
         self._moved = False
@@ -205,7 +204,7 @@ class WorkerLoop(threading.Thread):
         self._reports.note_positions(self._planner.forecast(now), now)
 
     def _run(self, plan: Plan) -> None:
-        """Gives a plan to the device; a step behind the one that runs, which is then waited for."""
+        """Gives a plan to the device; a step goes behind the running one, which is then waited for."""
         began = self._clock()
         self._overdue_at = min(self._overdue_at, self._overdue(plan, began))
         with self._blamed(plan):
@@ -217,7 +216,7 @@ class WorkerLoop(threading.Thread):
 
     @contextmanager
     def _blamed(self, plan: Plan) -> Iterator[None]:
-        """What goes wrong in this block is the fault of the plan's own requests only, and the loop goes on."""
+        """Attributes errors in this block to the plan's own requests only; the loop goes on."""
         try:
             yield
         except NonFiniteError as error:
@@ -229,10 +228,10 @@ class WorkerLoop(threading.Thread):
 
     def _denoise(self, plan: Plan, began: float) -> None:
         sequences = images_of(plan)
-        if self._step is None:  # where giving a step to the device is doing it, what is known would wait for its end
+        if self._step is None:  # on a device without streams the call below runs the step, and events would wait for it
             self._reports.tell()
         pending = self._executor.denoise(sequences)
-        # At once: the latents will have moved, and whatever fails from here on, no step is run again.
+        # At once: the latents will have moved, so whatever fails from here on, the step must not be run again.
         self._planner.advance(plan)
         for sequence in sequences:
             if not sequence.left:  # it is decoded when this step is done
@@ -246,14 +245,14 @@ class WorkerLoop(threading.Thread):
 
     @staticmethod
     def _is_over(pending: Pending[Any]) -> bool:
-        """Whether its result does not have to be waited for: it is done, or the device is lost, as the result says."""
+        """Whether the result can be had without waiting: it is done, or the device is lost, which `result` reports."""
         try:
             return pending.done()
         except RuntimeError:
             return True
 
     def _settle(self) -> None:
-        """Waits for the step that runs, and tells what it has done."""
+        """Waits for the running step, and reports what it has done."""
         if self._step is None:
             return
         step, self._step = self._step, None
@@ -275,14 +274,14 @@ class WorkerLoop(threading.Thread):
         self._reports.tell()
 
     def _start(self, plan: Plan, began: float) -> None:
-        """Gives the device what is not a step, and goes on with others if that is not done at once."""
+        """Gives the device an encode or decode; sets its sequence aside if that is not done at once."""
         (sequence,) = images_of(plan)
         pending: Pending[Pixels] | Pending[None]
         if plan.stage is Stage.DECODE:
             pending = self._executor.decode(sequence)
         else:
             self._reports.note(sequence.key, SequenceStarted(began))
-            if self._step is None:  # or, where encoding hangs, nobody would know that it was this request
+            if self._step is None:  # otherwise, if encoding hung, nobody would know that it was this request
                 self._reports.tell()
             pending = self._executor.encode(sequence)
         flight = Flight(plan, sequence, pending, began, alone=self._step is None and not self._flights)
@@ -297,7 +296,7 @@ class WorkerLoop(threading.Thread):
         self._reports.tell()
 
     def _collect(self) -> None:
-        """What is done: a step sooner than it should, and what runs beside, which nobody may want any more."""
+        """Collects what is done: a step that ended early, and work beside it, whose request may be gone."""
         if self._step is not None and self._is_over(self._step.pending):
             self._settle()
         while (flight := next((f for f in self._flights if self._is_over(f.pending)), None)) is not None:
@@ -309,12 +308,12 @@ class WorkerLoop(threading.Thread):
         self._note_overdue()
 
     def _crowd(self) -> None:
-        """Something more runs beside what is under way."""
+        """Notes that the flights no longer have the device to themselves."""
         for flight in self._flights:
             flight.alone = False
 
     def _observe(self, flight: Flight) -> None:
-        """Takes in what it has cost, of encoding by prompt; prompts that were known already have cost nothing."""
+        """Records what a flight has cost, for encoding per prompt; cached prompts have cost nothing."""
         parts = flight.sequence.encoded if flight.plan.stage is Stage.ENCODE else 1
         if parts:
             observe = self._planner.observe if flight.alone else self._planner.observe_beside
@@ -331,7 +330,7 @@ class WorkerLoop(threading.Thread):
         return began + self._patience + LATE * self._planner.expected_seconds(plan)
 
     def _note_overdue(self) -> None:
-        """Only what the device has been given can fail to come back."""
+        """Updates `_overdue_at`: only what the device has been given can hang."""
         given = [(f.plan, f.began) for f in self._flights]
         if self._step is not None:
             given.append((self._step.plan, max(self._step.began, self._free_at)))
@@ -342,7 +341,7 @@ class WorkerLoop(threading.Thread):
         self._reports.note(sequence.key, event)
 
     def _begin_preview(self, sequence: ImageSequence) -> Pending[Pixels] | None:
-        """Behind the step that was given to the device last, if its request wants one."""
+        """Starts a preview behind the step given to the device last, if the request wants one."""
         done, interval = sequence.step, sequence.request.preview_interval
         if not interval or done % interval or done == sequence.steps:
             return None
@@ -364,11 +363,11 @@ class WorkerLoop(threading.Thread):
 
     @staticmethod
     def _leave_out_preview(sequence: ImageSequence, done: int, error: Exception) -> None:
-        """A preview that cannot be made is nothing that an image would have to fail for."""
+        """Logs a preview that cannot be made; the image does not fail because of it."""
         log.warning("no preview of request %s after step %d: %s", sequence.request.request_id, done, error)
 
     def _start_again(self, sequences: list[ImageSequence], error: NonFiniteError) -> None:
-        """On eager, from the noise; whatever was not finite there too is beyond help."""
+        """Restarts the sequences from their noise, on eager; one that has been restarted before fails."""
         self._executor.quarantine(Component.DENOISER, str(error))
         for sequence in sequences:
             if sequence.restarted:
@@ -394,33 +393,33 @@ class WorkerLoop(threading.Thread):
         sequences[0].starved = True
 
     def _wait_for_flights(self) -> None:
-        """Until nothing runs beside the steps."""
+        """Waits until nothing runs beside the steps."""
         while self._flights:
             time.sleep(LOOK_EVERY)
             self._collect()
 
     def _find_the_culprit(self, plan: Plan, error: Exception) -> None:
-        """Of a batch each is run alone: nobody fails for their company."""
+        """Runs each sequence of a batch alone, so that none fails because of another."""
         self._settle()
-        self._overdue_at = min(self._overdue_at, self._overdue(plan, self._clock()))  # asking the device may not end
+        self._overdue_at = min(self._overdue_at, self._overdue(plan, self._clock()))  # checking the device may hang
         if len(plan.sequences) == 1:
             self._give_up(plan, error)
             return
         for sequence in plan.sequences:
-            if self._running and self._reports.follows(sequence.key):  # else its request has failed meanwhile
+            if self._running and self._reports.follows(sequence.key):  # otherwise its request has failed meanwhile
                 self._run(Plan(plan.stage, (sequence,)))
 
     def _give_up(self, plan: Plan, error: Exception) -> None:
-        """The plan's requests fail, unless it was the device: then they are started over by another worker."""
+        """Fails the plan's requests, unless the device failed: then another worker starts them over."""
         if not self._executor.usable():
             log.critical("the device cannot be used any more, so this worker ends: %s", error)
-            self._running = False  # whoever starts its requests over notices that it is not alive
+            self._running = False  # the frontend sees that it is not alive, and starts its requests over
             return
         for sequence in plan.sequences:
             self._fail(sequence.key, error)
 
     def _fail(self, key: int, error: Exception) -> None:
-        """Answers the request once, and takes all its sequences out."""
+        """Answers the request with `error`, once, and takes all its sequences out."""
         self._reports.note(key, Failed(error))
         self._forget(key)
 

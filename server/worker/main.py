@@ -1,8 +1,8 @@
 """The worker process: load -> warm up -> serve on a Unix socket until told to stop.
 
 Started by the frontend as `python -m server.worker.main --model=... --socket=...` (see `WorkerConfig`). It serves only
-once it is warm, so whoever can connect to the socket has a ready worker. It ends on SIGTERM, and by itself when its
-standard input closes, which is when the frontend is gone however it went.
+once it is warm, so a worker that accepts connections is ready. It ends on SIGTERM, and by itself when its standard
+input closes, which means that the frontend is gone, however it ended.
 """
 
 import asyncio
@@ -41,15 +41,15 @@ from server.worker.warmup import WarmUp
 
 log = logging.getLogger(__name__)
 
-# That a worker's threads share. With one a thread it grows where there are many cores; with two, encoding an image took
-# three times as long.
+# Heaps (malloc arenas) that a worker's threads share. With one per thread the worker grows on hosts with many cores;
+# with two, encoding an image took three times as long.
 HEAPS = 4
 
-# Lengths of captions in tokens that are warmed. On CUDA the first run of every new shape prepares its kernels, which
-# may take as long as several steps; few prompts are longer than the last.
+# Caption lengths in tokens that warm-up runs. On CUDA the first run of every new shape prepares its kernels, which may
+# take as long as several steps; few prompts are longer than the last length.
 CAPTIONS = {"cpu": (32,), "cuda": (32, 64, 96, 128)}
-# Calls of a shape that are not as those that follow: in the first, libraries prepare themselves, and on CUDA the second
-# may be recorded as a graph.
+# Initial calls of a shape that are not representative: libraries initialise in the first, and on CUDA the second may be
+# recorded as a graph.
 PREPARING = {"cpu": 1, "cuda": 2}
 
 
@@ -75,10 +75,10 @@ def main() -> int:
 
 
 def build_service(config: WorkerConfig, parts: "Parts") -> WorkerService:
-    """Loads the engines of a version, warms them up and starts the device's thread; `parts` hears what is done."""
-    # Between the engines' calls torch does small things, for which a second thread is not worth waiting: on two cores
-    # with much else to do that made the median step 20 ms instead of 46 to 265 (benchmarks/preview.py). Engines that
-    # are torch's use what they are given.
+    """Loads the engines of a version, warms them up and starts the device's thread; `parts` records the stages."""
+    # Between engine calls torch runs small operations, for which a second thread is not worth waiting: on two busy
+    # cores, one thread made the median step 20 ms instead of 46 to 265 (benchmarks/preview.py). Engines that run on
+    # torch use the threads they are given.
     torch.set_num_threads(1)
     parts.done("imports")
     device = _device(config.device)
@@ -120,14 +120,14 @@ def build_service(config: WorkerConfig, parts: "Parts") -> WorkerService:
 
 
 class Parts:
-    """What a start consists of, in seconds since the process began: for the log."""
+    """The seconds that each stage of the start took, counted from the process's creation; for the log."""
 
     def __init__(self) -> None:
         self._began = self._last = psutil.Process().create_time()
         self._seconds: dict[str, float] = {}
 
     def done(self, part: str) -> None:
-        """`part` is what has happened since the last one."""
+        """Records the time since the previous part as that of `part`."""
         now = time.time()
         self._seconds[part], self._last = now - self._last, now
 
@@ -140,7 +140,7 @@ def _device(asked: str) -> str:
     """The device to compute on, "cpu" or "cuda".
 
     Raises:
-        EngineLoadError: it is not here.
+        EngineLoadError: the device is not available.
     """
     if asked == "auto":
         return default_device()
@@ -154,12 +154,12 @@ def _device(asked: str) -> str:
 
 
 def _see_only(device: str) -> str:
-    """Hides the other GPUs from this process, so that nothing lands on one of them; before CUDA is used at all."""
+    """Hides the other GPUs from this process, so that nothing lands on them; has to run before CUDA is used."""
     kind, _, index = device.partition(":")
     if index:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         mine = [index] if visible is None else visible.split(",")[int(index) :][:1]
-        os.environ["CUDA_VISIBLE_DEVICES"] = "".join(mine)  # none, where there are not so many
+        os.environ["CUDA_VISIBLE_DEVICES"] = "".join(mine)  # empty if there is no such index
     return kind
 
 
@@ -178,7 +178,7 @@ def _load(config: WorkerConfig, folder: Path, manifest: Manifest, device: str) -
 
 
 def _as_exported(model: ModelConfig, manifest: Manifest) -> ModelConfig:
-    """`model` with no larger batches than its engines take, which eager would have to run."""
+    """`model` with batches no larger than its engines take: eager would have to run larger ones."""
     if model.max_batch_size > manifest.max_batch:
         log.warning(
             "config.pbtxt allows max_batch_size %d, and the engines were exported with --max-batch %d, which counts",
@@ -195,5 +195,5 @@ def _device_name(device: str, asked: str) -> str:
 if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
-    # Without Python's own way out: a device thread that comes back from a step during that aborts the process.
+    # Skips Python's own shutdown: a device thread that returns from a step during it aborts the process.
     os._exit(status)

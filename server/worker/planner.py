@@ -1,10 +1,10 @@
 """Which sequences advance next. Pure policy: no torch, no clock of its own, no threads.
 
 The planner works through the sequences in the order of `Turns`, one priority level at a time: finished ones are decoded
-first, then the first in turn takes its step together with as many equal ones as the measured costs say is worth it.
-Equal work is not interleaved: that would make all of it late. A sequence that can no longer meet its deadline leaves:
-one that has not taken a step as soon as what goes before it leaves too little time, for when it gets its turn it would
-only take what the next one needs.
+first, then the first in turn takes its step together with as many equal ones as the measured costs justify.
+Equal work is not interleaved: that would make all of it late. A sequence that can no longer meet its deadline is
+dropped. One that has not taken a step is dropped as soon as the work ahead of it leaves too little time: at its turn it
+would only take time that the next one needs.
 """
 
 from collections import Counter
@@ -39,7 +39,7 @@ class PlannedSequence:
     stage: Stage = Stage.ENCODE
     step: int = 0  # steps done
     latest: float = float("inf")  # when its next stage has to begin for the deadline to be met
-    number: int = 0  # among equals: it keeps its place while it is set aside
+    number: int = 0  # its place among equals, kept while it is set aside
 
     @property
     def left(self) -> int:
@@ -69,7 +69,7 @@ class Wait:
 
 @dataclass(frozen=True)
 class Forecast:
-    """When a request that has not begun will: behind `position` others, at `starts` on the planner's clock."""
+    """When a request is expected to begin: behind `position` others, at `starts` on the planner's clock."""
 
     position: int
     starts: float
@@ -77,14 +77,14 @@ class Forecast:
 
 @dataclass(frozen=True)
 class _Cost:
-    """A sequence's part of the device's time, in seconds: its prompts, a step, its image."""
+    """A sequence's share of the device's time, in seconds: encoding its prompts, a step, decoding its image."""
 
     encode: float
     step: float
     decode: float
 
     def seconds(self, sequence: PlannedSequence) -> float:
-        """What `sequence` still takes."""
+        """Seconds that `sequence` still takes."""
         encode = 0.0 if sequence.started else self.encode
         return encode + sequence.left * self.step + self.decode
 
@@ -98,11 +98,11 @@ class Planner:
         self._turns = Turns[PlannedSequence](lambda s: s.claim, turns or TurnPolicy())
         self._aside: list[PlannedSequence] = []
         self._begun: set[int] = set()  # keys of requests with an image that has begun, or is done
-        self._beside = CostTable()  # what encoding and decoding take from when they are begun, beside steps
+        self._beside = CostTable()  # how long encoding and decoding take beside steps, from their start
         self._load = Load()
 
     def __len__(self) -> int:
-        """Sequences that there is something to plan for."""
+        """The number of sequences to plan, without those set aside."""
         return len(self._turns)
 
     def add(self, sequence: PlannedSequence, now: float) -> None:
@@ -116,7 +116,7 @@ class Planner:
         self._turns.remove([s for s in self._turns.ordered(now) if s.key == key])
         self._aside = [s for s in self._aside if s.key != key]
         self._begun.discard(key)
-        self._load.note(now, busy=bool(len(self._turns) or self._aside))  # nobody plans when there is nothing
+        self._load.note(now, busy=bool(len(self._turns) or self._aside))  # without work, `plan` is not called
 
     def set_aside(self, sequence: PlannedSequence) -> None:
         """A stage of the sequence runs beside the others: it is not planned until it is taken back."""
@@ -125,7 +125,7 @@ class Planner:
         self._begun.add(sequence.key)
 
     def take_back(self, sequence: PlannedSequence, now: float) -> bool:
-        """Its stage is over; False if the sequence was removed meanwhile."""
+        """Plans the sequence again, as that stage is over; False if it was removed meanwhile."""
         if sequence not in self._aside:
             return False
         self._aside.remove(sequence)
@@ -133,10 +133,10 @@ class Planner:
         return True
 
     def hopeless(self, now: float, free: float = 0.0) -> list[PlannedSequence]:
-        """The sequences that will not meet their deadlines. The device has something to do until `free`.
+        """The sequences that will not meet their deadlines. The device is busy until `free`.
 
-        One that has taken a step: even if it has the device for itself from then on. One that has not: behind those
-        that go before it and will meet theirs.
+        One that has taken a step is listed if it will be late even with the device to itself from then on; one that
+        has not, if it will be late behind those that go before it and will meet theirs.
         """
         hopeless = []
         ordered = self._turns.ordered(now)
@@ -191,11 +191,11 @@ class Planner:
             self._note_latest(sequence)
 
     def limit_batch(self, shape: StepShape, count: int) -> None:
-        """Never again more than `count` sequences of this shape in a step: there was no memory for more."""
+        """Caps steps of this shape at `count` sequences: there was no memory for more."""
         self._batching.limit(shape, count)
 
     def expected_seconds(self, plan: Plan) -> float:
-        """What `plan` should cost; 0 for encoding, which is short, and where nothing was measured."""
+        """Seconds that `plan` should take; 0 for encoding, which is short, and where nothing was measured."""
         shape = plan.sequences[0].shape
         match plan.stage:
             case Stage.ENCODE:
@@ -206,11 +206,11 @@ class Planner:
                 return self._costs.decode(shape.height, shape.width)
 
     def observe(self, plan: Plan, seconds: float) -> None:
-        """Takes in what `plan` has cost that had the device for itself; of encoding, what one prompt has."""
+        """Records the cost of a `plan` that had the device to itself; for encoding, the cost per prompt."""
         self._observe(self._costs, plan, seconds)
 
     def observe_beside(self, plan: Plan, seconds: float) -> None:
-        """Takes in how long encoding or decoding took that ran beside other work, which goes first."""
+        """Records how long encoding or decoding took beside other work, which goes first."""
         self._observe(self._beside, plan, seconds)
 
     @staticmethod
@@ -225,7 +225,7 @@ class Planner:
                 costs.observe(StepCost(shape.height, shape.width, 1, seconds, Component.IMAGE_DECODER))
 
     def forecast(self, now: float) -> dict[int, Forecast]:
-        """By key, when each request that has not begun will, if nothing more urgent arrives."""
+        """By key, when each request that has not begun is expected to, if nothing more urgent arrives."""
         ordered = self._turns.ordered(now)
         costs = self._costs_in_company(ordered)
         forecasts: dict[int, Forecast] = {}
@@ -237,7 +237,7 @@ class Planner:
         return forecasts
 
     def _next_step(self, mates: list[PlannedSequence], now: float) -> Plan:
-        """A step for the first of `mates` and its company; whoever is to share it has to be encoded before."""
+        """A step for the first of `mates` and those that share it, or an encoding that this step still needs."""
         count = self._count(mates[0].shape, len(mates), self._longest_step(mates[0], now))
         company = mates[:count]
         unencoded = next((s for s in company if s.stage is Stage.ENCODE), None)
@@ -247,7 +247,7 @@ class Planner:
         return self._batching.count(shape, waiting, most_seconds, self._load.share)
 
     def _wait_for_company(self, mates: list[PlannedSequence], now: float) -> Wait | None:
-        """The window opens when the first one arrives, and no later arrival prolongs it."""
+        """The window opens when the first one arrives; later arrivals do not prolong it."""
         first, full = mates[0], self._batching.largest(mates[0].shape)
         until = first.claim.arrived + self._batching.max_delay
         if now >= until or first.step > 0 or len(mates) >= full:
@@ -256,7 +256,7 @@ class Planner:
         return Wait(until) if worth_it else None
 
     def _longest_step(self, sequence: PlannedSequence, now: float) -> float:
-        """Seconds that each of its steps may take if it is to meet its deadline."""
+        """Seconds that each remaining step of `sequence` may take if it is to meet its deadline."""
         if sequence.claim.deadline is None:
             return float("inf")
         decode = self._costs.decode(sequence.shape.height, sequence.shape.width) + self._held_up(sequence)
@@ -268,7 +268,7 @@ class Planner:
             sequence.latest = sequence.claim.deadline - alone.seconds(sequence)
 
     def _held_up(self, sequence: PlannedSequence) -> float:
-        """Seconds that others will make its encoding and decoding longer: none where there are no others."""
+        """Seconds that other sequences will add to its encoding and decoding; 0 if there are none."""
         if len(self._turns) + len(self._aside) == 1:
             return 0.0
         height, width, _ = sequence.shape
@@ -276,13 +276,13 @@ class Planner:
         return encode + max(0.0, self._beside.decode(height, width) - self._costs.decode(height, width))
 
     def _costs_in_company(self, sequences: Sequence[PlannedSequence]) -> dict[StepShape, "_Cost"]:
-        """By shape, when all `sequences` of it share steps as they would."""
+        """By shape, the cost of each of `sequences` when they share steps as the policy would have them."""
         return {
             shape: self._cost(shape, self._count(shape, waiting, float("inf")))
             for shape, waiting in Counter(s.shape for s in sequences).items()
         }
 
     def _cost(self, shape: StepShape, count: int) -> "_Cost":
-        """Where `count` share a step."""
+        """The cost of each sequence when `count` share a step."""
         step = self._batching.seconds(shape, count) / count
         return _Cost(shape.rows * self._costs.encode(), step, self._costs.decode(shape.height, shape.width))

@@ -1,4 +1,4 @@
-"""How a worker process serves what it has loaded, and when it ends: told to, or left alone by the frontend."""
+"""How a worker process serves what it has loaded, and when it ends: when told to, or when the frontend is gone."""
 
 import asyncio
 import contextlib
@@ -13,11 +13,11 @@ from server.rpc.images import CHANNEL_OPTIONS, ImageGenerationServicer
 from server.rpc.interceptors import ErrorInterceptor
 from server.service import ImageService
 
-STOP_GRACE = 2.0  # seconds for calls under way; the frontend has let requests finish before it stops a worker
+STOP_GRACE = 2.0  # seconds for calls in progress; the frontend lets requests finish before it stops a worker
 
 
 async def serve(service: ImageService, socket: Path) -> None:
-    """Answers on `socket` until SIGTERM comes, or standard input closes."""
+    """Serves on `socket` until SIGTERM, or until standard input closes."""
     server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=CHANNEL_OPTIONS)
     pb_grpc.add_ImageGenerationServicer_to_server(ImageGenerationServicer(service), server)
     server.add_insecure_port(f"unix:{socket}")
@@ -31,7 +31,7 @@ async def _told_to_stop() -> None:
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     loop.add_signal_handler(signal.SIGINT, lambda: None)
-    with contextlib.suppress(ValueError):  # standard input is a plain file: nobody to follow
+    with contextlib.suppress(ValueError):  # standard input is a plain file: no frontend to watch
         reader = asyncio.StreamReader()
         await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
         gone = loop.create_task(reader.read())

@@ -21,9 +21,9 @@ def sigma_schedule(steps: int, shift: float) -> tuple[float, ...]:
 
 
 def timestep(sigma: float) -> float:
-    """What the denoiser is told at noise level `sigma`: 0 at pure noise, towards 1 at the image.
+    """The denoiser's time input at noise level `sigma`: 0 at pure noise, towards 1 at the image.
 
-    The detour over thousandths rounds in fp32 just as diffusers' pipeline does.
+    Going through thousandths rounds in fp32 exactly as diffusers' pipeline does.
     """
     return float((np.float32(1000) - np.float32(sigma) * np.float32(1000)) / np.float32(1000))
 
@@ -35,5 +35,5 @@ def initial_noise(seed: int, *, height: int, width: int, channels: int) -> Tenso
 
 
 def euler_step(latents: Tensor, velocity: Tensor, change: Tensor) -> Tensor:
-    """`latents` [B, C, h, w] after each row moved by its own `change` of sigma, fp32 [B]."""
+    """`latents` [B, C, h, w] with each row moved by its own `change` of sigma, fp32 [B]."""
     return latents + change.view(-1, 1, 1, 1) * velocity

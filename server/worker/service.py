@@ -1,6 +1,6 @@
-"""What a worker answers `Generate` with: from a decoded request through the loop to encoded images.
+"""How a worker answers `Generate`: from a decoded request through the loop to encoded images.
 
-Runs on the event loop; tokenising and image encoding run in a thread pool, the device's work on the loop's thread.
+Runs on the event loop; tokenising and image encoding run in a thread pool, the device's work on the `WorkerLoop`.
 """
 
 import asyncio
@@ -34,8 +34,8 @@ from server.worker.images import Pixels, encode_image, encode_preview, joined, p
 from server.worker.loop import WorkerLoop
 from server.worker.prompts import PromptTokenizer, TokenIds
 
-# That tokenise and encode images. Each that takes its turn may have a heap of its own to touch for the first time: with
-# one a core of 64, a worker on an H200 grew by 87 MiB over 400 requests.
+# Threads that tokenise and encode images. Each may touch a heap of its own for the first time: with one thread per core
+# on 64 cores, a worker on an H200 grew by 87 MiB over 400 requests.
 HOST_THREADS = 4
 
 P = ParamSpec("P")
@@ -53,7 +53,7 @@ class _RequestState:
 
 
 class WorkerService:
-    """The `ImageService` of one worker. `describe` is asked anew each time: engines, memory and costs change."""
+    """The `ImageService` of one worker. `describe` is called every time: engines, memory and costs change."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class WorkerService:
     async def _answer(self, event: LoopEvent, request: GenerationRequest, state: _RequestState) -> AsyncIterator[Event]:
         match event:
             case SequenceStarted(at):
-                # The loop's own time: it is on to the first stage before this event loop hears of it.
+                # The worker loop's own time: it begins the first stage before this event loop hears of it.
                 if state.started is None:
                     state.started = at
                     yield Started(self._name)

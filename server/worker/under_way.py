@@ -1,4 +1,4 @@
-"""What the device has been given and has not finished: a step, and plans beside it."""
+"""Work that the device has been given and has not finished: a step, and plans beside it."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from server.worker.planner import Plan
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """A step, and what it has to tell when it is done: which step of each sequence, and a preview."""
+    """A step, and what to report when it is done: each sequence's step number, and its preview if any."""
 
     plan: Plan
     pending: Pending[float]
@@ -26,9 +26,9 @@ class Flight:
     sequence: ImageSequence
     pending: Pending[Pixels] | Pending[None]
     began: float
-    alone: bool  # whether it has had the device for itself
+    alone: bool  # whether it has had the device to itself
 
 
 def images_of(plan: Plan) -> list[ImageSequence]:
-    """Its sequences, as what they are."""
+    """The plan's sequences, typed as `ImageSequence`."""
     return [s for s in plan.sequences if isinstance(s, ImageSequence)]

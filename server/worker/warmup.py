@@ -25,18 +25,19 @@ from server.worker.executor import Executor
 log = logging.getLogger(__name__)
 
 REPEATS = 3
-# Larger batches are tried only while a step stays under this: beyond it one image fills the device, sharing a step
+# Seconds. Larger batches are tried only while a step takes less: beyond it one image fills the device, sharing a step
 # gains a few percent at most, and warming it up would take longer than it could ever save.
 LONGEST_SHARED_STEP = 0.5
-# The same is so where twice the rows took nearly twice as long; from short steps, whose times scatter, nothing follows.
+# The same holds where twice the rows took nearly twice as long (`FULL`), unless the step is shorter than `SHORT_STEP`
+# seconds: such times scatter too much to tell.
 FULL, SHORT_STEP = 1.9, 0.15
 
 
 class WarmUp:
     """Warm-up of one executor. `announce` is told which component runs next, in case that ends the process.
 
-    `captions`: the lengths in tokens that prompts have, of which the first is what is measured. `preparing`: how many
-    calls of a shape are not as those that follow.
+    `captions`: the prompt lengths in tokens to run, of which the first is measured. `preparing`: how many initial calls
+    of a shape are not representative.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class WarmUp:
         self._specs = component_specs(dimensions)
 
     def run(self, model: ModelConfig, costs: CostTable) -> None:
-        """Runs all sizes of `model`; `costs` get every size and batch that was run."""
+        """Runs all sizes of `model`; `costs` receives every size and batch that was run."""
         for caption in sorted({2 * CAPTION_MULTIPLE, *self._captions}, reverse=True):
             taken = self._time(Component.PROMPT_ENCODER, ShapePoint(1, caption, *model.default_size))
         for seconds in taken:
@@ -82,13 +83,13 @@ class WarmUp:
                 break
 
     def _time(self, component: Component, point: ShapePoint) -> list[float]:
-        """Seconds of each of `REPEATS` calls, after those that prepare them."""
+        """Seconds of each of `REPEATS` calls, after the preparing ones."""
         self._announce(component)
         call = self._prepared(component, point)
         return [_seconds(call) for _ in range(REPEATS)]
 
     def _prepared(self, component: Component, point: ShapePoint) -> Callable[[], object]:
-        """A call of this shape, after those that are not as the ones that follow."""
+        """A call of this shape, returned once its preparing calls have been made."""
         call = self._call(self._specs[component], point)
         for _ in range(self._preparing):
             call()
@@ -100,7 +101,7 @@ class WarmUp:
         def call() -> object:
             try:
                 return self._executor.run(spec.component, inputs)
-            except torch.OutOfMemoryError:  # what engines keep of other shapes may be what this one needs
+            except torch.OutOfMemoryError:  # engines may keep memory for other shapes that this one needs
                 self._executor.free_memory()
                 return self._executor.run(spec.component, inputs)
 
@@ -108,9 +109,9 @@ class WarmUp:
 
 
 def rows_to_try(model: ModelConfig) -> list[int]:
-    """Rows of a step that warm-up measures, ascending: only batches of these are ever shared.
+    """Rows of a step that warm-up measures, ascending: no other batches are ever shared.
 
-    Powers of two, the largest batch and those that are preferred; and twice as many, for guidance doubles them.
+    Powers of two, the largest batch and the preferred ones; and twice each of these, because guidance doubles the rows.
     """
     largest = model.max_batch_size
     batches = {largest, *(b for b in model.queue.preferred_batch_sizes if b <= largest)}
@@ -119,7 +120,7 @@ def rows_to_try(model: ModelConfig) -> list[int]:
 
 
 def _is_enough(costs: CostTable, size: Size, fewer: int, rows: int) -> bool:
-    """Whether steps of more rows would gain next to nothing."""
+    """Whether steps with more rows would gain next to nothing."""
     width, height = size
     step = costs.step(height, width, rows)
     alike = FULL ** log2(rows / fewer) * costs.step(height, width, fewer) if fewer else step

@@ -12,7 +12,6 @@ from typing import Any
 
 import onnx
 import pytest
-import torch
 from torch import Tensor
 
 from export.cli import NOT_POSSIBLE
@@ -325,15 +324,6 @@ def test_verify_fails_where_an_export_does_unless_it_is_not_possible_here(
     (told,) = json.loads(out.with_suffix(".json").read_text())["backends"]
     assert (told["built"], told["right"]) == (False, False if verdict == 1 else None)
     assert f"| aotinductor | {row} | | | | | | |" in out.with_suffix(".md").read_text()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this is the answer of a machine without a GPU")
-def test_a_device_that_is_not_here_says_nothing_against_engines(
-    repository: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert gpu.main(["--device", "cuda"]) == NOT_POSSIBLE
-    assert parity.main([str(repository / MODEL), "--device", "cuda"]) == NOT_POSSIBLE
-    assert capsys.readouterr().err.count("--device cuda is not on this machine") == 2
 
 
 def test_verify_tells_why_nothing_was_built(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

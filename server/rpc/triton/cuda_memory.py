@@ -1,8 +1,8 @@
-"""GPU memory of a client's, open here by its IPC handle.
+"""A client's GPU memory, opened here by its IPC handle.
 
-The driver's calls block, and the first on a device takes some 0.3 s: one thread makes them all. It makes them in order,
-so no memory is closed under a copy. The context is the device's primary one, which the driver counts: every region
-retains it, and with the last it goes, and the memory that it takes.
+The driver's calls block, and the first on a device takes some 0.3 s: one thread makes them all, in order, so no memory
+is closed during a copy. The context is the device's primary one, which the driver reference-counts: every region
+retains it, and with the last region it is freed, along with the memory that it takes.
 """
 
 import asyncio
@@ -26,13 +26,13 @@ LAZY_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS, without which no han
 
 
 class Driver:
-    """NVIDIA's binding of the driver, whose functions answer with a status first."""
+    """NVIDIA's binding of the driver, whose functions return a status first."""
 
     def __init__(self, binding: Any) -> None:
         self._binding = binding
 
     def call(self, function: str, *arguments: Any) -> Any:
-        """What the function answers with after its status.
+        """What the function returns after its status.
 
         Raises:
             ZServeError: the status is not success.
@@ -43,7 +43,7 @@ class Driver:
         return values[0] if len(values) == 1 else values
 
     def open_handle(self, handle: bytes) -> int:
-        """The address of the allocation that another process made `handle` of."""
+        """The address of the allocation that another process exported as `handle`."""
         wanted = self._binding.CUipcMemHandle()
         ctypes.memmove(wanted.getPtr(), handle, HANDLE_BYTES)  # not all versions have an attribute for its bytes
         return int(self.call("cuIpcOpenMemHandle", wanted, LAZY_PEER_ACCESS))
@@ -53,7 +53,7 @@ def load_driver() -> Driver:
     """The driver, ready to use.
 
     Raises:
-        UnsupportedError: the binding, the driver or a GPU is not there; says which, and what to do.
+        UnsupportedError: the binding, the driver or a GPU is missing; says which, and what to do.
     """
     try:
         from cuda.bindings import driver as binding
@@ -63,14 +63,14 @@ def load_driver() -> Driver:
     try:
         driver = Driver(binding)
         driver.call("cuInit", 0)
-    except (ZServeError, RuntimeError) as error:  # RuntimeError: there is no library of the driver
+    except (ZServeError, RuntimeError) as error:  # RuntimeError: the driver's library is missing
         raise UnsupportedError(f"CUDA shared memory needs an NVIDIA GPU and its driver ({error})") from None
     return driver
 
 
 @dataclass(frozen=True)
 class CudaRegion:
-    """The first bytes of an allocation of another process."""
+    """The first bytes of another process's allocation."""
 
     kind: ClassVar[str] = "CUDA"
 
@@ -80,7 +80,7 @@ class CudaRegion:
     memory: "CudaMemory" = field(repr=False)
     context: Any = field(repr=False)
     address: int = field(repr=False)
-    held: ExitStack = field(repr=False)  # the handle and the context: what has to be let go
+    held: ExitStack = field(repr=False)  # the handle and the context, to be released
 
     async def read(self, offset: int, size: int) -> bytes:
         """See `Region`."""
@@ -119,7 +119,7 @@ class CudaRegion:
 
 
 class CudaMemory:
-    """Opens regions, on the thread that makes all calls of the driver; nothing is loaded before it is asked for."""
+    """Opens regions, on the thread that makes all driver calls; the driver is loaded when it is first needed."""
 
     def __init__(self, load: Callable[[], Driver] = load_driver) -> None:
         self._load = load
@@ -138,7 +138,7 @@ class CudaMemory:
         return await self.run(self._open, name, handle, device_id, byte_size)
 
     async def run(self, work: Callable[..., T], *arguments: Any) -> T:
-        """What `work` makes of the driver and the arguments, on the thread."""
+        """Returns the result of `work` on the driver and the arguments, run on the thread."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, lambda: work(self._driver, *arguments))
 

@@ -4,13 +4,13 @@ from grpc import StatusCode
 
 from server.errors import QueueFullError, QueueTimeoutError, ZServeError
 
-# Triton knows no richer codes, and its clients retry on UNAVAILABLE.
+# Triton has no finer-grained codes, and its clients retry on UNAVAILABLE.
 CODES = {
     StatusCode.RESOURCE_EXHAUSTED: StatusCode.UNAVAILABLE,
     StatusCode.DEADLINE_EXCEEDED: StatusCode.UNAVAILABLE,
     StatusCode.FAILED_PRECONDITION: StatusCode.INTERNAL,
 }
-# Clients compare these two with the message.
+# Clients compare the message with these two.
 TEXTS: dict[type[ZServeError], str] = {
     QueueFullError: "Exceeds maximum queue size",
     QueueTimeoutError: "Request timeout expired",

@@ -1,7 +1,7 @@
 """The image model as tensors: a prompt and scalars in, pixels or encoded images out.
 
 Everything is put into the image service's own `GenerateRequest` and decoded by `convert`, so that both services accept
-the same and say the same about what they do not.
+the same values and report the same errors for others.
 """
 
 import struct
@@ -46,25 +46,25 @@ PROGRESS = "progress"
 STREAM_PARAMETERS = (PROGRESS, "preview_interval")
 OTHER_PARAMETERS = ("long_prompt", "sampler")
 WHOLE = f"a whole number from 0 to {2**32 - 1} is"
-MAX_TEXT_BYTES = 4 * convert.MAX_PROMPT_CHARACTERS  # of UTF-8; what is longer is not even decoded
+MAX_TEXT_BYTES = 4 * convert.MAX_PROMPT_CHARACTERS  # of UTF-8; longer text is not even decoded
 FORMATS = {f.value: wire for f, wire in convert.WIRE_FORMATS.items()}
 LONG_PROMPTS = {p.value: wire for p, wire in convert.WIRE_LONG_PROMPTS.items()}
 
 
 @dataclass(frozen=True)
 class WantedImages:
-    """A generation, and how its caller wants to hear of it."""
+    """A generation request, and which responses its caller wants."""
 
     generation: GenerationRequest
-    progress: bool  # also a response after every step, and with every preview
-    one_by_one: bool  # a response an image, as soon as it is there
+    progress: bool  # also a response after every step and for every preview
+    one_by_one: bool  # one response per image, as soon as it is finished
 
 
 def model_spec(folder: ModelFolder) -> ModelSpec:
     """The signature of the image model. No batch dimension: one request is one prompt, the planner batches steps.
 
     Raises:
-        ConfigError: its config says another.
+        ConfigError: its config declares another one.
     """
     file = folder.file
     if file.inputs not in ((), INPUTS) or file.outputs not in ((), OUTPUTS):
@@ -109,7 +109,7 @@ def encode_image(image: Image, *, final: bool) -> InferResponse:
 
 
 def encode_images(images: list[Image], completed: Completed) -> InferResponse:
-    """All images of a request in one response; the timings and engines go along as parameters."""
+    """All images of a request in one response; timings and engines are its parameters."""
     fallbacks = {f"fallback_{e.component}": e.fallback_reason for e in completed.engines if e.fallback_reason}
     engines = {f"engine_{e.component}": str(e.backend) for e in completed.engines}
     return InferResponse(
@@ -133,7 +133,7 @@ def _pixels(images: list[Image]) -> Tensor:
 
 
 def _values(request: InferRequest) -> dict[str, Parameter]:
-    """Tensors and parameters under one kind of name."""
+    """Tensors and parameters together, all under lower-case names."""
     parameters = {name.lower(): value for name, value in request.parameters.items()}
     known = {t.name.lower() for t in INPUTS} | {*STREAM_PARAMETERS, *OTHER_PARAMETERS}
     unknown = sorted(set(parameters) - known)
@@ -186,7 +186,7 @@ def _set(message: pb.GenerateRequest, name: str, value: Parameter) -> None:
 
 
 def _whole(value: Parameter) -> int:
-    """A number, also as its text; a fraction is not rounded to what nobody asked for."""
+    """A whole number, or the text of one; a fraction is refused, not rounded."""
     if isinstance(value, float) and not value.is_integer():
         raise ValueError(value)
     return int(value)

@@ -1,7 +1,7 @@
 """The inputs of a Triton request, checked against the model's signature.
 
-A tensor of text may hold millions of elements. Whatever takes Python's time for each is done in pieces, between which
-the event loop has its turn; unlike a thread's, such work ends with the call that it is for.
+A tensor of text may hold millions of elements. Python work on each of them is done in pieces, between which the event
+loop has its turn; unlike work in a thread, it ends with the call that it is for.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ BATCH_NOTE = (
     "input shape. If you want to specify the full shape including the batch dim in your input dims config, try setting "
     "max_batch_size to zero. See the model configuration docs for more info on max_batch_size."
 )
-# The field in which typed contents come, by data type. The half floats have none.
+# The field that holds typed contents, by data type. 16-bit floats have none.
 TYPED = {
     DataType.BOOL: "bool_contents",
     DataType.INT8: "int_contents",
@@ -123,7 +123,7 @@ class _Inputs:
         return data
 
     def _check_place(self, place: Place, item: Any, spec: TensorSpec) -> None:
-        """Before it is read: a region may be larger than any memory, for its pages are there only once written."""
+        """Checks before reading: a region may be larger than any memory, as its pages exist only once written."""
         self._regions.check(place)
         if spec.datatype is not DataType.BYTES:
             self._check_size(spec, item.shape, place.size)
@@ -134,7 +134,7 @@ class _Inputs:
             )
 
     async def _typed(self, item: Any, spec: TensorSpec) -> bytes:
-        """The elements that came one by one, packed."""
+        """The elements of the typed contents, packed."""
         present = [f.name for f, _ in item.contents.ListFields()]
         if not present:
             if spec.datatype in TYPED and 0 in item.shape:
@@ -164,7 +164,7 @@ class _Inputs:
             )
 
     async def _check_strings(self, tensor: Tensor) -> None:
-        """Looks no further than one element past those announced."""
+        """Looks no further than one element past those that the shape announces."""
         count = element_count(tensor.shape)
         places = islice(string_places(tensor.data), min(count, len(tensor.data)) + 1)
         got = 0

@@ -1,4 +1,4 @@
-"""Triton's ModelConfig, both ways: read from config.pbtxt, and told to clients with what the file leaves out."""
+"""Triton's ModelConfig, both ways: read from config.pbtxt, and sent to clients with what the file leaves out."""
 
 from collections import Counter
 from pathlib import Path
@@ -13,8 +13,8 @@ from server.queue_policy import read_queue_policy
 from server.tensors import DataType, ModelSpec, TensorSpec
 
 TYPE_PREFIX = "TYPE_"
-NO_BOUND = 0  # requests of a backend's own may be short, and then many wait without an overload
-TYPE_STRING = "TYPE_STRING"  # the config's name of BYTES
+NO_BOUND = 0  # other backends' requests may be short, so that many can wait without an overload
+TYPE_STRING = "TYPE_STRING"  # the config's name for BYTES
 IMAGE_BACKEND = "z_image"  # reads the config itself, and takes other fields (`server.config`)
 FIELDS = {
     "name",
@@ -35,7 +35,7 @@ def read_model_file(folder: Path) -> ModelFile:
     """`folder`/config.pbtxt, as far as it is the same for every backend.
 
     Raises:
-        ConfigError: it is missing, does not parse, or wants what is not served.
+        ConfigError: it is missing, does not parse, or asks for something not served.
     """
     path = folder / "config.pbtxt"
     try:
@@ -45,10 +45,10 @@ def read_model_file(folder: Path) -> ModelFile:
 
 
 def parse_model_file(text: str, name: str) -> ModelFile:
-    """The config of the model called `name`; what its parameters mean is the backend's own affair.
+    """The config of the model called `name`; the meaning of its parameters is up to the backend.
 
     Raises:
-        ConfigError: it wants what is not served, or says what means nothing.
+        ConfigError: it asks for something not served, or has a meaningless value.
         ParseError, ValueError: it is no config, or not this model's.
     """
     config = text_format.Parse(text, pb.ModelConfig())
@@ -91,7 +91,7 @@ def config_text(json: str) -> str:
 
 
 def complete_config(file: ModelFile, spec: ModelSpec) -> pb.ModelConfig:
-    """What the file says, with the signature that is served filled in."""
+    """The config in the file, with the served signature filled in."""
     config = text_format.Parse(file.text, pb.ModelConfig())
     config.name, config.backend = spec.name, spec.backend
     config.max_batch_size = spec.max_batch_size

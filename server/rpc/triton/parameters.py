@@ -1,4 +1,4 @@
-"""The parameters of a Triton request: those that the server itself understands, and the model's."""
+"""The parameters of a Triton request: those that the server itself handles, and the model's."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from server.tensors import Parameter
 RESERVED = "triton_"
 EMPTY_FINAL = "triton_enable_empty_final_response"
 NUMBER = ("int64_param", "uint64_param")
-# What the server understands, and the kinds it may come as.
+# What the server itself handles, and the types it may have.
 KNOWN = {
     "sequence_id": ("int64_param", "string_param"),
     "sequence_start": ("bool_param",),
@@ -28,7 +28,7 @@ class RequestParameters:
 
     priority: int = 0
     queue_timeout: float | None = None  # seconds
-    empty_final: bool = False  # also say that nothing follows where nothing came
+    empty_final: bool = False  # end with an empty response if none was marked final
     custom: Mapping[str, Parameter] = field(default_factory=dict)
 
 

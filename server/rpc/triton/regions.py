@@ -19,7 +19,7 @@ class Place:
 
 
 class Region(Protocol):
-    """Memory of a client's that this server has open."""
+    """A client's memory that this server has open."""
 
     kind: ClassVar[str]  # as Triton calls it
 
@@ -28,10 +28,10 @@ class Region(Protocol):
         """How much of it was registered."""
 
     async def read(self, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset` of the region on; fewer where the memory has shrunk."""
+        """`size` bytes from `offset` in the region; fewer if the memory has shrunk."""
 
     async def write(self, offset: int, data: bytes) -> None:
-        """The opposite of `read`."""
+        """Writes `data` at `offset` in the region."""
 
     async def close(self) -> None:
         """Lets go of the memory."""
@@ -41,7 +41,7 @@ class Regions(Protocol):
     """Shared memory by the name it was registered under; never outside what was registered."""
 
     def check(self, place: Place) -> None:
-        """Raises what reading or writing there would."""
+        """Raises what reading or writing `place` would."""
 
     async def read(self, place: Place) -> bytes:
         """All bytes of the range."""

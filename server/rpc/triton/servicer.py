@@ -45,14 +45,14 @@ EXTENSIONS = (
     "trace",
     "logging",
 )
-GRPC_ERROR = ("triton_grpc_error", "true")  # metadata of a client that wants a stream to end with its first error
+GRPC_ERROR = ("triton_grpc_error", "true")  # metadata of a client that wants a stream to end at its first error
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
 @dataclass
 class ServerState:
-    """Where the server is in its life."""
+    """Where the server is in its life cycle."""
 
     ready: bool = False
     stopping: bool = False
@@ -60,7 +60,7 @@ class ServerState:
 
 @dataclass(frozen=True)
 class TritonServer:
-    """What the protocol talks about."""
+    """What the protocol's calls act on."""
 
     config: ServeConfig
     version: str
@@ -271,7 +271,7 @@ async def _answer(model: Model, call: InferCall, message: pb.ModelInferResponse)
     async with taking(model.infer(call.request)) as responses:
         async for response in responses:
             found = response
-            message.Clear()  # of more than one the last counts
+            message.Clear()  # if there are several, the last one counts
             await call.encode(response, message)
     if found is None:
         raise EngineRunError(f"model {model.spec.name!r} gave no response")

@@ -1,4 +1,4 @@
-"""Shared memory that clients register, of both kinds in one name space."""
+"""Shared memory that clients register; both kinds share one namespace."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -10,7 +10,7 @@ from server.rpc.triton.cuda_memory import CudaMemory
 from server.rpc.triton.regions import Place, Region
 from server.rpc.triton.system_memory import SystemRegion
 
-PIECE = 4 << 20  # bytes that are copied at once; the event loop has a turn after each
+PIECE = 4 << 20  # bytes copied at a time; the event loop has its turn after each piece
 DISABLED = "Client shared memory is disabled. Start the server with '--allow-client-shm=true' to enable."
 
 R = TypeVar("R", bound=Region)
@@ -26,7 +26,7 @@ class SharedMemory:
         self._changing = asyncio.Lock()  # held while a region is opened or closed
 
     async def extensions(self) -> list[str]:
-        """Those of Triton's names that are served."""
+        """The shared memory extensions that are served, by Triton's names."""
         if not self._allowed:
             return []
         return ["system_shared_memory", *(["cuda_shared_memory"] if await self._cuda.available() else [])]
@@ -36,7 +36,7 @@ class SharedMemory:
         await self._register(name, partial(SystemRegion.open, name, key, offset, byte_size))
 
     async def register_cuda(self, name: str, handle: bytes, device_id: int, byte_size: int) -> None:
-        """Adds the start of the GPU's memory that the client got `handle` for."""
+        """Adds the start of the GPU allocation that the client got `handle` for."""
         await self._register(name, partial(self._cuda.open, name, handle, device_id, byte_size))
 
     async def unregister(self, kind: type[Region], name: str) -> None:
@@ -91,7 +91,7 @@ class SharedMemory:
             raise UnsupportedError(DISABLED)
 
     async def _register(self, name: str, opening: Callable[[], Awaitable[Region]]) -> None:
-        """Goes on when the client that asked for it has left: what has been opened must be in the list."""
+        """Registers a region; continues if the client goes away, as what has been opened must be in the list."""
         self.check_allowed()
         if not name:
             raise InvalidRequestError.of("name", name, "a name for the region is")
@@ -120,7 +120,7 @@ class SharedMemory:
 
 
 async def _pieces(size: int) -> AsyncIterator[tuple[int, int]]:
-    """Where each piece begins and ends. A region may be unregistered between two, so it is looked up for each."""
+    """Where each piece begins and ends. A region may be unregistered between two of them, so look it up for each."""
     for begin in range(0, size, PIECE):
         if begin:
             await asyncio.sleep(0)

@@ -50,7 +50,7 @@ class InferStream:
         """Answers `requests` until they end, or the client goes away.
 
         Raises:
-            Exception: of the first request that failed, where the client asked for that.
+            Exception: that of the first request to fail, if the client asked for that.
         """
         reader = asyncio.create_task(self._read(requests))
         try:
@@ -65,7 +65,7 @@ class InferStream:
             await asyncio.gather(reader, *self._tasks, return_exceptions=True)
 
     async def _read(self, requests: AsyncIterator[pb.ModelInferRequest]) -> None:
-        """Takes in all requests; a message that is none ends the call."""
+        """Reads all requests; a message that cannot be parsed ends the call."""
         try:
             await self._read_all(requests)
         except DecodeError as error:

@@ -1,7 +1,7 @@
-"""POSIX shared memory of a client's.
+"""A client's POSIX shared memory.
 
-It is reached by pread and pwrite, not mapped: a client that shrinks its file then gets an error, where a mapping would
-end the server with SIGBUS. Both are copies within memory, so they are made where they are asked for.
+It is accessed by pread and pwrite, not mapped: a client that shrinks its file then gets an error, where a mapping would
+end the server with SIGBUS. Both only copy memory, so they run on the event loop.
 """
 
 import os
@@ -53,7 +53,7 @@ class SystemRegion:
             written = os.pwrite(self.descriptor, data, self.offset + offset)
         except OSError as error:
             raise ZServeError(f"the shared memory object '{self.key}' cannot be written ({error.strerror})") from None
-        if written < len(data):  # pages that nobody has written are made now, and there may be no room for them
+        if written < len(data):  # pages not written before are allocated now, and there may be no room for them
             raise ZServeError(f"the shared memory object '{self.key}' cannot be written (no room for all of it)")
 
     async def close(self) -> None:

@@ -30,7 +30,7 @@ class InferCall:
     regions: Regions
 
     async def encode(self, response: InferResponse, message: pb.ModelInferResponse) -> None:
-        """Writes one response to this request into `message`: one that was made elsewhere would have to be copied."""
+        """Writes one response to this request into `message`: one built elsewhere would have to be copied."""
         spec = self.request.model
         message.model_name, message.model_version, message.id = spec.name, spec.version, self.request.id
         if response.parameters:
@@ -40,7 +40,7 @@ class InferCall:
                 await self._add(tensor, message)
 
     async def _add(self, tensor: Tensor, message: pb.ModelInferResponse) -> None:
-        """One entry of raw contents for every output, an empty one where the data went into shared memory."""
+        """Adds an output and its entry of raw contents, which is empty if the data went into shared memory."""
         output = message.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
         place = self.outputs.get(tensor.name)
         if place is None:
@@ -100,5 +100,5 @@ def _decode_place(item: pb.ModelInferRequest.InferRequestedOutputTensor, regions
     if REGION not in item.parameters:
         return None
     place = read_place(item.parameters, f"output '{item.name}'")
-    regions.check(place)  # nothing is computed for a place that is not there
+    regions.check(place)  # so that nothing is computed for a range that does not exist
     return place
