@@ -49,8 +49,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     runs, committed = [read(path) for path in options.measured], read(options.committed)
     rows = [min(same, key=_least) for same in zip(*(losses(run, committed) for run in runs), strict=True)]
     print_table(("row", "committed", "measured", "loss %", "p90", "loss %"), [_line(r) for r in rows])
-    if differ := difference(runs[-1].get("machine"), committed.get("machine")):
-        print(f"the machines differ: {differ}")
+    for part in ("machine", "versions"):
+        if differ := difference(runs[-1].get(part), committed.get(part)):
+            print(f"{part} differ: {differ}")
     if moved := baselines_moved(runs[-1], committed):
         told = "; ".join(f"{name}: {ratio:.2f} times" for name, ratio in moved.items())
         print(

@@ -1,6 +1,7 @@
 """How do two records of one benchmark differ, row by row?
 
-Method: rows with the same case are set side by side; of percentiles the p50 is taken. Rows that only one record has are
+Method: rows with the same case are set side by side; of percentiles the p50 is taken. A figure that only one of them
+has, such as a median latency where most requests were answered, is shown beside "-"; rows that only one record has are
 listed below. Records of different benchmarks are refused; of different machines or settings they are compared, and that
 is said.
 
@@ -37,7 +38,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare(a: Record, b: Record) -> list[dict[str, Any]]:
-    """The figures (a, b, ratio) of every case that both have.
+    """The figures (a, b, ratio) of every case that both have; None for what one of them has not.
 
     Raises:
         BenchmarkError: they are of different benchmarks, or have no case in common.
@@ -51,11 +52,16 @@ def compare(a: Record, b: Record) -> list[dict[str, Any]]:
     for mine in a["rows"]:
         found = theirs.get(case_name(mine["case"]))
         if found is not None:
-            shared = {n: [v, found[n], found[n] / v if v else None] for n, v in figures(mine).items() if n in found}
-            rows.append(row(mine["case"], figures=shared))
+            had = figures(mine)
+            rows.append(row(mine["case"], figures={n: _pair(had.get(n), found.get(n)) for n in {**had, **found}}))
     if not rows:
         raise BenchmarkError("the records have no row in common; compare runs with the same sizes, batches and engines")
     return rows
+
+
+def _pair(a: float | None, b: float | None) -> list[float | None]:
+    """Both, and their ratio where there is one."""
+    return [a, b, b / a if a and b is not None else None]
 
 
 def only(a: Record, b: Record) -> list[str]:

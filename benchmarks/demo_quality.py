@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image as Pillow
 
 from benchmarks.choice import version_settings
+from benchmarks.load import above_zero
 from benchmarks.record import BenchmarkError, Row, row
 from benchmarks.serving import add_model, backend_of, repository, server_process
 from benchmarks.traffic import check_answer
@@ -110,7 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--suite", choices=SUITES, default="quick", help="default: %(default)s")
     parser.add_argument("--size", action="append", help="WIDTHxHEIGHT: only these questions; may be repeated")
     parser.add_argument("--images", type=Path, help="folder to keep the pictures in")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="draw no more after so many")
+    parser.add_argument("--minutes", type=above_zero, default=math.inf, help="draw no more after so many")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

@@ -134,4 +134,4 @@ def _line(r: Row) -> list[object]:
     ms, faster, stages = r["ms"], r["speedup"], r["stages_ms"]
     ratios = [faster[name]["p50"] if name in faster else None for name in (DIFFUSERS, Backend.EAGER)]
     shown = (ms["p50"], ms["p90"], ms["p99"], *(stages[s]["p50"] for s in STAGES))
-    return [*r["case"].values(), *shown, *ratios, r["psnr_db"] or "equal"]
+    return [*r["case"].values(), *shown, *ratios, "equal" if r["psnr_db"] is None else r["psnr_db"]]

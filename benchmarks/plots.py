@@ -28,10 +28,16 @@ def check_plot(benchmark: str, path: Path) -> None:
 def draw(record: Record, path: Path) -> None:
     """Draws `record` into `path`."""
     figure = PLOTS[record["benchmark"]](record["rows"])
-    figure.suptitle(f"{_where(record)}, {record['date'][:10]}, {record['commit'][:8]}", fontsize=8)
+    figure.suptitle(f"{_where(record)}, {record['date'][:10]}, {_commit(record)}", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Date": None} if path.suffix == ".svg" else None)
     _pyplot().close(figure)
+
+
+def _commit(record: Record) -> str:
+    """Short; with a + where the code had changes that are in no commit."""
+    commit = record["commit"]
+    return "no commit" if commit is None else commit[:8] + "+" * commit.endswith("+")
 
 
 def _where(record: Record) -> str:

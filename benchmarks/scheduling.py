@@ -28,7 +28,6 @@ from benchmarks.load import CLIENTS, METHOD, Mix, above_zero, closed_summary, op
 from benchmarks.record import Row, print_table, row
 from benchmarks.serving import add_model, backend_of, frontend, repository
 from benchmarks.traffic import Manners, Traffic
-from export.manifest import Backend
 from server.frontend.app import Frontend
 from server.frontend.workers import COMMAND
 
@@ -72,7 +71,7 @@ async def measure(engines: Path, policy: str, seconds: float, rate: float | None
     points = []
     with repository(engines, ["256x256", "128x128"], workers=2) as models:
         async with frontend(models, POLICIES[policy]) as (url, server):
-            traffic = Traffic(url, Backend.ONNXRUNTIME, ["a red circle"])
+            traffic = Traffic(url, backend_of(engines), ["a red circle"])
             if rate is None:
                 closed = await traffic.closed_loop(CLOSED_LOOP, seconds / 2, list(SIZES))
                 rate = closed_summary(closed, seconds / 2)["throughput"]

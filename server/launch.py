@@ -1,7 +1,7 @@
 """How a worker process is started, and what it prints before it serves: a line per component it is about to run.
 
-The frontend keeps the last of these lines, and looks at them only if the process ends before it is ready: the last one
-names the engine that ended it, or the error that made it give up.
+The frontend keeps the end of this output for when the process ends: before it was ready, the last line names the engine
+that ended it, or the error that made it give up.
 """
 
 import json

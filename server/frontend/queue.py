@@ -89,6 +89,7 @@ class ModelQueue:
             ModelNotReadyError: no worker serves or is about to again.
             QueueFullError: as many wait as the policy allows.
             DeadlinePassedError: it could not be done before its deadline.
+            ZServeError: the queue is closed, with the error of `close`.
         """
         now = self._clock()
         if self._closed is not None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import choice
+from benchmarks import choice, published
 from benchmarks.choice import FP8, Choice, version_settings
 from benchmarks.record import BenchmarkError
 from export.manifest import Backend
@@ -56,3 +56,8 @@ def test_a_version_is_described_as_a_choice_is(tmp_path: Path) -> None:
     told = version_settings(write_version(tmp_path / "m", AOTINDUCTOR, Precision.BF16), "cuda:1")
     assert told == {"checkpoint": "the/checkpoint", "precision": "bf16", "device": "cuda:1"}
     assert told.keys() == read().settings().keys()
+
+
+def test_images_of_random_weights_are_held_to_something_too(tmp_path: Path) -> None:
+    random = Choice(tmp_path / f"{published.CHECKPOINT}-bf16", (), {}, tmp_path, "cuda", ("1024x1024",))
+    assert (random.least_psnr(AOTINDUCTOR), random.least_psnr(FP8)) == (30.0, 25.0)

@@ -31,6 +31,22 @@ def test_compare_sets_equal_cases_side_by_side(tmp_path: Path, capsys: pytest.Ca
     assert f"\nonly in B: {alone}\n" in printed
 
 
+def test_compare_shows_what_only_one_of_them_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A median that is over the deadline is None: a figure that is gone may be the worst of all."""
+    late = components()
+    late["rows"][2]["ms"] = dict.fromkeys(late["rows"][2]["ms"])
+    assert run(tmp_path, "compare", components(), late) == 0
+    printed = capsys.readouterr().out
+    assert json.loads(printed.splitlines()[-1])["rows"][2]["figures"]["ms"] == [50.0, None, None]
+    (line,) = [told for told in printed.splitlines() if "engine onnxruntime" in told and " ms " in told]
+    assert line.split()[-3:] == ["50.00", "-", "-"]
+
+
+def test_check_says_what_else_is_not_as_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path, "check", components() | {"versions": {"torch": "2.99"}}, components()) == 0
+    assert "versions differ: torch: 2.99 and 2.13.0" in capsys.readouterr().out
+
+
 def test_compare_refuses_what_has_nothing_in_common(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path, "compare", components(), components() | {"benchmark": "image"}) == 1
     assert "A is of components and B of image" in capsys.readouterr().err

@@ -24,6 +24,14 @@ from tests.fakes import FakeEngine
 SIZE = "64x64"
 
 
+def test_where_there_is_nothing_to_measure_that_is_said(tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    components.add_arguments(parser)
+    given = ["--checkpoint", str(CHECKPOINT), "--device", "cpu", "--component", "image_decoder", "--batch", "4"]
+    with pytest.raises(BenchmarkError, match="takes one image a call; give it --batch 1"):
+        components.run(parser.parse_args(given))
+
+
 def test_what_the_makefile_measures_has_the_cases_of_the_committed_record() -> None:
     """Or else `make bench-check` could not pass."""
     told = subprocess.run(

@@ -90,6 +90,16 @@ def test_the_title_names_what_computed(name: str, device: str | None, where: str
     assert f"<!-- {where}" in (tmp_path / "a.svg").read_text()
 
 
+@pytest.mark.parametrize(
+    ("commit", "told"),
+    [("0123456789abcdef", "01234567 --"), ("0123456789abcdef+", "01234567+ --"), (None, "no commit --")],
+)
+def test_the_title_names_the_code(commit: str | None, told: str, tmp_path: Path) -> None:
+    """With a + where it had changes; outside a checkout there is no commit."""
+    draw(RECORDS["image"] | {"commit": commit}, tmp_path / "a.svg")
+    assert f"2026-01-02, {told}" in (tmp_path / "a.svg").read_text()
+
+
 def test_a_kind_of_client_has_one_colour_in_all_panels() -> None:
     """The legend is in the first; rows name the kinds in the order in which they came."""
     rows = [
