@@ -1,15 +1,15 @@
 """Are the compiled engines still as much faster than eager as a committed record says?
 
-Method: the speed-ups in a record are ratios within one run, so most of the machine's speed of the day drops out. Every
-speed-up of the committed record has to be there again. It is lost where nine of ten repetitions are below its p50 then
-by more than the tolerance: where repetitions scatter, medians of two runs do as well. Of several runs the best counts,
-speed-up by speed-up, for what is really lost is so in all of them, and of dozens one or another is off by chance. All
-have to be of the same settings, but for how often and how long. Another kind of machine has other ratios, and so has
-one whose cores are busy: where diffusers or eager itself took over 30 % more or less time than then in the last run,
-that is said. Check where the committed record was made, or record anew.
+Method: the speed-ups in a record are ratios within one run, so most of the machine's speed of the day cancels out.
+Every speed-up of the committed record has to be measured again. It is lost if nine of ten repetitions are below the
+committed p50 by more than the tolerance: where repetitions scatter, so do the medians of two runs. Of several runs the
+best counts, speed-up by speed-up: a real loss shows in all of them, and among dozens one or another is off by chance.
+All must have the same settings, except for how often and how long. Ratios differ on another kind of machine, and on one
+whose cores are busy: a warning says if diffusers or eager itself took over 30 % more or less time in the last run than
+in the committed record. Check where the committed record was made, or record anew.
 
 Units: times as fast, p50, and p90 of what was measured; losses from the committed p50 in %; `moved` is milliseconds
-over those of the committed record.
+divided by those of the committed record.
 """
 
 import argparse
@@ -25,7 +25,7 @@ HOW_OFTEN = ("warm_up", "repetitions", "seconds")  # settings that need not be e
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The records, and what is tolerated."""
+    """The records and the tolerance."""
     parser.add_argument("measured", type=Path, nargs="+", help="records of runs just made; of several the best counts")
     parser.add_argument("committed", type=Path, help="the record to hold them against")
     parser.add_argument(
@@ -67,7 +67,7 @@ def losses(measured: Record, committed: Record) -> list[dict[str, Any]]:
     """How much of every committed speed-up is gone, in %.
 
     Raises:
-        BenchmarkError: they are of different benchmarks or settings, there is nothing to check, or some is missing.
+        BenchmarkError: they are of different benchmarks or settings, there is nothing to check, or one is missing.
     """
     if measured["benchmark"] != committed["benchmark"]:
         raise BenchmarkError(f"one is of {measured['benchmark']}, the other of {committed['benchmark']}")
@@ -96,7 +96,7 @@ def speedups(record: Record) -> dict[str, dict[str, float]]:
     """p50 and p90 of every compiled row's speed-ups, by row and what it is faster than.
 
     Raises:
-        BenchmarkError: one is no positive number.
+        BenchmarkError: one is not a positive number.
     """
     return {
         f"{case_name(r['case'])}, over {other}": cuts
@@ -116,13 +116,13 @@ def _speedups(r: Row) -> dict[str, dict[str, float]]:
 
 
 def _cut(percentiles: Any, name: str) -> float:
-    """A percentile, the median where there is no other; NaN where that is no number."""
+    """A percentile, or the median if there is no other; NaN if that is not a number."""
     found = percentiles.get(name, percentiles.get("p50")) if isinstance(percentiles, dict) else percentiles
     return float(found) if isinstance(found, int | float) else math.nan
 
 
 def baselines_moved(measured: Record, committed: Record) -> dict[str, float]:
-    """What diffusers and eager took, in times of the committed p50, by row, where that is over 30 % more or less."""
+    """By row, the p50 of diffusers and eager over the committed one, if they differ by over 30 %."""
     before, now = _baselines(committed), _baselines(measured)
     ratios = {name: now[name] / ms for name, ms in before.items() if name in now}
     return {name: ratio for name, ratio in ratios.items() if abs(ratio - 1) > MOVED}

@@ -27,7 +27,7 @@ class Choice:
 
     checkpoint: Path
     backends: tuple[str, ...]
-    models: dict[str, Path]  # versions that are there already, by backend
+    models: dict[str, Path]  # existing versions, by backend
     repository: Path  # where other engines are built, and found again
     device: str
     sizes: tuple[str, ...]  # WIDTHxHEIGHT; engines with profiles are built for the first
@@ -35,11 +35,11 @@ class Choice:
 
     @property
     def precision(self) -> Precision:
-        """What all rows compute in, but for `FP8`."""
+        """The precision of all rows except `FP8`."""
         return precision_on(self.device)
 
     def precision_of(self, row: str) -> Precision:
-        """What the row named so computes in."""
+        """The precision of the row named `row`."""
         return Precision.FP8 if row == FP8 else self.precision
 
     def least_psnr(self, row: str) -> float:
@@ -54,7 +54,7 @@ class Choice:
 
     @property
     def max_batch(self) -> int:
-        """Images that may share a step: as `zserve export` has it, or more."""
+        """Images that may share a step: the default of `zserve export`, or more."""
         return max(4, *self.batches)
 
     @property
@@ -68,13 +68,13 @@ class Choice:
 
 
 def version_settings(version: Path, device: str) -> dict[str, str]:
-    """The same of a version that is measured as it was exported."""
+    """The same for a version that is measured as it was exported."""
     manifest = Manifest.read(version)
     return {"checkpoint": manifest.checkpoint.path, "precision": manifest.precision, "device": device}
 
 
 def backend_of(row: str) -> Backend:
-    """Whose engines the row named so measures."""
+    """The backend whose engines the row named `row` measures."""
     return Backend.AOTINDUCTOR if row == FP8 else Backend(row)
 
 
@@ -84,7 +84,7 @@ def precision_on(device: str) -> Precision:
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, only: Backend | None = None) -> None:
-    """The options that `read` reads; where `only` one backend is measured, there is none to choose."""
+    """The options that `read` reads; with `only`, that backend is measured and there is none to choose."""
     from export.devices import default_device
 
     g = parser.add_argument_group("model")

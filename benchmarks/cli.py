@@ -1,4 +1,4 @@
-"""`zserve bench NAME`: one question a benchmark. `zserve bench NAME --help` states it, and how it is answered.
+"""`zserve bench NAME`: one question per benchmark. `zserve bench NAME --help` states it and how it is answered.
 
 A table for people comes first; the last line is the whole record as one JSON object, printed before it is written or
 drawn anywhere.
@@ -18,8 +18,8 @@ from client import GenerationFailedError
 from export.errors import ExportError
 from server.errors import ZServeError
 
-# A module each, of the same name. It has `add_arguments(parser)` and `run(options)`, which prints its table and
-# returns the record's own part; its docstring is its --help. Imported only when asked for.
+# Each is a module of the same name with `add_arguments(parser)` and `run(options)`, which prints its table and returns
+# the record's own part; its docstring is its --help. Imported only when asked for.
 BENCHMARKS = {
     "components": "each component on each engine, by size and batch",
     "image": "a whole image in one process, by stage",
@@ -80,7 +80,7 @@ def _run(name: str, module: ModuleType, arguments: Sequence[str]) -> int:
 
 
 def _check(name: str, options: argparse.Namespace) -> None:
-    """What would be noticed late, or not in words: files, and the device of whichever benchmark has one.
+    """Checks early what would otherwise fail late or without a clear message: files, and the device if there is one.
 
     Raises:
         BenchmarkError, UnsupportedError: see `check_writable`, `check_plot` and `checked_device`.

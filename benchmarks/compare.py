@@ -1,11 +1,11 @@
 """How do two records of one benchmark differ, row by row?
 
-Method: rows with the same case are set side by side; of percentiles the p50 is taken. A figure that only one of them
+Method: rows with the same case are set side by side; the p50 stands for percentiles. A figure that only one of them
 has, such as a median latency where most requests were answered, is shown beside "-"; rows that only one record has are
 listed below. Records of different benchmarks are refused; of different machines or settings they are compared, and that
 is said.
 
-Units: those of the records; ratio is B over A, so of milliseconds under 1 is faster.
+Units: those of the records; ratio is B over A, so for milliseconds under 1 is faster.
 """
 
 import argparse
@@ -65,6 +65,6 @@ def _pair(a: float | None, b: float | None) -> list[float | None]:
 
 
 def only(a: Record, b: Record) -> list[str]:
-    """The cases that `a` has and `b` has not."""
+    """The cases that `a` has and `b` lacks."""
     theirs = {case_name(r["case"]) for r in b["rows"]}
     return [name for r in a["rows"] if (name := case_name(r["case"])) not in theirs]

@@ -1,13 +1,14 @@
 """What does one call of each component cost, engine by engine?
 
-Method: every engine holds the same weights and gets the same inputs: one prompt, noise, half of the schedule.
-`diffusers` is its own pipeline's encode_prompt (which pads to 512 tokens), transformer and VAE; `eager` this project's
-modules; the others are engines, and a call that another engine answers ends the benchmark. The first output and the
-last timed one are held against eager's (diffusers' encoder by the velocity that its denoiser makes of the embeddings:
-it leaves out what that repeats in every step). All rows are called in turn in each repetition, beginning with another
-each time; on a CPU twice, of which the second call counts, for threads of the row before may still spin in the first.
+Method: every engine holds the same weights and gets the same inputs: one prompt, noise, timestep 0.5.
+`diffusers` is its own pipeline's encode_prompt (which pads to 512 tokens), transformer and VAE; `eager` is this
+project's modules; the others are engines, and a call that another engine answers ends the benchmark. The first output
+and the last timed one are compared with eager's (diffusers' encoder by the velocity that its denoiser computes from the
+embeddings: it leaves out work that the denoiser repeats in every step). All rows are called in turn in each repetition,
+starting with a different one each time; on a CPU twice, of which the second call counts, because threads of the row
+before may still spin in the first.
 
-Units: milliseconds a call, on the device (by CUDA events) where there is one; x is how many times as fast, repetition
+Units: milliseconds per call, on the device (by CUDA events) where there is one; x is how many times as fast, repetition
 by repetition; error is the larger relative L2 distance from eager.
 """
 
@@ -90,7 +91,7 @@ class Components:
     options: argparse.Namespace
 
     def measure(self, case: Case) -> list[Row]:
-        """One row a backend. Its first output is checked, and its last, which on CUDA a recorded graph has made."""
+        """One row per backend. Its first and last outputs are checked; on CUDA a recorded graph has made the last."""
         inputs = self._inputs(case)
         calls = {b: self._call(b, case, inputs) for b in self.subject.choice.backends}
         expected = self._call(Backend.EAGER, case, inputs)()
@@ -125,7 +126,7 @@ class Components:
         return self.subject.engines[backend][component].calls
 
     def _error(self, backend: str, case: Case, got: Tensor, expected: Tensor) -> float:
-        """Of an output, relative to eager's.
+        """The error of an output, relative to eager's.
 
         Raises:
             BenchmarkError: it is over the component's tolerance.
@@ -142,13 +143,13 @@ class Components:
         return error
 
     def _velocities(self, case: Case, embeddings: Tensor) -> tuple[Tensor, Tensor]:
-        """What diffusers' denoiser makes of its encoder's embeddings, one after the other, and eager's of eager's."""
+        """The velocity of diffusers' denoiser from its encoder's joined embeddings, and of eager's from eager's."""
         inputs = self._inputs(replace(case, component=Component.DENOISER))
         velocity = self.diffusers.velocity(inputs, embeddings.chunk(case.batch))
         return velocity(), self.subject.engines[Backend.EAGER][Component.DENOISER].run(inputs)
 
     def _inputs(self, case: Case) -> dict[str, Tensor]:
-        """Of the component; the caption is what eager makes of the prompt."""
+        """The component's inputs; the caption is eager's encoding of the prompt."""
         (width, height), batch = pixels(case.size), case.batch
         ids = PromptTokenizer(self.subject.tokenizer).encode("prompt", PROMPT, LongPrompt.REFUSE)
         padded = torch.zeros(batch, padded_length(ids), dtype=torch.int64)

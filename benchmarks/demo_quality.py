@@ -2,9 +2,9 @@
 
 Method: `zserve serve --require-engine` over the exported demo, in a process of its own, draws fixed sets of prompts:
 image i of a set from seed i, several at once, and every picture is scored (demo/score.py). A picture that another
-engine drew ends the run. With --images FOLDER the pictures are kept, and those that lie there already are scored
-without being drawn again if they are of the same checkpoint, engine and prompts (the record counts them); after
---minutes nothing more is drawn, and every question is answered from what there is.
+engine drew ends the run. With --images FOLDER the pictures are kept, and those already there are scored without
+being drawn again if they are of the same checkpoint, engine and prompts (the record counts them); after --minutes
+nothing more is drawn, and every question is answered from the pictures there are.
 
 Units: shares of pictures that are right, in [0, 1], each with its 95 % confidence interval by Wilson.
 """
@@ -41,7 +41,7 @@ Z = NormalDist().inv_cdf(0.975)
 
 @dataclass(frozen=True)
 class Question:
-    """One set of prompts, drawn one way; `kind` is one of the grammar's, or any."""
+    """One set of prompts, drawn one way; `kind` is one of the grammar's, or empty for any."""
 
     width: int
     height: int
@@ -115,7 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Draws, scores and prints a line a question. A row is a question."""
+    """Draws, scores and prints a line per question. A row is a question."""
     backend, questions = backend_of(options.model), chosen(options)
     with (
         repository(options.model, ["256x256"]) as models,
@@ -130,10 +130,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def chosen(options: argparse.Namespace) -> list[Question]:
-    """The questions of the suite, of some sizes alone if so told.
+    """The questions of the suite, or only those of the sizes asked for.
 
     Raises:
-        BenchmarkError: it has none of that size.
+        BenchmarkError: the suite has none of that size.
     """
     suite = SUITES[options.suite]
     there = list(dict.fromkeys(q.size for q in suite))
@@ -163,7 +163,7 @@ class Drawer:
         self.found: list[Path] = []  # pictures of earlier runs
 
     def draw(self, question: Question, scenes: list[Scene]) -> list[Image | None]:
-        """Image i from seed i, several at once; None where the time was over."""
+        """Image i from seed i, several at once; None if the time was over."""
         prompts = [scene.prompt for scene in scenes]
         kept = self._kept / f"{question.name}, {_digest(prompts)}" if self._kept else None
         with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -199,7 +199,7 @@ def ask(drawer: Drawer, question: Question) -> Row | None:
 
 
 def judge(question: Question, told: Told) -> Row:
-    """Prints and returns the shares of a question's scores, by the number of the prompt; and the wrong prompts."""
+    """Prints and returns the shares of right scores, and the wrong prompts; `told` is by the number of the prompt."""
     pairs = list(told.values())
     verdicts = [verdict for _, verdict in pairs]
     right = Share.of([verdict.all_correct for verdict in verdicts])

@@ -1,4 +1,4 @@
-"""Device memory from outside of the process that uses it, MiB: of the whole device, and of one process on it."""
+"""Device memory seen from outside the process that uses it, MiB: of the whole device, and of one process on it."""
 
 import subprocess
 
@@ -8,9 +8,9 @@ MIB = 1 << 20
 
 
 def used_mib(device: str) -> float | None:
-    """What is taken on `device`, by whomever; None on a CPU.
+    """What all processes together use on `device`; None on a CPU.
 
-    The first call takes some itself, for CUDA's context in this process, and then holds it.
+    The first call itself takes some, for CUDA's context in this process, and keeps it.
     """
     if not device.startswith("cuda"):
         return None
@@ -19,7 +19,7 @@ def used_mib(device: str) -> float | None:
 
 
 def process_mib(pid: int) -> float | None:
-    """What the driver says that a process has on its device; None where it does not tell, as in many containers."""
+    """What a process has on its device according to the driver; None if it does not say, as in many containers."""
     asked = ("nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits")
     try:
         told = subprocess.run(asked, capture_output=True, text=True, check=False).stdout

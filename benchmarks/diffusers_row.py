@@ -1,4 +1,4 @@
-"""diffusers' eager pipeline as a row: called as its users call it, its forwards counted and its stages seen."""
+"""diffusers' eager pipeline as a row: called as its users call it, its forwards counted and its stages timed."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +30,7 @@ class DiffusersRow:
         self._watch(Component.IMAGE_DECODER, pipeline.vae, "decode")
 
     def _watch(self, component: Component, owner: object, name: str) -> None:
-        """Counts and times what the pipeline calls; this project's modules share the weights and call none of these."""
+        """Counts and times what the pipeline calls; this project's modules share the weights but call none of these."""
         original = getattr(owner, name)
 
         def watched(*arguments: object, **options: object) -> object:
@@ -43,7 +43,7 @@ class DiffusersRow:
         setattr(owner, name, watched)
 
     def component(self, component: Component, inputs: Mapping[str, Tensor], prompts: list[str]) -> Callable[[], Tensor]:
-        """What the pipeline does of `component` for `prompts`, on the inputs of this project's component."""
+        """The pipeline's counterpart of `component` for `prompts`, on the inputs of this project's component."""
         match component:
             case Component.PROMPT_ENCODER:
                 return lambda: torch.cat(self._embeddings(prompts))
@@ -54,15 +54,15 @@ class DiffusersRow:
 
     @staticmethod
     def calls_of(images: int, steps: int) -> dict[Component, int]:
-        """What a call of `draw` runs: all of it is shared by the images."""
+        """The calls that one `draw` makes: the images share all of them."""
         return {Component.PROMPT_ENCODER: 1, Component.DENOISER: steps, Component.IMAGE_DECODER: 1}
 
     def draw(self, prompts: list[str], *, size: str, steps: int, seed: int) -> tuple[list[Pixels], dict[str, float]]:
-        """An image a prompt, uint8 [H, W, 3], from seed, seed + 1 ...; and milliseconds by component."""
+        """An image per prompt, uint8 [H, W, 3], from seed, seed + 1 ...; and milliseconds by component."""
         width, height = pixels(size)
         self._stages = Stages(self._device)
         images = self._pipeline(
-            prompt=list(prompts),  # it writes into the list
+            prompt=list(prompts),  # the pipeline writes into the list
             height=height,
             width=width,
             num_inference_steps=steps,
@@ -78,7 +78,7 @@ class DiffusersRow:
         return list(made)
 
     def velocity(self, inputs: Mapping[str, Tensor], embeddings: Sequence[Tensor]) -> Callable[[], Tensor]:
-        """As the pipeline's loop calls the transformer, negated like there."""
+        """Calls the transformer as the pipeline's loop does, and negates the output as there."""
         transformer = self._pipeline.transformer
         latents = list(inputs["latents"].to(transformer.dtype).unsqueeze(2).unbind(0))
 
@@ -90,7 +90,7 @@ class DiffusersRow:
         return call
 
     def _image(self, latents: Tensor) -> Tensor:
-        """As the pipeline ends, in grey levels."""
+        """Decodes as the pipeline does at its end; in grey levels."""
         vae = self._pipeline.vae
         with torch.inference_mode():
             scaled = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor

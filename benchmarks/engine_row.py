@@ -31,7 +31,7 @@ class EngineRow:
 
     @staticmethod
     def calls_of(images: int, steps: int) -> dict[Component, int]:
-        """What a call of `draw` runs: like the server, one prompt and one image after the other, steps together."""
+        """The calls that one `draw` makes: like the server, prompts and images one at a time, steps together."""
         return {Component.PROMPT_ENCODER: images, Component.DENOISER: steps, Component.IMAGE_DECODER: images}
 
     @property
@@ -43,6 +43,6 @@ class EngineRow:
         self.after(component)
 
     def draw(self, prompts: list[str], *, size: str, steps: int, seed: int) -> tuple[list[Pixels], dict[str, float]]:
-        """One image a prompt, as `DiffusersRow.draw`; those of one padded length share each step."""
+        """One image per prompt, as `DiffusersRow.draw`; prompts of one padded length share each step."""
         painted = self._painter.draw(prompts, pixels(size), steps=steps, seed=seed, at_once=len(prompts))
         return painted.pictures, {c: 1e3 * seconds for c, seconds in painted.seconds.items()}

@@ -1,4 +1,4 @@
-"""Where the engines of a benchmark come from: a version that is there, or one that `zserve export` makes."""
+"""Where the engines of a benchmark come from: an existing version, or one that `zserve export` makes."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from export.repository import versions
 
 
 def version_folder(choice: Choice, row: str) -> Path:
-    """The version to measure in `row`: the one given with --model, else one that `zserve export` makes or finds valid.
+    """The version to measure in `row`: the one given with --model, or one that `zserve export` makes or finds valid.
 
     Raises:
         BenchmarkError: the export failed.

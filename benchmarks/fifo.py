@@ -1,7 +1,7 @@
-"""What the planner is held against: request-level batching, first in, first out.
+"""The baseline of the planner: request-level batching, first in, first out.
 
 The oldest request and as many equal ones as wait, up to the largest batch, run together from their first step to their
-last. No priorities, no deadlines, no joining on the way: what a dynamic batcher in front of a whole pipeline does.
+last. No priorities, no deadlines, no joining later: what a dynamic batcher in front of a whole pipeline does.
 """
 
 import sys
@@ -27,7 +27,7 @@ class FifoPlanner(Planner):
         return Plan(Stage.DENOISE, self._batch) if self._batch else None
 
     def hopeless(self, now: float, free: float = 0.0) -> list[PlannedSequence]:
-        """Nothing: it knows no deadlines."""
+        """None: it knows no deadlines."""
         return []
 
     def _next_batch(self, waiting: list[PlannedSequence]) -> tuple[PlannedSequence, ...]:

@@ -1,10 +1,10 @@
-"""What does exporting the real model take? Seconds and peak memory of each stage, one component a run.
+"""What does exporting the real model take? Seconds and peak memory of each stage, one component per run.
 
 Method: a checkpoint folder with Z-Image-Turbo's published configs and random bf16 weights; the stages of
 `zserve export --backend tensorrt_rtx` one after the other in this process. What was built is deleted at the end.
 
 Units: `peak_gb` is the process's largest resident size (GB) up to the end of a stage, `seconds` the stage's wall clock,
-and `cpu_seconds` what this process computed for it, which other work on the machine does not change as much.
+and `cpu_seconds` this process's CPU time for it, which other work on the machine does not change as much.
 
     zserve bench full_size_export denoiser --folder build/full-size --until weights
     zserve bench full_size_export image_decoder --folder build/full-size --until plan --target sm89
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Runs the stages of one component up to `--until`.
 
     Raises:
-        BenchmarkError: the folder is there already.
+        BenchmarkError: the folder exists already.
     """
     from export.manifest import installed_version
 
@@ -131,7 +131,7 @@ def _write_configs(folder: Path) -> None:
 
 
 def _write_random_weights(folder: Path, sources: Mapping[str, tuple[str, str]], model: Any) -> None:
-    """One bf16 file a part with the tensors that the component needs: the same 32 MB of noise over and over."""
+    """One bf16 file per part with the tensors that the component needs: the same 32 MB of noise repeated."""
     import torch
 
     from export.checkpoint import WEIGHTS

@@ -2,8 +2,8 @@
 
 Method: `diffusers` is its own eager pipeline called as in its documentation; the other rows are the server's own
 executor over their engines: encode, 8 steps, decode, pixels in host memory. All draw the same prompts from the same
-seeds, no prompt twice so that no cache helps, one row after the other in each repetition and each repetition beginning
-with another. What is loaded is left out of Python's collections, as in a worker. Every image is held against diffusers'
+seeds, no prompt twice so that no cache helps, one row after the other in each repetition and each repetition starting
+with a different one. Garbage collection skips what is loaded, as in a worker. Every image is compared with diffusers'
 own, the first before anything is timed; every engine is named and the calls of every component are counted. As in a
 worker, every padded length of the prompts is warmed up before anything is timed. With --batch k, k images of k prompts
 of one padded length share every step.
@@ -74,7 +74,7 @@ class Images:
         }
 
     def measure(self, size: str, batch: int) -> list[Row]:
-        """One row a backend."""
+        """One row per backend."""
         drawn: dict[str, list[Drawn]] = {name: [] for name in self._rows}
         closeness: dict[str, list[dict[str, Any]]] = {name: [] for name in self._rows}
         names = list(self._rows)
@@ -90,7 +90,7 @@ class Images:
         return [self._row({"size": size, "batch": batch, "engine": n}, kept, closeness[n]) for n in names]
 
     def _prompts(self, batch: int) -> tuple[list[list[str]], list[list[str]]]:
-        """Of the warm-up and of the repetitions that count."""
+        """The prompts of the warm-up, and of the repetitions that count."""
         warm_up, repetitions = self._options.warm_up, self._options.repetitions
         lengths = MAX_PROMPT_TOKENS // CAPTION_MULTIPLE
         enough = rows.prompts(batch * (repetitions + lengths * (1 + warm_up)))  # some of each length are left

@@ -2,13 +2,13 @@
 
 Method: the server's own frontend and a worker process without a model, which answers every request with the same
 picture (the contact sheet with the noise of a photograph), encoded as the real worker does. Each format is asked for
-over three ways in turn, N times each, so that a drift of the machine's speed meets all of them: the worker's own
-socket, the frontend's image service, and Triton's ModelInfer. Every answer is compared with the picture when its time
+in three ways in turn, N times each, so that a drift of the machine's speed affects all of them: the worker's own
+socket, the frontend's image service, and Triton's ModelInfer. Every answer is compared with the picture after its time
 has been taken.
 
 Units: milliseconds. `encode` is the encoding alone, as the worker measured it; the others are a whole call, encoding
 included. `..._cpu` is the processor time of client, frontend and worker together for one call, which other work on the
-machine does not blur much.
+machine hardly affects.
 """
 
 import argparse
@@ -138,7 +138,7 @@ def format_costs(
 
 
 def processor_seconds(server: psutil.Process) -> float:
-    """Of this process and the server's two so far."""
+    """Processor time of this process and the server's two so far."""
     times = [p.cpu_times() for p in (server, *server.children())]
     return time.process_time() + sum(t.user + t.system for t in times)
 
@@ -165,7 +165,7 @@ def picture() -> Pixels:
 
 @contextmanager
 def running(scratch: Path) -> Iterator[psutil.Process]:
-    """The frontend process over a model of which there is nothing but the name."""
+    """The frontend process over a model that is only a name."""
     (scratch / "models" / MODEL / "1").mkdir(parents=True)
     (scratch / "models" / MODEL / "config.pbtxt").touch()
     with subprocess.Popen([*COMMAND, "frontend", str(scratch)]) as process:
@@ -225,7 +225,7 @@ async def serve_picture(config: WorkerConfig) -> None:
 
 
 def main() -> None:
-    """The benchmark's other two processes: `worker`, with what the frontend starts a worker with, or `frontend`."""
+    """The benchmark's other two processes: `worker`, with the frontend's arguments for a worker, or `frontend`."""
     if sys.argv[1] == "worker":
         asyncio.run(serve_picture(WorkerConfig.parse(sys.argv[2:])))
     else:

@@ -1,19 +1,20 @@
 """The load of the serving benchmarks: who asks for what, when, and how it went.
 
-Closed loop: every request counts, and its rates are over the time until the last answer, for there is work until then.
+Closed loop: every request counts, and rates are over the time until the last answer, as there is work until then.
 
-Open loop: a warm-up, twice as long as the longest patience, then a window of the seconds asked for. `poisson` draws
-both, and what `open_summary` counts is this.
+Open loop: a warm-up, twice as long as the longest patience, then a window of the seconds asked for. `poisson` draws the
+arrivals of both, and `open_summary` counts as follows.
 
-* Latency is from the time at which a request was to come, as in MLPerf's LoadGen (its `scheduled_time`): where the
-  clients are late themselves, that counts too. Percentiles are of all requests that came in the window. One without an
-  answer took longer than any that has one, so a percentile that falls among those is None: over every deadline.
-* `throughput` and `goodput` are the answers, and those of them in time, that came within the window, over its seconds:
-  completed requests a second that meet their objective, as DistServe and AIPerf define it. What is answered after the
-  window, within `drain_seconds`, does not count, and what came before it does, as in any part of a longer run: else a
-  queue that is yet to form, or is left to be worked off, would make an overload look better or worse than it is.
-* `requests` are of the window too: how many came, were answered, and were so in time, whenever that was. `statuses`:
-  with which gRPC status they ended.
+* Latency is from the planned time of a request, as in MLPerf's LoadGen (its `scheduled_time`), so the clients' own
+  lateness counts too. Percentiles are of all requests that came in the window. One without an answer counts as slower
+  than any that has one, so a percentile that falls among those is None: over every deadline.
+* `throughput` and `goodput` are the answers, and the answers in time, given within the window, over its seconds; the
+  latter is completed requests a second that meet their objective, as DistServe and AIPerf define it. What is answered
+  after the window, within `drain_seconds`, does not count, and answers in it to earlier requests do, as in any part of
+  a longer run: otherwise a queue that is yet to form, or still to be worked off, would make an overload look better or
+  worse than it is.
+* `requests` are also of the window: how many came, were answered, and were answered in time, whenever that was.
+  `statuses`: the gRPC statuses they ended with.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from benchmarks.record import PERCENTS, percentiles
 Size = tuple[int, int]  # width and height in pixels
 Clients = Mapping[str, tuple[float, int, float | None]]
 
-# Of a record's settings: figures of another method are of another thing, and `zserve bench compare` says so.
+# Part of a record's settings: figures of another method are not comparable, and `zserve bench compare` says so.
 METHOD = {"open_loop": "in a window after a warm-up; latency of all requests, from the time planned"}
 
 # Three kinds of client: their share of the requests, their priority, and the time after which an answer is worth
@@ -41,7 +42,7 @@ CLIENTS: Clients = {"interactive": (0.1, 1, 8.0), "standard": (0.7, 4, 40.0), "b
 class Arrival:
     """One request: when it comes, of which kind and size, and for how many seconds an answer counts."""
 
-    at: float  # seconds from the window's beginning; before it is the warm-up
+    at: float  # seconds from the window's beginning; negative in the warm-up
     kind: str
     size: Size
     priority: int
@@ -64,7 +65,7 @@ class Outcome:
 
     @property
     def answered_at(self) -> float:
-        """On the clock of `Arrival.at`; infinity for never."""
+        """When, on the clock of `Arrival.at`; infinity for never."""
         return math.inf if self.latency is None else self.arrival.at + self.latency
 
 
@@ -80,7 +81,7 @@ class Mix:
     def warm_up(self) -> float:
         """Seconds until a queue that refuses nobody is longer than any patience, at twice the load that can be served.
 
-        Under less of an overload it still grows in the window, and where clients wait for ever it always does.
+        Under a smaller overload it still grows in the window, and where clients wait for ever it always does.
         """
         return 2 * max((units * self.unit for _, _, units in self.clients.values() if units is not None), default=0.0)
 
@@ -99,8 +100,8 @@ def above_zero(text: str) -> float:
 def poisson(rate: float, seconds: float, mix: Mix, *, seed: int) -> list[Arrival]:
     """Arrivals independent of how the server fares, in a warm-up and a window of `seconds`: an open loop.
 
-    As many come in the window as `rate` a second makes, and at least one: a Poisson process of which the count is given
-    has its times uniform, each by itself. Drawing the count too would make another load of a short window.
+    `rate` times `seconds` come in the window, and at least one: given its count, a Poisson process has independent
+    uniform times. Drawing the count too would change the load of a short window.
     """
     rng = random.Random(seed)
     before = _times(rng, round(rate * mix.warm_up), -mix.warm_up, 0.0)
@@ -119,8 +120,8 @@ def _arrival(rng: random.Random, at: float, mix: Mix) -> Arrival:
 
 
 def closed_summary(outcomes: Sequence[Outcome], seconds: float) -> dict[str, Any]:
-    """Rates a second and latencies in milliseconds of a closed loop, which asked for `seconds`."""
-    seconds = max([seconds, *(o.answered_at for o in outcomes)])  # what was under way at the end takes time too
+    """Rates a second and latencies in milliseconds of a closed loop that sent requests for `seconds`."""
+    seconds = max([seconds, *(o.answered_at for o in outcomes)])  # requests in progress at the end take time too
     rate = len(outcomes) / seconds
     figures = {"requests": len(outcomes), "seconds": seconds, "throughput": rate, "goodput": rate}
     return {**figures, "latency_ms": latency_ms(outcomes)}
@@ -129,7 +130,7 @@ def closed_summary(outcomes: Sequence[Outcome], seconds: float) -> dict[str, Any
 def open_summary(outcomes: Sequence[Outcome], seconds: float) -> dict[str, Any]:
     """Rates a second and latencies in milliseconds of an open loop's window, over all and by kind of client.
 
-    `rate` is what came in the window; by kind, `good` is the share that was answered in time.
+    `rate` is the requests that came in the window; by kind, `good` is the share that was answered in time.
     """
     came = [o for o in outcomes if o.arrival.at >= 0]
     within = [o for o in outcomes if 0 <= o.answered_at < seconds]
@@ -160,7 +161,7 @@ def _counts(outcomes: Sequence[Outcome]) -> dict[str, int]:
 def latency_ms(outcomes: Sequence[Outcome]) -> dict[str, float | None]:
     """Percentiles of all `outcomes`, and `n`, their count; None where one does not lie between two answers."""
     answered = sorted(1e3 * o.latency for o in outcomes if o.latency is not None)
-    slower = len(outcomes) - len(answered)  # than any of them, by how much nobody knows
+    slower = len(outcomes) - len(answered)  # than any of them, by an unknown amount
     known = percentiles([*answered, *answered[-1:] * slower] or [0.0])
     beyond = [p for p in PERCENTS if p * (len(outcomes) - 1) > 100 * (len(answered) - 1)]
     return {**known, "n": len(outcomes), **{f"p{percent}": None for percent in beyond}}

@@ -1,11 +1,11 @@
 """How much memory does each engine take, stage by stage?
 
-Method: for each row a process of its own draws one image, and notes after every stage what is resident and the most
-that ever was: libraries imported, model and engines loaded, then encoding, denoising and decoding. `diffusers` is its
-pipeline; an engine is loaded as a worker does it, with the eager modules that it borrows weights from, if it does.
+Method: for each row a process of its own draws one image, and records what is in use and its peak after every stage:
+libraries imported, model and engines loaded, then encoding, denoising and decoding. `diffusers` is its pipeline; an
+engine is loaded as in a worker, with the eager modules whose weights it borrows, if any.
 
-Units: MiB (2**20 bytes); host: resident size of the process; device: what torch has reserved there, and engines beside
-it. A peak is the highest up to the end of that stage.
+Units: MiB (2**20 bytes); host: resident size of the process; device: what torch has reserved there, plus what engines
+hold outside it. A peak is the highest up to the end of that stage.
 """
 
 import argparse

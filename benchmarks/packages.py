@@ -1,15 +1,15 @@
-"""How close is each AOTInductor engine to the model in fp32, how soon is it open, and does it hold a second copy?
+"""How close is each AOTInductor engine to the model in fp32, how fast does it open, and does it hold a second copy?
 
-Method: one component at a time, of the version that `components` measures too (exported where it is not there yet). Its
-weights go to the device as a worker puts them there; a copy widened to fp32 computes the reference, without TF32, and
-goes again; eager computes in the weights' own precision. Then the package is opened and called three times at each
+Method: one component at a time, of the version that `components` measures too (exported if it is not there yet). Its
+weights are put on the device as in a worker; a copy widened to fp32 computes the reference, without TF32, and is freed
+again; eager computes in the weights' own precision. Then the package is opened and called three times at each
 size: plainly, recorded and, on CUDA, replayed, which is the output that is compared. Batch 1, 64 caption tokens.
 
-Units: errors are relative L2 distances; seconds to open a package when the weights are on the device and an earlier one
-has imported what that takes (the settings' `first_open_s`). Memory in MiB: what torch has allocated, and what is taken
-on the whole device, where nobody else may be, since the component was loaded; on a CPU the process's resident size. It
-fails where an engine is past its tolerance from eager, over 1.25 times as far from fp32 as eager is, or takes over 5 %
-of the weights and 64 MiB to be opened.
+Units: errors are relative L2 distances; seconds to open a package once the weights are on the device and an earlier one
+has done the imports (the settings' `first_open_s`). Memory in MiB, over that before the component was loaded: what
+torch has allocated, and what is in use on the whole device, which nothing else may use; on a CPU the process's resident
+size. It fails if an engine is past its tolerance from eager, over 1.25 times as far from fp32 as eager is, or takes
+over 5 % of the weights plus 64 MiB to open.
 """
 
 import argparse
@@ -54,7 +54,7 @@ class Used:
 
     @classmethod
     def now(cls, device: torch.device) -> "Used":
-        """When the device is done, without what torch only keeps."""
+        """Once the device is done, without what torch only caches."""
         free_memory()
         if device.type != "cuda":
             return cls(0.0, round(memory.host_bytes() / MIB, 1))
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Measures and prints the tables. There is a row a component, and one more for each of its sizes."""
+    """Measures and prints the tables. There is a row per component, and one more for each of its sizes."""
     chosen = choice.read(options)
     folder = version_folder(chosen, Backend.AOTINDUCTOR)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
@@ -99,12 +99,12 @@ class Packages:
 
     @property
     def device(self) -> torch.device:
-        """Where all of it is."""
+        """The device that everything is on."""
         return torch.device(self.choice.device)
 
     @property
     def specs(self) -> dict[Component, ComponentSpec]:
-        """Of the components."""
+        """The components' specs."""
         return component_specs(self.manifest.checkpoint.dimensions)
 
     def first_open(self) -> float:
@@ -152,7 +152,7 @@ class Packages:
         ]
 
     def _inputs(self, spec: ComponentSpec) -> dict[str, Inputs]:
-        """By size; the prompt encoder knows none."""
+        """Inputs by size; the prompt encoder, which has none, gets one entry."""
         sizes = self.choice.sizes[:1] if spec.component is Component.PROMPT_ENCODER else self.choice.sizes
         made = {}
         for size in sizes:
@@ -196,7 +196,7 @@ class Packages:
 
 
 def _widened(module: nn.Module, inputs: dict[str, Inputs]) -> dict[str, Tensor]:
-    """What the same weights give in fp32: only the arithmetic differs."""
+    """The outputs of the same weights in fp32: only the arithmetic differs."""
     return _outputs(copy.deepcopy(module).float(), inputs)
 
 

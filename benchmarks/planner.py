@@ -1,8 +1,8 @@
-"""How long does the planner think? Its part of every step, with 1,000 sequences queued.
+"""How long does the planner take for its part of every step, with 1,000 sequences queued?
 
 Method: 1,000 sequences of three shapes and eight priorities, half of them with deadlines, of many ages so that levels
 keep changing. 2,000 decisions in a row, each with what the loop does around it: drop the hopeless, plan, note what was
-run; whatever is finished is replaced. Also the forecast that goes to those who wait, made only when one has moved.
+run; finished sequences are replaced. Also the forecast for those that wait, made only when positions have changed.
 
 Units: milliseconds.
 """
@@ -25,7 +25,7 @@ COSTS = [StepCost(size, size, rows, 1e-8 * size * size * (1 + rows)) for size in
 
 
 class Crowd:
-    """A planner with always as many sequences."""
+    """A planner that always holds `QUEUED` sequences."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -35,7 +35,7 @@ class Crowd:
             self.arrive(key, age=100.0 * self._rng.random())
 
     def arrive(self, key: int, age: float = 0.0) -> None:
-        """One more."""
+        """Adds one sequence."""
         deadline = None if self._rng.random() < 0.5 else self.now + 1e4
         claim = Claim(self._rng.randint(1, 8), self.now - age, deadline)
         self.planner.add(PlannedSequence(key, self._rng.choice(SHAPES), 8, claim), self.now)
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Measures and prints both."""
+    """Measures and prints decisions and forecasts."""
     crowd = Crowd()
     taken = {
         "decision": [crowd.decide(QUEUED + number) for number in range(DECISIONS)],

@@ -41,7 +41,7 @@ def _commit(record: Record) -> str:
 
 
 def _where(record: Record) -> str:
-    """What computed: a machine with a GPU may have been measured without it."""
+    """The device that computed: a machine with a GPU may have been measured without it."""
     if record["benchmark"] == "simulation":
         return "simulated"
     machine = record["machine"]
@@ -73,7 +73,7 @@ def _by(rows: list[Row], *keys: str) -> Iterator[tuple[tuple[Any, ...], list[Row
 
 
 def _stages(rows: list[Row]) -> Foreign:
-    """A bar an engine, a panel a size and batch; the stages' medians need not add up to the whole's."""
+    """A bar per engine, a panel per size and batch; the stages' medians need not add up to the whole's."""
     groups = list(_by(rows, "size", "batch"))
     figure, panels = _pyplot().subplots(1, len(groups), figsize=(4.5 * len(groups) + 1, 3.2), squeeze=False)
     for ((size, batch), group), panel in zip(groups, panels[0], strict=True):
@@ -113,19 +113,19 @@ def _service(rows: list[Row]) -> Foreign:
 
 
 def _of_whom(r: Row) -> str:
-    """Whose latencies an open loop's percentiles are: of older records, only what was answered."""
+    """Which requests an open loop's percentiles are of: in older records, only those answered."""
     if r["case"]["load"] == "closed":
         return ""
     return " of all requests" if isinstance(r.get("requests"), dict) else " of those answered"
 
 
 def _drawn(milliseconds: float | None) -> float:
-    """For matplotlib, which leaves out what is not a number."""
+    """NaN for None, which matplotlib leaves out."""
     return nan if milliseconds is None else milliseconds
 
 
 def _scaling(rows: list[Row]) -> Foreign:
-    """A column a component: over the size at the first batch, and per image over the batch at the first size."""
+    """A column per component: over the size at the first batch, and per image over the batch at the first size."""
     components = list(_by(rows, "component"))
     figure, panels = _pyplot().subplots(2, len(components), figsize=(4 * len(components), 6.4), squeeze=False)
     for ((component,), group), upper, lower in zip(components, panels[0], panels[1], strict=True):
@@ -149,7 +149,7 @@ def _area(r: Row) -> int:
 
 
 def _simulation(rows: list[Row]) -> Foreign:
-    """p95 latency by kind of client over the load, one panel a number of GPUs; drawn where it is that of an answer."""
+    """p95 latency by kind of client over the load, one panel per number of GPUs; left out where it is None."""
     machines = list(_by([r for r in rows if r["case"]["load"] <= 1], "gpus"))
     kinds = sorted(rows[0]["by_kind"])  # each row names them in the order in which they came
     figure, panels = _pyplot().subplots(1, len(machines), figsize=(4 * len(machines), 4.2), sharey=True, squeeze=False)

@@ -1,9 +1,9 @@
 """What does a preview cost beside a step?
 
 Method: the demo model's compiled engines in this process, no server. For each size one sequence; for each of N pairs
-one step and then one preview of it, alternating, so that a drift of the machine's speed meets both. Then the preview is
-encoded as JPEG, which the worker does in a thread pool beside the next step: given for completeness. A version without
-engines is refused, and the denoiser has to be the compiled one to the end.
+one step and then one preview of it, alternating, so that a drift of the machine's speed affects both. Then the preview
+is encoded as JPEG, which the worker does in a thread pool beside the next step; that is given for completeness. A
+version without engines is refused, and the denoiser has to stay the compiled one to the end.
 
 Units: milliseconds; `share` is preview over step, pair by pair.
 """
@@ -31,7 +31,7 @@ from verify.painter import one_image
 from verify.version import load_engines
 
 SIZES = (256, 512, 1024)
-PROMPT = (1,) * 20  # token ids; which ones costs nothing
+PROMPT = (1,) * 20  # token ids; which ones does not affect the cost
 STEPS = 50
 
 T = TypeVar("T")

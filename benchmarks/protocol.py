@@ -4,7 +4,7 @@ Question: how many requests a second, and at what latency, does the server itsel
 Method: the real perf_analyzer (--perf-analyzer: the wheel of tritonclient 2.50.0 carries it) over gRPC. First an
 identity model with one tensor of 8 KiB and the same dynamic batching (up to 64 rows, no delay) on zserve and, where
 --pytriton names a Python that has nvidia-pytriton 0.7.0, on Triton with an equal Python model: 1, 8 and 32 clients,
-both servers in turn, several rounds, so that a drift of the machine's speed meets both. The figures are medians over
+both servers in turn, several rounds, so that a drift of the machine's speed affects both. The figures are medians over
 the rounds, with the lowest and highest throughput beside them; `unstable` counts measurements whose windows did not
 agree, which are left out. Then the ways perf_analyzer can call a server, each of which has to end with status 0;
 their figures are only a rough guide.
@@ -77,7 +77,7 @@ with Triton(config=config, security_config=TritonSecurityConfig(access_token="to
     server.serve()
 """
 TOKEN = ("-H", "triton-grpc-protocol-triton-access-token:token")
-Server = tuple[int, tuple[str, ...]]  # its port, and what perf_analyzer needs besides
+Server = tuple[int, tuple[str, ...]]  # its port, and further arguments for perf_analyzer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -164,7 +164,7 @@ def _process(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def _compare(analyzer: Path, servers: dict[str, Server], rounds: int) -> list[Row]:
-    """A row a server and number of clients: throughput and latency."""
+    """A row per server and number of clients: throughput and latency."""
     rows = []
     for clients in CLIENTS:
         arguments = ("-m", "identity_batched", *TENSOR, "--async", "--concurrency-range", str(clients), *WINDOWS)
@@ -188,7 +188,7 @@ def _summary(measured: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _prompts(scratch: Path) -> Path:
-    """What perf_analyzer sends: --string-data would fill the optional texts too."""
+    """The file of what perf_analyzer sends: --string-data would fill the optional texts too."""
     file = scratch / ".prompts.json"
     file.write_text(json.dumps({"data": [{"PROMPT": ["a red circle on a white background"]}]}))
     return file
@@ -224,7 +224,7 @@ def _runs(analyzer: Path, image: str, prompts: Path) -> list[Row]:
 
 
 def _run(analyzer: Path, arguments: tuple[str, ...]) -> dict[str, Any]:
-    # Windows that agree within 80 % are enough: what counts here is that it ends.
+    # Windows that agree within 80 % are enough: what counts here is the exit status.
     done = _analyze(analyzer, GRPC, *arguments, "-p", "1500", "-r", "8", "-s", "80", "--percentile", "50")
     return {"status": done.returncode, **_figures(done.stdout)}
 
@@ -237,7 +237,7 @@ def _analyze(analyzer: Path, port: int, *arguments: str) -> subprocess.Completed
 
 
 def _figures(output: str) -> dict[str, float]:
-    """The last step of a sweep."""
+    """The figures of a sweep's last step."""
     found = {
         "per_second": re.findall(r"Throughput: ([\d.]+) infer/sec", output),
         "p50_us": re.findall(r"p50 latency: (\d+) usec", output),

@@ -12,7 +12,7 @@ from export.spec import ModelDimensions, Precision
 if TYPE_CHECKING:
     from diffusers import ZImagePipeline
 
-# The demo's: any text becomes valid token ids, and which ones costs nothing.
+# The demo's: any text becomes valid token ids, and which ones does not affect the speed.
 TOKENIZER = Path(__file__).parent.parent / "demo" / "checkpoint" / "tokenizer"
 SHIFT = 3.0
 CHECKPOINT = "random-weights"  # the folder's name
@@ -72,7 +72,7 @@ CONFIGS: dict[str, dict[str, Any]] = {"transformer": TRANSFORMER, "text_encoder"
 
 
 def dimensions() -> ModelDimensions:
-    """What a manifest would say of this model."""
+    """What a manifest would say about this model."""
     return ModelDimensions(
         CONFIGS["vae"]["latent_channels"], CONFIGS["transformer"]["dim"], CONFIGS["text_encoder"]["vocab_size"]
     )
@@ -116,7 +116,7 @@ def _part(name: str, config: dict[str, Any]) -> Any:
 
 
 def _randomize(part: torch.nn.Module, generator: torch.Generator) -> None:
-    """A deviation of 0.02; the norms' scales stay 1, so that activations stay in range."""
+    """A standard deviation of 0.02; the norms' scales stay 1, so that activations stay in range."""
     for name, parameter in part.named_parameters():
         if parameter.ndim > 1 or name.endswith("bias"):
             parameter.normal_(std=0.02, generator=generator)

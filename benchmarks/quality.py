@@ -3,14 +3,13 @@
 Method: every engine and precision that runs on this machine is exported from the demo checkpoint (valid exports are
 reused) and draws the same prompts from the same seeds through the server's own image path, one by one, in 8 steps,
 without guidance. Its pictures are compared with those of eager PyTorch in fp32, which equals diffusers. Then the same
-engine draws them again: with the prompts it has kept encoded, in batches of 4, and in 9 steps, each time compared with
-its own pictures of the first time. An engine that is not possible on this machine is a line with the reason. No TF32 is
-used.
+engine draws them again: with the prompts from its cache, in batches of 4, and in 9 steps, each time compared with its
+own first pictures. An engine that is not possible on this machine is a line with the reason. No TF32 is used.
 
-It fails where an engine that is possible here is not built, is not loaded or falls back; where a picture has a lower
-PSNR against that reference than `zserve parity` accepts (40 dB in fp32, 20 in bf16, 12 in fp8); and where an engine in
-bf16 is further from it than eager in bf16, which is drawn beside any: its median PSNR over 0.5 dB less. A median
-scatters by as much over few pictures, so that takes 64 or more.
+It fails if an engine that is possible here is not built, is not loaded or falls back; if a picture has a lower PSNR
+against that reference than `zserve parity` accepts (40 dB in fp32, 20 in bf16, 12 in fp8); and if the median PSNR of an
+engine in bf16 is over 0.5 dB lower than that of eager in bf16, which is drawn beside any such engine. A median over few
+pictures scatters by as much, so that last check takes 64 or more.
 
 Units: `right` counts pictures that show what was asked for (demo/score.py); PSNR in dB and SSIM (1 is equal) are the
 worst and the median picture's; `grey` is the largest difference of any channel of any pixel, of 255. In the JSON
@@ -52,7 +51,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 SEED = 31
 STEPS, OTHER_STEPS, BATCH = 8, 9, 4
-LOSS, ENOUGH = 0.5, 64  # dB that compiling may cost in bf16, and the pictures from which on that can be told
+LOSS, ENOUGH = 0.5, 64  # dB that compiling may cost in bf16, and how many pictures it takes to tell
 SHOWN = 3  # pictures on the contact sheet
 SMALL: Size = (256, 256)
 GRIDS: dict[str, tuple[Size, ...]] = {"quick": (SMALL,), "full": (SMALL, (512, 512), *LARGE)}
@@ -97,7 +96,7 @@ class Row:
     possible: bool = True  # False: this machine cannot run it at all, which says nothing against the engine
 
     def record(self) -> record.Row:
-        """As it is written down."""
+        """The row as it is recorded."""
         figures = asdict(self)
         case = {key: figures.pop(key) for key in ("size", "engine", "against")}
         return record.row(case, **figures)
@@ -130,7 +129,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         EngineLoadError, UnsupportedError: eager cannot draw, or there is no such device.
     """
     use_device(checked_device(options.device))
-    torch.backends.cudnn.allow_tf32 = False  # torch's default, of convolutions
+    torch.backends.cudnn.allow_tf32 = False  # torch's default for convolutions allows it
     print(HEAD, flush=True)
     scenes = sample_scenes(options.images, SEED)
     reference: dict[Size, list[Pixels]] = {}
@@ -151,7 +150,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def faults(rows: list[Row]) -> list[str]:
-    """What should have run here and did not, and the engines of which some picture is another one."""
+    """Engines that should have run here and did not, and those with a picture too far from the reference's."""
     found = []
     for row in rows:
         least = IMAGE_PSNR[Precision(row.engine.split()[-1])]
@@ -179,12 +178,12 @@ def losses(rows: list[Row]) -> list[str]:
 
 
 def name(options: argparse.Namespace) -> str:
-    """Of the record and of the sheet."""
+    """The name of the record and of the sheet."""
     return f"quality_{options.device.partition(':')[0]}"
 
 
 def variants(options: argparse.Namespace) -> list[Variant]:
-    """The reference first, then all that may run on the device, or those asked for and eager beside them in bf16."""
+    """The reference first, then all that may run on the device, or those asked for, with eager beside any in bf16."""
     compiled = COMPILED[options.device.partition(":")[0]]
     built = [Variant(backend, precision) for backend, precisions in compiled.items() for precision in precisions]
     others = [EAGER_BF16, *built]
@@ -203,11 +202,11 @@ Measured = tuple[Row, Size | None, list[Pixels]]
 def measure(
     variant: Variant, scenes: list[Scene], reference: dict[Size, list[Pixels]], options: argparse.Namespace
 ) -> Iterator[Measured]:
-    """The rows of one variant, each with the pictures; the reference's own become those of the others."""
+    """The rows of one variant, each with its pictures; those of the first variant become the reference."""
     try:
         painter = load(variant, options)
     except (EngineLoadError, UnsupportedError) as error:
-        if variant.backend is Backend.EAGER:  # what the others are held against
+        if variant.backend is Backend.EAGER:  # the others are compared with it
             raise
         possible = isinstance(error, EngineLoadError)
         yield Row("", str(variant), "", not_run=str(error), possible=possible), None, []
@@ -248,7 +247,7 @@ def load(variant: Variant, options: argparse.Namespace) -> Painter:
 
     Raises:
         UnsupportedError: this machine cannot have them.
-        EngineLoadError: it could, and they are not built or not loaded.
+        EngineLoadError: it could, but they are not built or not loaded.
     """
     model = f"demo-{variant.backend}-{variant.precision}"
     command = [

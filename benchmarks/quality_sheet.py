@@ -13,7 +13,7 @@ GAP = 4
 
 
 def contact_sheet(columns: Mapping[str, Sequence[Pixels]]) -> Image.Image:
-    """A column for each name; all pictures, of the same number everywhere, have the first one's size.
+    """A column for each name, all with the same number of pictures, which have the first one's size.
 
     Under every picture is its difference from the first column's, channel by channel, times MAGNIFIED.
     """

@@ -61,7 +61,7 @@ def provenance() -> dict[str, Any]:
 
 
 class Neighbours:
-    """How busy the machine was, and its host, from here on."""
+    """How busy the machine and its host are from here on."""
 
     def __init__(self) -> None:
         self._load, self._times = os.getloadavg(), psutil.cpu_times()
@@ -84,7 +84,7 @@ def _version(name: str) -> str | None:
 
 
 def _driver() -> str | None:
-    """NVIDIA's, where there is one."""
+    """The version of NVIDIA's driver, if there is one."""
     import pynvml
 
     try:
@@ -124,7 +124,7 @@ def case_name(case: Mapping[str, Any]) -> str:
 
 
 def figures(measured: Row) -> dict[str, float]:
-    """The figures of a row by dotted name: numbers, and of percentiles the p50."""
+    """The figures of a row by dotted name: numbers, and the p50 of percentiles."""
     return dict(_figures("", {key: value for key, value in measured.items() if key != "case"}))
 
 
@@ -173,7 +173,7 @@ def read(path: Path) -> Record:
     """A record with rows, each with the `case` that was measured.
 
     Raises:
-        BenchmarkError: no such file, or it is no such record.
+        BenchmarkError: there is no such file, or it is not such a record.
     """
     try:
         record = json.loads(path.read_text("utf-8"))
@@ -191,7 +191,7 @@ def _are_rows(value: Any) -> bool:
 
 
 def print_table(header: Sequence[str], lines: Iterable[Sequence[object]]) -> None:
-    """Columns as wide as they must be; numbers to the right."""
+    """Prints columns as wide as needed, numbers to the right."""
     cells = [list(header), *([_cell(value) for value in line] for line in lines)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     for number, texts in enumerate(cells):

@@ -1,4 +1,4 @@
-"""What `components` and `image` share: their options, and how rows are held against each other."""
+"""What `components` and `image` share: their options, and how rows are compared with each other."""
 
 import argparse
 from collections import Counter
@@ -70,13 +70,13 @@ def warmed(
 
 
 def speedups(taken: Mapping[str, Sequence[float]], backend: str) -> dict[str, dict[str, float]]:
-    """How many times as fast as diffusers and as eager, repetition by repetition."""
+    """How many times as fast `backend` is as diffusers and as eager, repetition by repetition."""
     others = [name for name in (DIFFUSERS, Backend.EAGER.value) if name in taken and name != backend]
     return {other: ratios(taken[other], taken[backend]) for other in others}
 
 
 def check_count(what: str, made: int, expected: int) -> None:
-    """Raises `BenchmarkError` where more or less was run than was timed."""
+    """Raises `BenchmarkError` if more or fewer calls were made than expected."""
     if made != expected:
         raise BenchmarkError(f"{what} ran {made} times, and {expected} were asked for")
 

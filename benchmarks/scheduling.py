@@ -2,16 +2,16 @@
 
 Method: for each policy one server over the demo model with two workers on the CPU, and for each load the same arrivals:
 10 % interactive (priority 1, in a hurry), 70 % standard, 20 % batch (priority 7, no deadline); half 128x128, half
-256x256, 8 steps. Clients with a deadline send it as the call's. Load 1 is the rate at which a closed loop of 16 clients
-was served just before, by the same server. What counts comes after a warm-up of twice the longest patience. The FIFO
+256x256, 8 steps. Clients with a deadline send it with the call. Load 1 is the rate at which a closed loop of 16 clients
+was served just before, by the same server. Only requests after a warm-up of twice the longest patience count. The FIFO
 server is the same one with `benchmarks.fifo` as its planner and every request of equal priority and without a deadline:
 its clients wait, and an answer past their patience is not good. Every answer must name the compiled engine.
 
-Units: milliseconds, requests a second. `throughput` and `goodput` are the answers, and those that came before their
-client lost patience, while requests came, over that time; percentiles are of all requests, None where they fall among
-those without an answer; `good` is their share that was answered in time, whenever that was. `cpu_ms`: processor time of
-the workers, and of the frontend with the clients in its process, for each good answer, warm-up and drain included: what
-overload wastes, on a machine that does other things too.
+Units: milliseconds, requests a second. `throughput` and `goodput` are the answers, and those before their client lost
+patience, given while requests came, over that time; percentiles are of all requests, None where they fall among those
+without an answer; `good` is the share of requests answered in time, whenever that was. `cpu_ms`: processor time of the
+workers, and of the frontend with the clients in its process, per good answer, warm-up and drain included: what overload
+wastes, on a machine that does other things too.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def _line(r: Row) -> list[object]:
 
 
 async def measure(engines: Path, policy: str, seconds: float, rate: float | None) -> tuple[float, list[Row]]:
-    """What load 1 is, which the first policy says, and all loads on one policy."""
+    """The rate of load 1, measured if `rate` is None, and the rows of all loads on one policy."""
     points = []
     with repository(engines, ["256x256", "128x128"], workers=2) as models:
         async with frontend(models, POLICIES[policy]) as (url, server):

@@ -2,25 +2,25 @@
 
 Method: for each backend a server in a process of its own, with one worker. One at a time: for each of N different
 prompts, the server and diffusers' eager pipeline (same checkpoint, in this process) draw the same seed, the one after
-the other in alternating order, so that a drift of the machine's speed meets both; then N others as JPEG.
-Closed loop: so many clients, each of which asks again when it has its answer. Open loop: Poisson arrivals at a share of
+the other in alternating order, so that a drift of the machine's speed affects both; then N others as JPEG.
+Closed loop: several clients, each of which asks again when it has its answer. Open loop: Poisson arrivals at a share of
 the best closed-loop rate, independent of how the server fares, for a warm-up of twice the deadline and then for the
-seconds that count; clients send the deadline as their call's, and give up then. A failure that is no overload's ends
-the run. Every image of the first part is held against diffusers', every answer has to name the engine and 8 forwards.
-No prompt comes twice (1,500 under load, then from the first again), so the server's prompt cache helps nobody.
-With --gpus K the server has a worker on each of the first K. What this
-process has loaded is left out of Python's collections, as in the server's.
+seconds that count; clients send the deadline with their call, and give up then. A failure other than overload ends the
+run. Every image of the first part is compared with diffusers', every answer has to name the engine and 8 forwards.
+Prompts are not repeated (under load only after all 1,500), so the server's prompt cache does not help. With --gpus K
+the server has a worker on each of the first K. Python's garbage collection skips what this process has loaded, as in
+the server's.
 
 Units: milliseconds at the client, from the call to the last event; `overhead` is the call less what the three
 components took, and `overhead_parts` where it went: outside the worker (client, frontend, both connections), waiting
 for the device, encoding the image, and the rest of the worker. Requests a second; `device_share` is the throughput over
-what the GPUs would do at the median that the components took of the JPEG requests, which come one right after the other
-(over 1 where shared steps pay); x is how many times as fast as diffusers, pair by pair.
+what the GPUs would do at the median time of the components in the JPEG requests, which come one right after the other
+(over 1 where shared steps pay off); x is how many times as fast as diffusers, pair by pair.
 
-Of an open loop (`benchmarks.load`): percentiles are of all requests, from the time planned for them; one that falls
+In an open loop (`benchmarks.load`): percentiles are of all requests, from the time planned for them; one that falls
 among those without an answer is None, in the table "over" the deadline. `requests` says how many came, were answered,
-and in time; `rate` is what came a second; `throughput` and `goodput` are the answers, and those in time, while requests
-came, over that time.
+and were answered in time; `rate` is the requests that came a second; `throughput` and `goodput` are the answers, and
+those in time, given while requests came, over that time.
 """
 
 import argparse
@@ -52,7 +52,7 @@ STEPS = 8
 WARM_UP = 2
 UNDER_LOAD = 1500  # different prompts
 PARTS = ("outside", "queue", "image_encode", "worker")
-PATIENCE = 5.0  # deadline of the open loop, in times of one request alone
+PATIENCE = 5.0  # deadline of the open loop, as a multiple of one request alone
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,14 +97,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check_gpus(gpus: int, device: str) -> None:
-    """Raises `BenchmarkError` where there are not so many."""
+    """Raises `BenchmarkError` if there are fewer than `gpus`."""
     there = torch.cuda.device_count() if device.startswith("cuda") else 1
     if gpus > there:
         raise BenchmarkError(f"--gpus {gpus}: {there} can serve here")
 
 
 def _served(chosen: Choice, options: argparse.Namespace) -> Sequence[str]:
-    """Without a choice, the compiled engine that `zserve export` would make here."""
+    """The rows to serve; without a choice, the compiled engine that `zserve export` would make here."""
     if options.backend or options.model:
         return served_rows(b for b in chosen.backends if options.backend or b in chosen.models)
     return [Backend.AOTINDUCTOR if chosen.device.startswith("cuda") else Backend.ONNXRUNTIME]
@@ -122,7 +122,7 @@ class Service:
 
     @property
     def _prompts(self) -> tuple[list[str], list[str], list[str]]:
-        """For pairs, as JPEG, and under load."""
+        """The prompts for pairs, as JPEG, and under load."""
         count = WARM_UP + self.options.n
         prompts = rows.prompts(2 * count + UNDER_LOAD)
         return prompts[:count], prompts[count : 2 * count], prompts[2 * count :]
@@ -191,7 +191,7 @@ class Service:
         return row(self._case("open", share=load), **figures, **told)
 
     def _pair(self, client: ZImageClient, diffusers: DiffusersRow, prompt: str, number: int) -> dict[str, float]:
-        """Both draw one prompt; who begins alternates."""
+        """Both draw one prompt; which one goes first alternates."""
         if number % 2:
             expected, eager_ms = self._diffusers(diffusers, prompt, number)
             server_ms, drawing = self._call(client, prompt, number, "raw")
@@ -233,7 +233,7 @@ class Service:
 
 
 def _overhead(milliseconds: float, drawing: Drawing) -> float:
-    """Of a call, what no component took."""
+    """The part of a call that no component took."""
     t = drawing.completed.timings
     return milliseconds - t.encode_ms - t.denoise_ms - t.decode_ms
 
@@ -247,7 +247,7 @@ def _overhead_parts(milliseconds: float, drawing: Drawing) -> dict[str, float]:
 
 
 def _figures(outcome: dict[str, Any]) -> dict[str, Any]:
-    """Without what is by kind of client: here is one."""
+    """The figures without those by kind of client: there is only one kind here."""
     return {"ms": outcome["latency_ms"], **{k: v for k, v in outcome.items() if k not in ("latency_ms", "by_kind")}}
 
 

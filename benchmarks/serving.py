@@ -30,7 +30,7 @@ from server.settings import GrpcConfig
 
 NAME = "model"
 START_SECONDS = 600
-# All three: the delay before the next attempt grows up to the last, which is how late the answer may be seen.
+# All three: the delay before the next attempt grows up to the last value, which is how late the answer may be seen.
 EAGER_TO_CONNECT = [
     ("grpc.min_reconnect_backoff_ms", 10),
     ("grpc.initial_reconnect_backoff_ms", 10),
@@ -51,7 +51,7 @@ class Running:
     url: str
     process: psutil.Process
     health_ms: float  # until health was answered
-    ready_ms: float  # until it was SERVING, which is: warmed
+    ready_ms: float  # until it was SERVING, that is, warmed up
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +65,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def newest_version(text: str) -> Path:
-    """The folder itself if it is a version, else the newest version in it.
+    """The folder itself if it is a version, otherwise the newest version in it.
 
     Raises:
         ArgumentTypeError: it is neither.
@@ -82,7 +82,7 @@ def backend_of(version: Path) -> str:
     """The one backend of a version's engines.
 
     Raises:
-        BenchmarkError: they are of several, or some component has none.
+        BenchmarkError: they are of several backends, or some component has none.
     """
     engines = Manifest.read(version).engines
     backends = {record.backend for record in engines} or {Backend.EAGER}
@@ -94,7 +94,7 @@ def backend_of(version: Path) -> str:
 
 
 def served_rows(backends: Iterable[str]) -> list[str]:
-    """Those of `backends` that a server has engines of.
+    """Those of `backends` that a server can run.
 
     Raises:
         BenchmarkError: there is none.
@@ -111,7 +111,7 @@ def served_rows(backends: Iterable[str]) -> list[str]:
 def repository(
     version: Path, sizes: Sequence[str], *, workers: int = 1, gpus: int = 1, max_batch: int = 4
 ) -> Iterator[Path]:
-    """A model repository that holds one version alone, and warms `sizes`; the first is its default.
+    """A model repository that holds only one version, which warms up `sizes`; the first is its default.
 
     `workers` serve it where the server's --device says, or on each of several GPUs.
     """
@@ -173,13 +173,13 @@ def _wait(url: str, process: subprocess.Popen[bytes], began: float, log: IO[str]
                 if answer.status == health_pb2.HealthCheckResponse.SERVING:
                     return health_ms, now
         except grpc.RpcError:
-            pass  # what it was is in the log
+            pass  # the reason is in the log
     log.seek(0)
     raise BenchmarkError(f"the server did not become ready; its log ends with:\n{log.read()[-2000:]}")
 
 
 def wait_until(ready: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
-    """Returns once `ready` says so; it may raise gRPC's errors while nobody listens yet.
+    """Returns once `ready` returns True; it may raise gRPC's errors while nothing listens yet.
 
     Raises:
         BenchmarkError: the process ended first, or two minutes have passed.
@@ -214,7 +214,7 @@ async def frontend(
     """A frontend in this process whose workers are ready on `device`, and its address; `command` starts a worker.
 
     Raises:
-        BenchmarkError: it ended before it was done with, as SIGTERM and Ctrl-C make it.
+        BenchmarkError: it ended before the block did, as on SIGTERM and Ctrl-C.
     """
     with tempfile.TemporaryDirectory() as sockets:
         config = ServeConfig(

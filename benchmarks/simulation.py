@@ -3,13 +3,13 @@
 Method: the server's own `ModelQueue` and `Planner`, a clock that jumps from event to event, and devices that take as
 long as the cost table says. The table was measured on one H200 with the real model's shapes in bf16 (1024x1024: 93.5 ms
 a step, 94.5 ms an image in pairs; 512x512: 24.2, 21.9 in fours; decoding 34.8 ms; a prompt 26 ms); batches of four at
-1024x1024 and pairs at 512x512 are interpolated. Against it `FifoPlanner`: request-level batching by arrival, without
+1024x1024 and pairs at 512x512 are interpolated. Baseline: `FifoPlanner`, request-level batching by arrival, without
 priorities and deadlines. Load 1 is one image after the other on every GPU. 30 % of the images are 512x512. 3,000
-requests count, those that come after a warm-up of twice the longest patience.
+requests count, after a warm-up of twice the longest patience.
 
-Units: milliseconds, requests a second. `throughput` and `goodput` are the answers, and those that came before their
-client lost patience, while requests came, over that time; percentiles are of all requests, None where they fall among
-those without an answer; `good` is their share that was answered in time, whenever that was.
+Units: milliseconds, requests a second. `throughput` and `goodput` are the answers, and those before their client lost
+patience, given while requests came, over that time; percentiles are of all requests, None where they fall among those
+without an answer; `good` is the share of requests answered in time, whenever that was.
 """
 
 import argparse
@@ -54,7 +54,7 @@ MEAN_SECONDS = sum(share * IMAGE_SECONDS[size] for size, share in SIZES.items())
 
 @dataclass(eq=False)
 class Gpu:
-    """A device with its planner; what `ModelQueue` needs of a worker."""
+    """A device with its planner, and as much of a worker as `ModelQueue` needs."""
 
     planner: Planner
     costs: CostTable = field(default_factory=lambda: CostTable(H200))
@@ -78,7 +78,7 @@ class Simulation:
         self.outcomes: list[Outcome] = []
 
     def run(self, arrivals: Sequence[Arrival]) -> list[Outcome]:
-        """Everything until the last request has ended."""
+        """Runs until the last request has ended."""
         for arrival in arrivals:
             self._at(arrival.at, lambda a=arrival: self._arrive(a))  # type: ignore[misc]
         while self._events:
@@ -99,10 +99,10 @@ class Simulation:
             self._waiting[place] = arrival
             patience = self._queue.patience(place)
             if patience is not None:
-                self._at(self.now + patience + 1e-6, lambda: None)  # to look after it then
+                self._at(self.now + patience + 1e-6, lambda: None)  # to check on it then
 
     def _settle(self) -> None:
-        """Those who wait too long leave, those who have a GPU go there, idle GPUs begin with something."""
+        """Requests that waited too long leave, those with a GPU go to it, and idle GPUs start their next plan."""
         for place in list(self._waiting):
             if place.worker is not None:
                 self._submit(place, self._waiting.pop(place))
@@ -159,7 +159,7 @@ class Simulation:
 
 
 async def simulate(policy: str, gpus: int, load: float) -> Row:
-    """One point; the queue wants an event loop, though nothing here waits."""
+    """Simulates one point; the queue needs an event loop, though nothing here waits."""
     rate = load * gpus / MEAN_SECONDS
     seconds = REQUESTS / rate
     arrivals = poisson(rate, seconds, Mix(SIZES, unit=IMAGE_SECONDS[1024, 1024]), seed=7)

@@ -1,16 +1,16 @@
-"""Does a worker stay as it is? Memory over 500 requests of mixed sizes, and the 50th image in a row against the 2nd.
+"""Does a worker stay as it was? Memory over 500 requests of mixed sizes, and the 50th image in a row against the 2nd.
 
-Method: one server over one exported model with one worker. 500 requests, four at a time, of six sizes that were
-warmed, 1 to 4 steps, some with guidance or two images, some of them left in the middle; the worker's memory after every
-50. Then the model is unloaded, with which the worker has to go. On CUDA this is device memory too: of the whole device
-before the server starts, with the model loaded, after every 50 requests and when it is unloaded, so that nobody else
-may use it; of the worker, where the driver tells it; and the peak that the worker tells of itself. Then, on a new
-worker each time, 50 equal images at --size, 8 steps, one after the other: of each row the 50th image's latency over the
-2nd's, as a measure of what is noise the 3rd's over the 2nd's, and the 99th percentile over the median from the 2nd on.
+Method: one server over one exported model with one worker. 500 requests, four at a time, of six sizes that were warmed
+up, 1 to 4 steps, some with guidance or two images, some cancelled midway; the worker's memory after every 50. Then the
+model is unloaded, and the worker has to exit. On CUDA device memory is recorded too: of the whole device (which nothing
+else may use) before the server starts, with the model loaded, after every 50 requests and when it is unloaded; of the
+worker, where the driver reports it; and the peak that the worker reports itself. Then, on a new worker each time, a row
+of 50 equal images at --size, 8 steps, one after the other: of each row the 50th image's latency over the 2nd's, the
+3rd's over the 2nd's as a measure of the noise, and the 99th percentile over the median from the 2nd on.
 
-Units: MiB, milliseconds, ratios. `growth` is from the 100th to the last request: before that, most shapes have their
-first use. It may be 2 % and 64 MiB, of the host and of the device, and 64 MiB of the device may stay taken when the
-model is unloaded; the command fails beyond. The 50th is as fast as the 2nd where both ratios have the same median and
+Units: MiB, milliseconds, ratios. `growth` is from the 100th to the last request: before that, most shapes are used for
+the first time. It may be 2 % plus 64 MiB, of the host and of the device, and 64 MiB of the device may stay in use when
+the model is unloaded; the command fails beyond. The 50th is as fast as the 2nd if both ratios have the same median and
 spread.
 """
 
@@ -42,19 +42,19 @@ SIZES = {
     "cuda": ((64, 64), (128, 128), (256, 256), (192, 320), (512, 384), (512, 512)),
 }
 REQUESTS, EVERY, ROW = 500, 50, 50
-GROWTH, SLACK = 0.02, 64.0  # that memory may grow by: a share of it, and MiB
+GROWTH, SLACK = 0.02, 64.0  # that memory may grow by: a share of it, plus MiB
 GONE_SECONDS = 60.0  # within which an unloaded model's worker has to be gone
-SETTLING = 2.0  # seconds that the driver is given to take back what a process had
+SETTLING = 2.0  # seconds that the driver is given to reclaim a process's memory
 
 
 @dataclass(frozen=True)
 class Held:
-    """A worker's memory at one moment, MiB; of a device only where there is one and it is told."""
+    """A worker's memory at one moment, MiB; of a device only where there is one that reports it."""
 
     resident: float
     device: float | None  # of the whole device
-    of_worker: float | None  # of that, by the driver
-    peak: float | None  # the most the worker has reserved there, as it says, up to a second ago
+    of_worker: float | None  # the worker's part of that, as the driver reports it
+    peak: float | None  # the most the worker has reserved there, by its own report, up to a second old
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ async def send(client: AsyncZImageClient, request: ImageRequest, number: int, ba
 
 
 def held(worker: Worker, device: str) -> Held:
-    """What `worker` has now."""
+    """The memory that `worker` holds now."""
     assert worker.pid is not None, "it is ready"
     resident = round(psutil.Process(worker.pid).memory_info().rss / MIB, 1)
     if not device.startswith("cuda"):
@@ -117,7 +117,7 @@ async def unload(url: str, worker: Worker) -> None:
     """Unloads the model as its operator does, and waits until its worker is gone.
 
     Raises:
-        BenchmarkError: it was another worker's process by now, or does not go.
+        BenchmarkError: the worker was replaced meanwhile, or does not exit.
     """
     if worker.restarts:
         raise BenchmarkError(f"the worker was replaced {worker.restarts} times: {worker.reason}")
@@ -129,7 +129,7 @@ async def unload(url: str, worker: Worker) -> None:
 
 
 def ends(process: psutil.Process) -> bool:
-    """Whether it does in time; only looked at, for its exit status is the frontend's."""
+    """Whether `process` ends in time; only polled, as its exit status is the frontend's to collect."""
     until = time.monotonic() + GONE_SECONDS
     while (running := process.is_running()) and time.monotonic() < until:
         time.sleep(0.1)
@@ -246,7 +246,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _device_figures(life: Life) -> dict[str, float]:
-    """Of the whole device; printed too."""
+    """The figures of the whole device; prints them too."""
     told = [h.device or 0.0 for h in life.serving]
     before, after = life.before or 0.0, life.unloaded or 0.0
     print(f"of the device, MiB: {before} before, {life.loaded.device} loaded, {told}, {after} unloaded")

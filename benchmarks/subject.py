@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
 
 class Counted:
-    """An engine that counts its calls, and gives up where another one would answer for it."""
+    """An engine that counts its calls, and fails if another one would answer in its place."""
 
     def __init__(self, served: ServedComponent, expected: Backend) -> None:
         self._served, self.backend, self.calls = served, expected, 0
         self._check(served.use.backend, served.use.fallback_reason)
 
     def fits(self, shapes: Shapes) -> bool:
-        """Everything is tried: what does not fit is to fail, not to be measured on eager."""
+        """Everything is tried: what does not fit should fail, not be measured on eager."""
         return True
 
     def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -62,7 +62,7 @@ class Counted:
 
 
 class SharedModules(EagerModules):
-    """The components over a pipeline that is in memory: diffusers, eager and what borrows weights share one copy."""
+    """The components over a pipeline in memory: diffusers, eager and engines that borrow weights share one copy."""
 
     def __init__(self, pipeline: "ZImagePipeline", precision: Precision, device: str) -> None:
         super().__init__(Path(), precision, device)
@@ -83,12 +83,12 @@ class Subject:
 
     @property
     def device(self) -> torch.device:
-        """Where all of it is."""
+        """The device that everything is on."""
         return torch.device(self.choice.device)
 
     @property
     def specs(self) -> dict[Component, ComponentSpec]:
-        """Of the components."""
+        """The components' specs."""
         return component_specs(self.manifest.checkpoint.dimensions)
 
     @property
@@ -148,7 +148,7 @@ def load_pipeline(choice: Choice) -> "ZImagePipeline":
     """diffusers' pipeline, without progress bars.
 
     Raises:
-        CheckpointError: the checkpoint is not whole.
+        CheckpointError: the checkpoint is incomplete.
     """
     import diffusers.utils.logging
     import transformers.utils.logging

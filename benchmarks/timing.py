@@ -11,13 +11,13 @@ T = TypeVar("T")
 
 
 class Stopwatch(Protocol):
-    """Marks along what a device does."""
+    """Marks in a device's order of work."""
 
     def mark(self) -> Any:
-        """Now, in the device's order of work."""
+        """A mark behind the work that the device has been given so far."""
 
     def milliseconds(self, begin: Any, end: Any) -> float:
-        """Between two marks; waits until the device has passed both."""
+        """The time between two marks; waits until the device has passed both."""
 
 
 class HostStopwatch:
@@ -61,13 +61,13 @@ class Stages:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """What happens inside belongs to `name`; a stage may come several times."""
+        """Counts the block's time as `name`; a stage may come several times."""
         begin = self._stopwatch.mark()
         yield
         self._marks.append((name, begin, self._stopwatch.mark()))
 
     def milliseconds(self) -> dict[str, float]:
-        """By stage."""
+        """Milliseconds by stage."""
         total: dict[str, float] = {}
         for name, begin, end in self._marks:
             total[name] = total.get(name, 0.0) + self._stopwatch.milliseconds(begin, end)
@@ -79,8 +79,8 @@ def side_by_side(
 ) -> tuple[dict[str, list[float]], dict[str, T]]:
     """Milliseconds of every call in every repetition, and what each call returned last.
 
-    Each repetition makes all calls, `calls_a_turn` times, and times the last. Each begins with another, so that a drift
-    of the machine's speed meets all.
+    Each repetition makes each call `calls_a_turn` times, and times the last. Each starts with a different call, so that
+    a drift of the machine's speed affects all.
     """
     watch, untimed = stopwatch(device), calls_a_turn(device) - 1
     names = list(calls)
@@ -100,9 +100,9 @@ def side_by_side(
 
 
 def calls_a_turn(device: torch.device) -> int:
-    """On a CPU a call that counts comes right after one like it that does not.
+    """How often a call is made in its turn; on a CPU twice, so that the timed one follows one like it.
 
-    The threads of the library that was called before go on spinning for some milliseconds, on the same cores: ONNX
+    The threads of the library that was called before keep spinning for some milliseconds, on the same cores: ONNX
     Runtime's prompt encoder took 3 to 13 ms on two cores after eager's, and 2.4 to 3.0 after its own.
     """
     return 1 if device.type == "cuda" else 2

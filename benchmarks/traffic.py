@@ -15,8 +15,8 @@ from client import AsyncZImageClient, GenerationFailedError
 from client.messages import ImageRequest
 from protos.zserve.v1 import image_generation_pb2 as pb
 
-# What a server that has too much to do may answer. Not UNAVAILABLE: it says so where a request passes its queue timeout
-# too, but no model of a benchmark has one, and else it is a worker or a server that is gone.
+# What an overloaded server may answer. Not UNAVAILABLE: a request that passes its queue timeout gets it too, but no
+# model of a benchmark has one, and otherwise it means that a worker or a server is gone.
 TOO_MUCH = {grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED}
 
 
@@ -29,7 +29,7 @@ class Manners(Enum):
 
 @dataclass(frozen=True)
 class Traffic:
-    """Clients of one server, who check which engine answers them; each takes the next of the prompts."""
+    """Clients of one server, which check which engine answers them; each request takes the next of the prompts."""
 
     url: str
     backend: str
@@ -38,7 +38,7 @@ class Traffic:
     numbers: Iterator[int] = field(default_factory=itertools.count)
 
     async def closed_loop(self, clients: int, seconds: float, sizes: Sequence[Size]) -> list[Outcome]:
-        """So many clients, each of which asks again when it has its answer."""
+        """Runs `clients` clients, each of which asks again when it has its answer."""
         outcomes: list[Outcome] = []
         began = time.monotonic()
 
@@ -56,10 +56,10 @@ class Traffic:
         return outcomes
 
     async def open_loop(self, arrivals: Sequence[Arrival], manners: Manners) -> list[Outcome]:
-        """Every request at its time, whatever has become of those before; `arrivals` in their order.
+        """Sends every request at its time, whatever has become of those before; `arrivals` are in order of time.
 
         Raises:
-            GenerationFailedError: the server failed otherwise than by having too much to do.
+            GenerationFailedError: the server failed for a reason other than overload.
         """
         began = time.monotonic() - min(0.0, arrivals[0].at)
         tell = manners is Manners.TELL
@@ -67,7 +67,7 @@ class Traffic:
         async def one(arrival: Arrival) -> Outcome:
             planned = began + arrival.at
             await asyncio.sleep(planned - time.monotonic())
-            # Whoever comes late has waited for that long already; what has no time left is asked for all the same.
+            # A late request has waited that long already; one with no time left is sent all the same.
             left = None if arrival.patience is None else max(1e-6, planned + arrival.patience - time.monotonic())
             async with AsyncZImageClient(self.url, timeout=left if tell else None) as client:
                 try:
@@ -92,14 +92,14 @@ class Traffic:
 
 
 def check_answer(completed: pb.Completed, backend: str, forwards: int) -> None:
-    """Raises `BenchmarkError` where another engine answered, or the denoiser ran more or less often."""
+    """Raises `BenchmarkError` if another engine answered, or the denoiser did not run `forwards` times."""
     check_engines(completed, backend)
     if completed.denoiser_forwards != forwards:
         raise BenchmarkError(f"the denoiser ran {completed.denoiser_forwards} times, and {forwards} were asked for")
 
 
 def check_engines(completed: pb.Completed, backend: str) -> None:
-    """Raises `BenchmarkError` where another engine answered."""
+    """Raises `BenchmarkError` if another engine answered."""
     others = [e for e in completed.engines if e.fallback_reason or e.backend != backend]
     if others or not completed.engines:
         raise BenchmarkError(f"{backend} is to be measured, and others answered: {others}")

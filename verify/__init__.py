@@ -1,1 +1,1 @@
-"""Holds what was exported against what it should be: `zserve inspect`, `zserve parity` and `zserve verify`."""
+"""Compares what was exported with what it should be: `zserve inspect`, `zserve parity` and `zserve verify`."""

@@ -36,7 +36,7 @@ that is possible here is not built, does not run or is past its tolerance; {NOT_
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one backend."""
+    """The result of one backend."""
 
     backend: Backend
     built: bool = False
@@ -84,7 +84,7 @@ def status(verdicts: Sequence[Verdict]) -> int:
 
 @contextmanager
 def _repository(kept: Path | None) -> Iterator[Path]:
-    """`kept`, or a folder for the time of the block."""
+    """`kept`, or a temporary folder that is deleted after the block."""
     if kept is not None:
         yield kept
         return
@@ -93,7 +93,7 @@ def _repository(kept: Path | None) -> Iterator[Path]:
 
 
 def verify(backend: Backend, arguments: argparse.Namespace, repository: Path) -> Verdict:
-    """Exports one backend and holds it against eager."""
+    """Exports one backend and compares it with eager."""
     print(f"{backend}: building ...", flush=True)
     started = time.perf_counter()
     name, device = f"verified-{backend}", ("--device", arguments.device)
@@ -119,12 +119,12 @@ def verify(backend: Backend, arguments: argparse.Namespace, repository: Path) ->
         return replace(built, right=False, problem=_last_words(parity))
     measured = json.loads(parity.stdout)
     problem = "; ".join(c["not_run"] for c in measured["components"] if c["not_run"])
-    # It was built for this device, so that nothing can be said is no answer here.
+    # It was built for this device, so a verdict of None, that there is nothing to compare, counts as wrong.
     return replace(built, right=measured["within_tolerance"] is True, problem=problem, parity=measured)
 
 
 def _not_built(backend: Backend, export: subprocess.CompletedProcess[str], seconds: float) -> Verdict:
-    """An export checks its engines itself, so one that fails is as bad as a comparison that does."""
+    """An export checks its engines itself, so a failed export is as bad as a failed comparison."""
     possible, problem = export.returncode != NOT_POSSIBLE, _last_words(export)
     print(f"{backend}: {'FAILED' if possible else 'not possible here'}: {problem}", flush=True)
     return Verdict(backend, right=False if possible else None, export_seconds=seconds, problem=problem)
@@ -143,7 +143,7 @@ def _last_words(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What the report is about."""
+    """The machine that the report is about."""
     import torch
 
     cuda = device.startswith("cuda")
@@ -162,7 +162,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def write_report(out: Path, here: dict[str, Any], settings: dict[str, Any], verdicts: list[Verdict]) -> None:
-    """Writes `out`.json and `out`.md; a dot in its name is no suffix."""
+    """Writes `out`.json and `out`.md; a dot in its name does not begin a suffix."""
     out.parent.mkdir(parents=True, exist_ok=True)
     whole = {"machine": here, "settings": settings, "backends": [asdict(v) for v in verdicts]}
     out.with_name(f"{out.name}.json").write_text(json.dumps(whole, indent=2) + "\n", "utf-8")

@@ -16,7 +16,7 @@ from server.worker.images import Pixels
 from verify.painter import Painted, Painter
 
 STEPS = 8
-LARGEST_LOSS = 0.1  # of the images: rounding may tip one that eager drew on the edge of what is counted as right
+LARGEST_LOSS = 0.1  # share of the images: rounding may tip one that eager drew on the edge of what counts as right
 PROMPTS = (
     "A red fox sitting in fresh snow at sunrise, photograph",
     "一只红色的茶壶放在木桌上，旁边是一本打开的书",
@@ -36,7 +36,7 @@ class ImageParity:
     eager_score: float | None = None
 
     def within(self, least_psnr: float) -> bool:
-        """Whether the images are as close to eager's as they must be, and as many show what was asked for."""
+        """Whether the images are as close to eager's as they must be, and about as many show what was asked for."""
         close = self.worst_psnr is None or self.worst_psnr >= least_psnr
         if self.score is None or self.eager_score is None:
             return close
@@ -52,7 +52,7 @@ def draw(manifest: Manifest, components: Components, device: str, count: int) ->
 
 
 def compare_images(manifest: Manifest, compiled: list[Pixels], expected: list[Pixels]) -> ImageParity:
-    """The images that `draw` made with engines and with eager."""
+    """Compares the images that `draw` made with engines and with eager."""
     scenes = _scenes(manifest, len(compiled))
     pairs = list(zip(compiled, expected, strict=True))
     worst = min(psnr(a, b) for a, b in pairs)
@@ -82,7 +82,7 @@ def psnr(a: Pixels, b: Pixels) -> float:
 
 
 def share_correct(images: list[Pixels], scenes: list[Scene]) -> float:
-    """How many of the demo's images show all that was asked for."""
+    """The share of the demo's images that show all that was asked for."""
     return sum(score(image, scene).all_correct for image, scene in zip(images, scenes, strict=True)) / len(images)
 
 

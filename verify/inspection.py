@@ -100,7 +100,7 @@ def _problem(version: Version, record: EngineRecord, here: Target) -> str:
 
 
 def as_table(described: dict[str, Any]) -> str:
-    """The same for a person, in lines of ordinary width but for paths."""
+    """The same for people, in lines of ordinary width except for paths."""
     checkpoint = described["checkpoint"]
     lines = [
         f"{described['model']} version {described['version']}, {described['precision']}, made {described['created']}",
@@ -142,7 +142,7 @@ def _engine_lines(engine: dict[str, Any]) -> list[str]:
 
 
 def _first(counted: dict[str, int]) -> list[tuple[str, int]]:
-    """What there is most of; the rest as one."""
+    """The most frequent kinds, and the rest as one."""
     most, rest = list(counted.items())[:SHOWN], list(counted.values())[SHOWN:]
     return [*most, ("others", sum(rest))] if rest else most
 

@@ -1,7 +1,7 @@
 """What an engine's file says of how it computes: its operators, and the kernels that were compiled for it.
 
-Of a TensorRT plan nothing is told here: its inspector needs the plan opened, and that a driver, so what its build told
-of attention is in the manifest.
+Nothing is read from a TensorRT plan: its inspector needs the plan opened, which needs a driver, so what its build said
+about attention is in the manifest.
 """
 
 import re
@@ -17,7 +17,7 @@ _CALLED = re.compile(r"\baoti_torch_(?:cpu|cuda)_+(\w+?)\(")
 
 
 def layers(folder: Path, record: EngineRecord) -> dict[str, int]:
-    """How many of what the engine has, the most first; empty where its file does not tell, or is not readable."""
+    """Counts of what the engine consists of, the largest first; empty if its file does not say or cannot be read."""
     try:
         match record.backend:
             case Backend.ONNXRUNTIME:
@@ -26,17 +26,17 @@ def layers(folder: Path, record: EngineRecord) -> dict[str, int]:
                 counted = _kernels(folder / record.file)
             case _:
                 counted = Counter()
-    except (OSError, ValueError, zipfile.BadZipFile):  # what is wrong with the file is told beside it
+    except (OSError, ValueError, zipfile.BadZipFile):  # `inspect` reports what is wrong with the file beside it
         return {}
     return dict(counted.most_common())
 
 
 def _nodes(path: Path) -> Counter[str]:
-    """Of an ONNX graph, by operator; ONNX Runtime fuses some more of them when it loads it."""
+    """The nodes of an ONNX graph by operator; ONNX Runtime fuses more of them when it loads the graph."""
     try:
         import onnx
         from google.protobuf.message import DecodeError
-    except ImportError:  # to serve, it is not needed
+    except ImportError:  # serving does not need it
         return Counter()
     try:
         graph = onnx.load(str(path), load_external_data=False).graph
@@ -46,7 +46,7 @@ def _nodes(path: Path) -> Counter[str]:
 
 
 def _kernels(path: Path) -> Counter[str]:
-    """Of an AOTInductor package: fused kernels, on CUDA a file each, and calls of torch's operators in one run."""
+    """An AOTInductor package's fused kernels, on CUDA a file each, and its calls of torch's operators in one run."""
     with zipfile.ZipFile(path) as package:
         names = package.namelist()
         source = "".join(package.read(name).decode() for name in names if name.endswith(".wrapper.cpp"))

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def cpu_name() -> str:
-    """As the processor calls itself; where it does not tell, its architecture."""
+    """The processor's own name, or its architecture if it gives none."""
     told = Path("/proc/cpuinfo")
     for line in told.read_text().splitlines() if told.exists() else ():
         if line.startswith("model name"):
@@ -18,8 +18,8 @@ def cpu_name() -> str:
 
 
 def commit() -> str | None:
-    """Of this checkout, with "+" when its code was changed since; None where there is none, or no git to ask."""
-    if not (ROOT / ".git").exists() or shutil.which("git") is None:  # git would look for one around the folder too
+    """The commit of this checkout, with "+" if its code was changed since; None without a checkout or without git."""
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:  # otherwise git would search the parent folders too
         return None
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/*.py", ":/*.toml")
     return _git("rev-parse", "HEAD") + ("+" if changed else "")

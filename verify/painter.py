@@ -59,7 +59,7 @@ class Painter:
         self.after(Component.DENOISER)
         pictures = [self._executor.decode(sequence).result() for sequence in sequences]
         self.after(Component.IMAGE_DECODER)
-        shared = {Component.DENOISER: [batch[0] for batch in batches]}  # of a batch each has waited for the same steps
+        shared = {Component.DENOISER: [batch[0] for batch in batches]}  # all of a batch have waited for the same steps
         uses = frozenset(use for sequence in sequences for use in sequence.engines.values())
         return Painted(pictures, {c: _seconds(shared.get(c, sequences), c) for c in Component}, uses)
 
@@ -95,7 +95,7 @@ class Painter:
 
 
 def one_image(prompt: str, size: Size, steps: int, seed: int = 0) -> GenerationRequest:
-    """A request that leaves everything else as it is by default; the image is raw."""
+    """A request with defaults for everything else, except that the image is raw."""
     return GenerationRequest(
         request_id="",
         model="",
@@ -117,7 +117,7 @@ def one_image(prompt: str, size: Size, steps: int, seed: int = 0) -> GenerationR
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:
-    """`items` in tuples of `size`, the last one maybe shorter."""
+    """`items` in tuples of `size`, the last one possibly shorter."""
     rest = iter(items)
     while batch := tuple(islice(rest, size)):
         yield batch

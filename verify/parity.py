@@ -51,7 +51,7 @@ class ComponentParity:
 
     @property
     def within(self) -> bool | None:
-        """Whether it made every output and is as close to eager as the spec demands; None where it does not belong."""
+        """Whether it made every output and is as close to eager as the spec demands; None if it does not belong."""
         error, tolerance = self.relative_error, self.tolerance
         if not self.belongs_here:
             return None
@@ -109,7 +109,7 @@ def main(argv: Sequence[str]) -> int:
 def compare(version: Version, device: str, images: int) -> Report:
     """Compares every engine that is for `device`, then whole images.
 
-    The engines run first and are closed then, since there may not be room for them and for eager at once.
+    The engines run first and are then closed, since they and eager may not fit into memory at once.
 
     Raises:
         ZServeError: eager cannot draw either.
@@ -139,7 +139,7 @@ def compare(version: Version, device: str, images: int) -> Report:
 
 
 def _absent(manifest: Manifest, component: Component, here: Target) -> ComponentParity:
-    """What is said of a component that has no engine for this device."""
+    """The result for a component that has no engine for this device."""
     record = manifest.engine(component)
     if record is None:
         return ComponentParity(component, Backend.EAGER, not_run="the version has no engine", belongs_here=False)
@@ -149,10 +149,10 @@ def _absent(manifest: Manifest, component: Component, here: Target) -> Component
 
 @dataclass(frozen=True)
 class _Outputs:
-    """What a component gave at every point that is compared, and how long a call took."""
+    """A component's output at every point that is compared, and how long a call took."""
 
     tensors: tuple[Tensor, ...]
-    uses: tuple[EngineUse, ...]  # who made each of them
+    uses: tuple[EngineUse, ...]  # the engine that made each of them
     milliseconds: float
 
 
@@ -160,10 +160,10 @@ class _Outputs:
 class _Measured:
     components: dict[Component, _Outputs]
     painted: Painted
-    last: tuple[EngineUse, ...]  # what is in use when all is done
+    last: tuple[EngineUse, ...]  # the engines in use at the end
 
     def fallbacks(self, component: Component) -> str:
-        """Why calls of `component` were made by eager in its engine's place; empty if none was."""
+        """Why eager answered calls of `component` in its engine's place; empty if it answered none."""
         uses = (*self.components[component].uses, *self.painted.uses, *self.last)
         reasons = dict.fromkeys(use.fallback_reason for use in uses if use.component is component)
         return "; ".join(reason for reason in reasons if reason)
@@ -181,7 +181,7 @@ def _measure(folder: Path, manifest: Manifest, modules: EagerModules, images: in
 
 
 def _paint(manifest: Manifest, served: Components, device: str, images: int) -> Painted:
-    """The images; an engine whose result is not finite is given up for eager, as the server does."""
+    """The images; a denoiser whose result is not finite is replaced by eager, as in the server."""
     try:
         return draw(manifest, served, device, images)
     except NonFiniteError as error:
@@ -230,13 +230,13 @@ def _inputs(
 def _milliseconds(manifest: Manifest, component: Component, served: ServedComponent, device: torch.device) -> float:
     width, height = manifest.default_pixels
     inputs = _inputs(manifest, component, ShapePoint(1, TYPICAL_CAPTION, height, width), device)
-    for _ in range(2):  # in the second CUDA graphs are recorded
+    for _ in range(2):  # the second records the CUDA graphs
         _seconds(served, inputs, device)
     return statistics.median(_seconds(served, inputs, device) for _ in range(REPEATS)) * 1e3
 
 
 def _seconds(served: ServedComponent, inputs: dict[str, Tensor], device: torch.device) -> float:
-    """Of one call until the device is done; nothing is copied."""
+    """Seconds of one call until the device is done; nothing is copied."""
     started = time.perf_counter()
     served.run(inputs)
     if device.type == "cuda":
@@ -250,7 +250,7 @@ def as_json(report: Report) -> dict[str, Any]:
 
 
 def as_table(report: Report) -> str:
-    """The same for a person."""
+    """The same for people."""
     lines = [f"on {report.device}"]
     for c in report.components:
         if c.not_run:

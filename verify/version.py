@@ -1,4 +1,4 @@
-"""One version of a model, found by the path its owner types."""
+"""One version of a model, found by the path that the user gives."""
 
 import argparse
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ def open_version(arguments: argparse.Namespace) -> Version:
     Raises:
         ManifestError: it is not there, or its manifest cannot be read.
     """
-    model = arguments.model.resolve()  # of `.` too: its name and its repository are told in commands
+    model = arguments.model.resolve()  # `.` too: its name and its repository appear in printed commands
     numbers = versions(model)
     number = arguments.version or (numbers[-1] if numbers else None)
     if number not in numbers:
@@ -49,7 +49,7 @@ def load_engines(folder: Path, manifest: Manifest, modules: EagerModules, policy
     """The components of the version in `folder` as one worker alone loads them: eager where `manifest` has no engine.
 
     Raises:
-        EngineLoadError: an engine cannot be used, and the policy is not to fall back.
+        EngineLoadError: an engine cannot be used, and the policy refuses to fall back.
     """
     target = current_target(str(modules.device))
     return EngineLoader(folder, manifest, target, modules, cpu_threads(1), policy).load_all()

@@ -173,11 +173,12 @@ class Executor:
         return self._lanes[Component.DENOISER].start(work)
 
     def quarantine(self, component: Component, reason: str) -> bool:
-        """Moves `component` to eager and empties the prompt cache; False if it is on eager already."""
+        """Moves `component` to eager; False if it is there already. What a bad prompt encoder encoded is forgotten."""
         if not self._components[component].compiled:
             return False
         self._components[component].quarantine(reason)
-        self._cache.clear()
+        if component is Component.PROMPT_ENCODER:
+            self._cache.clear()
         return True
 
     def usable(self) -> bool:

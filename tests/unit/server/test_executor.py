@@ -189,6 +189,18 @@ def test_the_same_prompt_is_encoded_once(pipeline: ZImagePipeline, tokenizer: Pr
     assert np.array_equal(a, b)
 
 
+def test_only_a_bad_prompt_encoder_has_its_prompts_forgotten(
+    pipeline: ZImagePipeline, tokenizer: PromptTokenizer
+) -> None:
+    for component, kept in ((Component.DENOISER, True), (Component.PROMPT_ENCODER, False)):
+        executor = with_engine(pipeline, component, torch.ones(1, 32, 192))
+        first, again = (sequences(tokenizer, a_request())[0] for _ in range(2))
+        executor.encode(first).result()
+        assert executor.quarantine(component, "it is to be")
+        executor.encode(again).result()
+        assert again.prompt_cached is kept
+
+
 def test_it_is_known_how_many_prompts_were_encoded(pipeline: ZImagePipeline, tokenizer: PromptTokenizer) -> None:
     executor = Executor(components(pipeline), manifest(), "cpu", prompt_cache_size=8)
     guided = dataclasses.replace(a_request(), guidance_scale=2.0, negative_prompt="grey")
