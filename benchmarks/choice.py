@@ -64,13 +64,20 @@ class Choice:
 
     def settings(self) -> dict[str, str]:
         """For the record."""
-        return {"checkpoint": str(self.checkpoint), "precision": self.precision, "device": self.device}
+        return {"checkpoint": _from_here(self.checkpoint), "precision": self.precision, "device": self.device}
 
 
 def version_settings(version: Path, device: str) -> dict[str, str]:
     """The same for a version that is measured as it was exported."""
     manifest = Manifest.read(version)
-    return {"checkpoint": manifest.checkpoint.path, "precision": manifest.precision, "device": device}
+    checkpoint = _from_here(Path(manifest.checkpoint.path))
+    return {"checkpoint": checkpoint, "precision": manifest.precision, "device": device}
+
+
+def _from_here(path: Path) -> str:
+    """As the path of a record: the same in every checkout if it is inside it."""
+    absolute, here = path.absolute(), Path.cwd()
+    return str(absolute.relative_to(here) if absolute.is_relative_to(here) else absolute)
 
 
 def backend_of(row: str) -> Backend:

@@ -63,7 +63,10 @@ def _run(name: str, module: ModuleType, arguments: Sequence[str]) -> int:
     )
     module.add_arguments(parser)
     parser.add_argument("--output", type=Path, help="write the record here too")
-    parser.add_argument("--plot", type=Path, help=f"draw it into this .svg or .png: {', '.join(PLOTS)}")
+    if name in PLOTS:
+        parser.add_argument("--plot", type=Path, help="draw it into this .svg or .png")
+    else:
+        parser.set_defaults(plot=None)
     options = parser.parse_args(arguments)
     try:
         _check(name, options)
@@ -88,7 +91,7 @@ def _check(name: str, options: argparse.Namespace) -> None:
     if options.output:
         check_writable("--output", options.output)
     if options.plot:
-        check_plot(name, options.plot)
+        check_plot(options.plot)
         check_writable("--plot", options.plot)
     if "device" in options:
         from export.devices import checked_device

@@ -169,11 +169,21 @@ class Components:
 
 
 def _show(measured: list[Row]) -> None:
-    header = ("component", "size", "batch", "engine", "p50 ms", "p90 ms", "p99 ms", "x diffusers", "x eager", "error")
+    header = (
+        "component",
+        "size",
+        "batch",
+        "engine",
+        "n",
+        *("p50 ms", "p90 ms", "p99 ms"),
+        "x diffusers",
+        "x eager",
+        "error",
+    )
     print_table(header, [_line(r) for r in measured])
 
 
 def _line(r: Row) -> list[object]:
     ms, faster, error = r["ms"], r["speedup"], r["relative_error"]
     ratios = [faster[name]["p50"] if name in faster else None for name in (DIFFUSERS, Backend.EAGER)]
-    return [*r["case"].values(), ms["p50"], ms["p90"], ms["p99"], *ratios, f"{error:.0e}"]
+    return [*r["case"].values(), ms["n"], ms["p50"], ms["p90"], ms["p99"], *ratios, f"{error:.0e}"]

@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     subject, pipeline = open_subject(choice.read(options))
     benchmark, chosen = Images(subject, DiffusersRow(pipeline, subject.device), options), subject.choice
     measured = [r for size in chosen.sizes for batch in chosen.batches for r in benchmark.measure(size, batch)]
-    header = ("size", "batch", "engine", "p50 ms", "p90 ms", "p99 ms", *STAGES, "x diffusers", "x eager", "PSNR")
+    header = ("size", "batch", "engine", "n", "p50 ms", "p90 ms", "p99 ms", *STAGES, "x diffusers", "x eager", "PSNR")
     print_table(header, [_line(r) for r in measured])
     return {"settings": {**rows.settings(chosen, options), "steps": options.steps}, "rows": measured}
 
@@ -133,5 +133,5 @@ class Images:
 def _line(r: Row) -> list[object]:
     ms, faster, stages = r["ms"], r["speedup"], r["stages_ms"]
     ratios = [faster[name]["p50"] if name in faster else None for name in (DIFFUSERS, Backend.EAGER)]
-    shown = (ms["p50"], ms["p90"], ms["p99"], *(stages[s]["p50"] for s in STAGES))
+    shown = (ms["n"], ms["p50"], ms["p90"], ms["p99"], *(stages[s]["p50"] for s in STAGES))
     return [*r["case"].values(), *shown, *ratios, "equal" if r["psnr_db"] is None else r["psnr_db"]]

@@ -27,7 +27,7 @@ import argparse
 import asyncio
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -256,6 +256,7 @@ def _show(measured: list[Row]) -> None:
         "load",
         "clients or share",
         "engine",
+        "n",
         "p50 ms",
         "p90 ms",
         "p99 ms",
@@ -266,23 +267,31 @@ def _show(measured: list[Row]) -> None:
         "overhead",
         "x diffusers",
     )
-    print_table(header, [_line(r) for r in measured])
+    print_table(header, [line for r in measured for line in _lines(r)])
 
 
-def _line(r: Row) -> list[object]:
+def _lines(r: Row) -> Iterator[list[object]]:
     case, requests = r["case"], r.get("requests")
     overhead, faster = r.get("overhead_ms"), r.get("speedup")
-    return [
+    yield [
         case["load"],
         case.get("clients", case.get("share")),
         case["engine"],
-        *(_shown(r["ms"][p], r) for p in ("p50", "p90", "p99")),
+        *_percentiles(r["ms"], r),
         *(r.get(key) for key in ("throughput", "goodput")),
         f"{requests['good']} of {requests['offered']}" if isinstance(requests, dict) else None,
         r.get("device_share"),
         overhead and overhead["p50"],
         faster and faster[DIFFUSERS]["p50"],
     ]
+    if "jpeg_ms" in r:
+        nothing = [None] * 4
+        alike = [f"{case['load']}, JPEG", case["clients"], case["engine"], *_percentiles(r["jpeg_ms"], r)]
+        yield [*alike, *nothing, r["jpeg_overhead_ms"]["p50"], None]
+
+
+def _percentiles(ms: Mapping[str, Any], r: Row) -> list[object]:
+    return [ms["n"], *(_shown(ms[p], r) for p in ("p50", "p90", "p99"))]
 
 
 def _shown(milliseconds: float | None, r: Row) -> float | str:

@@ -142,6 +142,8 @@ def _values(request: InferRequest) -> dict[str, Parameter]:
             f"unknown request parameter {unknown[0][:64]!r}; {', '.join(sorted(known))} are known"
         )
     tensors = {name.lower(): _scalar(tensor) for name, tensor in request.inputs.items()}
+    if twice := sorted(parameters.keys() & tensors.keys()):
+        raise InvalidRequestError(f"{twice[0]}: given as an input and as a parameter; one of them is accepted")
     return parameters | tensors
 
 

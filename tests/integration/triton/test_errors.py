@@ -163,6 +163,7 @@ BAD: dict[str, tuple[pb.ModelInferRequest, str, str]] = {
     "image format": (image(image_format="bmp"), INVALID, "image_format: 'bmp'"),
     "image guidance": (image(guidance_scale=float("nan")), INVALID, "guidance_scale"),
     "image parameter": (image(stesp=4), INVALID, "num_inference_steps"),
+    "image parameter beside its input": (image(PROMPT="a tree"), INVALID, "prompt: given as an input and as a param"),
     "progress without a stream": (image(progress=True), INVALID, "ModelStreamInfer"),
     "prompt not UTF-8": (
         raw(request(MODEL, inputs=image().inputs), b"\1\0\0\0\xff"),

@@ -58,6 +58,12 @@ def test_a_version_is_described_as_a_choice_is(tmp_path: Path) -> None:
     assert told.keys() == read().settings().keys()
 
 
+def test_a_checkpoint_in_the_checkout_is_the_same_however_it_is_written(tmp_path: Path) -> None:
+    given = [read("--checkpoint", text).settings()["checkpoint"] for text in ("demo/x", str(Path("demo/x").absolute()))]
+    assert given == ["demo/x", "demo/x"]
+    assert read("--checkpoint", str(tmp_path)).settings()["checkpoint"] == str(tmp_path)
+
+
 def test_images_of_random_weights_are_held_to_something_too(tmp_path: Path) -> None:
     random = Choice(tmp_path / f"{published.CHECKPOINT}-bf16", (), {}, tmp_path, "cuda", ("1024x1024",))
     assert (random.least_psnr(AOTINDUCTOR), random.least_psnr(FP8)) == (30.0, 25.0)

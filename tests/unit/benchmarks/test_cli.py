@@ -70,7 +70,6 @@ def test_a_client_install_does_not_load_benchmarks() -> None:
         (["planner", "--output", "."], 1, "--output . cannot be written (Is a directory)"),
         (["planner", "--output", "/proc/none/a.json"], 1, "--output /proc/none/a.json cannot be written"),
         (["simulation", "--plot", "/dev/null/a.svg"], 1, "--plot /dev/null/a.svg cannot be written"),
-        (["planner", "--plot", "a.svg"], 1, "there is no picture of planner"),
         (["image", "--plot", "a.pdf"], 1, ".svg and .png are accepted"),
     ],
 )
@@ -156,6 +155,15 @@ def test_a_load_of_nothing_is_refused(name: str, option: str, value: str, capsys
         cli.main([name, option, value])
     assert ended.value.code == 2
     assert f"argument {option}: {value!r}: a number above 0 is accepted" in capsys.readouterr().err
+
+
+def test_plot_is_offered_where_there_is_a_picture(capsys: pytest.CaptureFixture[str]) -> None:
+    offered = set()
+    for name in cli.BENCHMARKS:
+        with pytest.raises(SystemExit):
+            cli.main([name, "--help"])
+        offered |= {name} if "--plot" in capsys.readouterr().out else set()
+    assert offered == set(plots.PLOTS)
 
 
 def test_output_and_last_line_are_the_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
