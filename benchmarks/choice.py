@@ -7,9 +7,10 @@ from pathlib import Path
 
 from benchmarks import published
 from benchmarks.record import BenchmarkError
-from export.manifest import Backend, Manifest, installed_version
+from export.manifest import Backend, Manifest
 from export.repository import versions
 from export.spec import IMAGE_PSNR, MIN_SIZE, SIZE_MULTIPLE, Precision
+from export.validity import installed_version
 
 DIFFUSERS = "diffusers"
 FP8 = f"{Backend.AOTINDUCTOR}-{Precision.FP8}"  # a row beside the others, over the same weights

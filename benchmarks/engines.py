@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmarks.choice import Choice, backend_of
 from benchmarks.record import BenchmarkError
 from export.checkpoint import open_checkpoint
-from export.manifest import Manifest, checkpoint_record
+from export.manifest import CheckpointRecord, Manifest
 from export.repository import versions
 
 
@@ -46,7 +46,7 @@ def checked_version(choice: Choice, row: str) -> tuple[Path, Manifest]:
         BenchmarkError: the export failed, or the version is of another checkpoint or precision than the row.
     """
     folder, precision = version_folder(choice, row), choice.precision_of(row)
-    manifest, expected = Manifest.read(folder), checkpoint_record(open_checkpoint(choice.checkpoint))
+    manifest, expected = Manifest.read(folder), CheckpointRecord.of(open_checkpoint(choice.checkpoint))
     if (manifest.checkpoint.fingerprint, manifest.precision) != (expected.fingerprint, precision):
         raise BenchmarkError(
             f"{folder} is {manifest.precision} from {manifest.checkpoint.path}, and is to be measured as {precision} "

@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         BenchmarkError: the folder exists already.
     """
-    from export.manifest import installed_version
+    from export.validity import installed_version
 
     try:
         options.folder.mkdir(parents=True)

@@ -28,16 +28,16 @@ from benchmarks.device_memory import MIB, used_mib
 from benchmarks.engines import version_folder
 from benchmarks.record import Row, print_table, row
 from export.devices import current_target
-from export.manifest import Backend, Manifest, check_engine
+from export.manifest import Backend, Manifest
 from export.memory import free_memory
 from export.modules import load_components
 from export.parity import closeness
 from export.profiles import TYPICAL_CAPTION
 from export.spec import Component, ComponentSpec, Precision, ShapePoint, component_specs, example_inputs
+from export.validity import check_engine
 from server.config import cpu_threads
 from server.engines import memory
 from server.engines.aotinductor import AotInductorEngine
-from server.engines.limits import ShapeLimits
 
 CALLS = 3  # plain, recorded, replayed
 FURTHER = 1.25  # times as far from fp32 as eager
@@ -167,9 +167,8 @@ class Packages:
         record = self.manifest.engine(spec.component)
         assert record is not None, "the version was exported with all of them"
         check_engine(record, self.folder, current_target(self.choice.device), "zserve bench packages")
-        limits = ShapeLimits.of(spec, self.manifest)
         began = time.perf_counter()
-        engine = AotInductorEngine(self.folder / record.file, spec, limits, module, cpu_threads(1))
+        engine = AotInductorEngine(self.folder / record.file, spec, self.manifest.served_shapes, module, cpu_threads(1))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return engine, time.perf_counter() - began

@@ -25,8 +25,9 @@ from export.manifest import Backend, Manifest
 from export.spec import Component
 from server.config import FallbackPolicy
 from server.engines.eager import EagerModules
-from server.worker.executor import Executor, ImageSequence, make_sequences
+from server.worker.executor import Executor
 from server.worker.images import Pixels, encode_preview
+from server.worker.sequences import ImageSequence, make_sequences
 from verify.painter import one_image
 from verify.version import load_engines
 

@@ -14,10 +14,11 @@ from benchmarks.engines import checked_version
 from benchmarks.record import BenchmarkError
 from export.checkpoint import open_checkpoint
 from export.devices import current_target
-from export.manifest import Backend, Manifest, PreviewProjection, checkpoint_record, source_hash
+from export.manifest import Backend, CheckpointRecord, Manifest, PreviewProjection
 from export.modules import build_components
 from export.modules.load import TORCH_DTYPES
 from export.spec import Component, ComponentSpec, Precision, component_specs
+from export.validity import source_hash
 from server.config import FallbackPolicy, cpu_threads
 from server.engines.base import Shapes
 from server.engines.eager import EagerModules
@@ -129,7 +130,7 @@ def _open(choice: Choice, modules: EagerModules, backends: Sequence[str]) -> Sub
 
 def describe(choice: Choice) -> Manifest:
     """The model as a manifest without engines."""
-    checkpoint = checkpoint_record(open_checkpoint(choice.checkpoint))
+    checkpoint = CheckpointRecord.of(open_checkpoint(choice.checkpoint))
     return Manifest(
         name="benchmark",
         created=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -102,6 +102,19 @@ def read_safetensors_header(file: Path) -> dict[str, Any]:
     return header
 
 
+def tensors(folder: Path) -> Iterator[tuple[Path, str, dict[str, Any]]]:
+    """File, name and header entry of each tensor in a component's folder; `__metadata__` is none."""
+    for file in weight_files(folder, WEIGHTS[folder.name]):
+        for name, entry in read_safetensors_header(file).items():
+            if name != "__metadata__":
+                yield file, name, entry
+
+
+def without_prefix(name: str) -> str:
+    """Text encoders are stored with or without the prefix of the causal language model around them."""
+    return name.removeprefix("model.")
+
+
 def data_start(file: Path) -> int:
     """Where the tensors begin in a safetensors file."""
     with file.open("rb") as f:
@@ -186,9 +199,7 @@ def _check_types(file: Path) -> None:
 
 def _check_layers(folder: Path, stacks: dict[str, int]) -> None:
     """Every layer must have the same tensors as its peers: the libraries would silently fill in missing ones."""
-    headers = [read_safetensors_header(file) for file in weight_files(folder, WEIGHTS[folder.name])]
-    # Text encoders are stored with or without the prefix of the causal language model around them.
-    names = {name.removeprefix("model.") for header in headers for name in header}
+    names = {without_prefix(name) for _, name, _ in tensors(folder)}
     for stack, count in stacks.items():
         inner = {parts[2] for name in names if len(parts := name.split(".", 2)) == 3 and parts[0] == stack}
         needed = (f"{stack}.{layer}.{name}" for layer in range(count) for name in sorted(inner) or ["*"])

@@ -1,17 +1,17 @@
-"""What can be said against an export before anything is read, downloaded or built."""
+"""Refuses exports that cannot succeed, before anything is built."""
 
 import os
 
 from export.build import Builder
 from export.checkpoint import Checkpoint
 from export.errors import ArgumentsError, SourceError, UnsupportedError
-from export.estimate import check_disk, check_resources, download_place, estimate_listed
+from export.estimate import check_disk, check_resources, download_use, estimate_listed, nearest_existing
 from export.hubs import Listing
 from export.manifest import Backend, Target
-from export.repository import ServingDefaults, free_version, pixels
+from export.repository import ServingDefaults, free_version
 from export.request import ExportRequest
 from export.reuse import earlier_work
-from export.spec import MIN_SIZE, SIZE_MULTIPLE, SMALLEST_MAX_SIZE, Precision
+from export.spec import MIN_SIZE, SIZE_MULTIPLE, SMALLEST_MAX_SIZE, Precision, pixels
 
 
 def check_request(request: ExportRequest, builder: Builder | None) -> None:
@@ -31,8 +31,7 @@ def check_request(request: ExportRequest, builder: Builder | None) -> None:
 
 
 def _check_writable(request: ExportRequest) -> None:
-    model = request.model.absolute()
-    there = next(path for path in (model, *model.parents) if path.exists())
+    there = nearest_existing(request.model.absolute())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         what = "cannot be written to" if there.is_dir() else "is not a folder"
         raise ArgumentsError(f"--repository {request.repository}: {there} {what}; give a folder that can be written to")
@@ -79,7 +78,7 @@ def check_download(request: ExportRequest) -> None:
         listing = request.source.listing()
     except SourceError:
         return  # it may be cached; if not, the download says what is wrong
-    if listing is not None and listing.missing:
+    if listing is not None and listing.incomplete:
         check_listed(request, listing)
 
 
@@ -91,7 +90,7 @@ def check_listed(request: ExportRequest, listing: Listing) -> None:
             the files turn out to hold as few numbers as they may.
     """
     if may_reuse(request):
-        check_disk([download_place(listing)])  # what is left to build is known when the checkpoint is there
+        check_disk([download_use(listing)])  # what is left to build is known when the checkpoint is there
     else:
         check_resources(estimate_listed(request, listing).least, request.repository, listing)
 

@@ -11,18 +11,16 @@ from typing import TYPE_CHECKING
 from export.errors import ArgumentsError, ExportError, ResourcesError, UnsupportedError
 from export.hubs import Hub, is_disk_full
 from export.interruption import Interruption
-from export.manifest import Backend, EngineRecord, PlanWeights, Target, Verbosity
-from export.repository import Existing, ServingDefaults, kept_settings
-from export.sources import Network, Source, network_from_environment
+from export.manifest import Backend, EngineRecord, Target, Verbosity
+from export.repository import ServingDefaults, kept_settings
 from export.spec import MIN_SIZE, SIZE_MULTIPLE, SMALLEST_MAX_SIZE, Precision
 
 if TYPE_CHECKING:
-    from export.build import BuildOptions
-    from export.exporter import Exported
     from export.request import ExportRequest
+    from export.reuse import Exported
 
 DEFAULTS = ServingDefaults()
-NOT_POSSIBLE = 3  # the exit status where this machine cannot do it at all, which says nothing against the engines
+NOT_POSSIBLE = 3  # this machine cannot run it; the engines may be fine
 BAD_ARGUMENTS = 2  # also argparse's own
 STATUSES = f"""exit status: 0 published, or nothing to do; 1 it failed, or an engine is not right;
 {BAD_ARGUMENTS} bad arguments; {NOT_POSSIBLE} not possible on this machine, for want of a GPU, a library, disk or
@@ -108,27 +106,12 @@ def _add_source_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--offline", action="store_true", help="take the checkpoint from the cache, or fail")
 
 
-def _source(arguments: argparse.Namespace) -> Source:
-    if arguments.source is Hub.LOCAL and (arguments.revision or arguments.cache_dir):
-        raise ArgumentsError(
-            "--revision and --cache-dir are for a hub, and --source is local; leave them out, or give "
-            "--source huggingface or --source modelscope"
-        )
-    return Source(
-        hub=arguments.source,
-        name=arguments.checkpoint,
-        revision=arguments.revision,
-        cache_dir=arguments.cache_dir,
-        network=Network.OFFLINE if arguments.offline else network_from_environment(),
-    )
-
-
 def _add_tensorrt_arguments(p: argparse.ArgumentParser) -> None:
     group = p.add_argument_group("TensorRT")
     group.add_argument(
         "--target",
         type=_targets,
-        help="GPUs to build TensorRT-RTX plans for, such as sm89,sm120 (default: the one here)",
+        help="GPUs to build TensorRT-RTX plans for, from sm80 on, such as sm89,sm120 (default: the one here)",
     )
     group.add_argument(
         "--strip-weights",
@@ -154,7 +137,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"zserve export: {error}", file=sys.stderr)
         return _status(error)
     except OSError as error:
-        where = "" if error.filename else f", as something was written for {arguments.repository / arguments.name}"
+        where = "" if error.filename else f" (while writing {arguments.repository / arguments.name})"
         print(f"zserve export: {error}{where}", file=sys.stderr)
         return NOT_POSSIBLE if is_disk_full(error) else 1
     except KeyboardInterrupt:
@@ -182,8 +165,9 @@ def _run(arguments: argparse.Namespace, interruption: Interruption) -> None:
     from export.dry_run import print_dry_run
     from export.exporter import export_model
     from export.progress import progress_bar
+    from export.request import resolved_request
 
-    request = _request(arguments)
+    request = resolved_request(arguments)
     use_device(request.device)
     if arguments.dry_run:
         print_dry_run(request)
@@ -197,56 +181,6 @@ def _run(arguments: argparse.Namespace, interruption: Interruption) -> None:
         exported = export_model(request, report)
     _print_result(exported)
     _print_kept_settings(request)
-
-
-def _request(arguments: argparse.Namespace) -> "ExportRequest":
-    from export.devices import checked_device
-    from export.request import ExportRequest
-
-    # ONNX Runtime computes on the CPU whatever else is here; a GPU asked for is refused by its builder.
-    device = checked_device(arguments.device or ("cpu" if arguments.backend is Backend.ONNXRUNTIME else None))
-    cuda = device.startswith("cuda")
-    backend = arguments.backend or (Backend.AOTINDUCTOR if cuda else Backend.ONNXRUNTIME)
-    tensorrt = backend in (Backend.TENSORRT, Backend.TENSORRT_RTX)
-    return ExportRequest(
-        source=_source(arguments),
-        repository=arguments.repository,
-        name=arguments.name,
-        backend=backend,
-        precision=arguments.precision or (Precision.BF16 if cuda or tensorrt else Precision.FP32),
-        device=device,
-        options=_options(arguments, backend, device),
-        serving=ServingDefaults(
-            default_size=arguments.default_size,
-            warmup_sizes=tuple(arguments.warmup_size),
-            max_batch=arguments.max_batch,
-            max_size=arguments.max_size,
-        ),
-        version=arguments.version,
-        existing=Existing.REPLACE if arguments.force else Existing.KEEP,
-    )
-
-
-def _options(arguments: argparse.Namespace, backend: Backend, device: str) -> "BuildOptions":
-    from export.build import BuildOptions
-    from export.devices import current_target
-
-    chosen = arguments.target or arguments.strip_weights or arguments.profiling_verbosity is not Verbosity.LAYER_NAMES
-    if chosen and backend not in (Backend.TENSORRT, Backend.TENSORRT_RTX):
-        raise ArgumentsError(
-            f"--target, --strip-weights and --profiling-verbosity are for TensorRT, and --backend is {backend}; "
-            "leave them out"
-        )
-    if backend is Backend.TENSORRT_RTX and not arguments.target and not device.startswith("cuda"):
-        raise UnsupportedError(
-            "--backend tensorrt_rtx on a machine without a GPU has to be told what to build for, "
-            "for example --target sm89,sm120"
-        )
-    return BuildOptions(
-        targets=arguments.target or (current_target(device),),
-        weights=PlanWeights.STRIPPED if arguments.strip_weights else PlanWeights.INSIDE,
-        verbosity=arguments.profiling_verbosity,
-    )
 
 
 def _print_result(exported: "Exported") -> None:
@@ -312,11 +246,11 @@ def _targets(text: str) -> tuple[Target, ...]:
         if match is None:
             raise argparse.ArgumentTypeError(f"{name!r}: compute capabilities such as sm89 or sm120 are accepted")
         targets.append(Target("cuda", f"{match[1]}.{match[2]}"))
-    return tuple(sorted(set(targets), key=lambda t: float(t.compute_capability or 0)))  # in any order the same plans
+    return tuple(sorted(set(targets), key=lambda t: float(t.compute_capability or 0)))  # as given in any order
 
 
 def image_size(text: str) -> str:
-    """WIDTHxHEIGHT, without zeros before them, as a manifest has it."""
+    """WIDTHxHEIGHT, normalised without leading zeros."""
     match = re.fullmatch(r"(\d+)x(\d+)", text)
     if not match or any(int(side) % SIZE_MULTIPLE or not int(side) for side in match.groups()):
         raise argparse.ArgumentTypeError(f"{text!r}: WIDTHxHEIGHT with multiples of {SIZE_MULTIPLE} is accepted")

@@ -26,7 +26,7 @@ def print_dry_run(request: ExportRequest) -> None:
     check_request(request, builder_for(request.backend, request.options))
     _say(f"{request.model}: {request.backend} in {request.precision}")
     listing = _listing(request.source)
-    if listing is not None and listing.missing:
+    if listing is not None and listing.incomplete:
         _say_download(request, listing)
         check_listed(request, listing)
         return
@@ -63,7 +63,7 @@ def _cached(source: Source, listing: Listing | None) -> Source:
 
 
 def _say_download(request: ExportRequest, listing: Listing) -> None:
-    source, count = request.source, f"{len(listing.missing)} of {len(listing.files)} files"
+    source, count = request.source, f"{len(listing.incomplete)} of {len(listing.files)} files"
     _say(f"download   {count}, {listing.missing_bytes / GB:.1f} GB, of {source.name} from {source.hub}")
     _say(f"           into {listing.cache}, where {free_disk(listing.cache) / GB:.1f} GB are free")
     reuse = "; what still holds of earlier exports is taken from them" if may_reuse(request) else ""

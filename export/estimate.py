@@ -1,4 +1,4 @@
-"""What an export will need, told before it begins: disk and memory, from file headers or from the sizes on a hub."""
+"""Estimates disk and memory before an export starts, from file headers or from the sizes on a hub."""
 
 import shutil
 from collections.abc import Collection, Mapping, Sequence
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from export.checkpoint import WEIGHTS, Checkpoint, read_safetensors_header, weight_files
+from export.checkpoint import Checkpoint, tensors
 from export.errors import ResourcesError
 from export.hubs import Listing
 from export.manifest import Backend
@@ -43,7 +43,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Range:
-    """What an export will need of a checkpoint whose headers are not here yet."""
+    """Bounds for a checkpoint that is not downloaded yet."""
 
     least: Estimate
     most: Estimate
@@ -55,21 +55,22 @@ def estimate(request: ExportRequest, checkpoint: Checkpoint, held: Collection[Co
 
 
 def estimate_listed(request: ExportRequest, listing: Listing) -> Range:
-    """The same from the sizes of the files on a hub, which hold 2 or 4 bytes a number."""
+    """Bounds from file sizes on the hub, where a weight takes 2 or 4 bytes."""
     stored = {component: listing.weight_bytes(part) for component, part in MAIN_PARTS.items()}
     least, most = ({c: size // width for c, size in stored.items()} for width in (4, 2))
     return Range(_estimate(request, least), _estimate(request, most))
 
 
 def _estimate(request: ExportRequest, numbers: Mapping[Component, int]) -> Estimate:
-    """From how many numbers the weights of each component are."""
+    """`numbers`: the count of weights per component."""
     weights = {c: BYTES[request.precision.weights] * count for c, count in numbers.items()}
     engines = {c: _engine_bytes(request.backend, size) for c, size in weights.items()}
     largest = max(weights.values(), default=0)
     if request.backend in (Backend.TENSORRT, Backend.TENSORRT_RTX):
-        # The weights pass through the disk, and through memory as the parser's, the network's and the plan's: at most
-        # 3.2 times as many bytes were seen, what is mapped counted in (benchmarks/results/full_size_export_*.json).
-        disk, memory = sum(engines.values()) + largest, 3 * largest
+        # The weights pass through the disk, and through memory as the network's and the plan's: 1.84 times as many were
+        # seen (6 layers of the denoiser, TensorRT-RTX 1.7.1), beside the parser's mapping of their file, which the
+        # kernel can drop.
+        disk, memory = sum(engines.values()) + largest, 2 * largest
     elif request.backend is Backend.ONNXRUNTIME:
         disk, memory = sum(engines.values()), 3 * largest  # one component at a time: its module, its graph, its file
     elif request.backend is Backend.AOTINDUCTOR:
@@ -80,13 +81,13 @@ def _estimate(request: ExportRequest, numbers: Mapping[Component, int]) -> Estim
 
 
 def check_resources(needed: Estimate, repository: Path, listing: Listing | None = None) -> None:
-    """Refuses an export that would end for want of disk or memory, with the download of what `listing` lacks.
+    """Refuses an export that would run out of disk or memory, counting the download of what `listing` lacks.
 
     Raises:
         ResourcesError: with what is needed and what there is.
     """
-    engines = Place(repository, needed.disk, "--repository")
-    check_disk([engines] if listing is None else [download_place(listing), engines])
+    engines = DiskUse(repository, needed.disk, "--repository")
+    check_disk([engines] if listing is None else [download_use(listing), engines])
     memory = psutil.virtual_memory().available
     if needed.memory > memory:
         raise ResourcesError(
@@ -96,40 +97,41 @@ def check_resources(needed: Estimate, repository: Path, listing: Listing | None 
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where bytes will be written, and the option that says where."""
+class DiskUse:
+    """How many bytes will be written to a folder, and the option that names it."""
 
     folder: Path
     bytes: int
     option: str
 
 
-def download_place(listing: Listing) -> Place:
-    """Where a download goes."""
-    return Place(listing.cache, listing.missing_bytes, "--cache-dir")
+def download_use(listing: Listing) -> DiskUse:
+    """The disk that a download takes."""
+    return DiskUse(listing.cache, listing.missing_bytes, "--cache-dir")
 
 
-def check_disk(places: Sequence[Place]) -> None:
+def check_disk(uses: Sequence[DiskUse]) -> None:
     """Raises `ResourcesError` where one disk has too little for all that goes there."""
-    disks: dict[int, list[Place]] = {}
-    for place in places:
-        disks.setdefault(_existing(place.folder).stat().st_dev, []).append(place)
+    disks: dict[int, list[DiskUse]] = {}
+    for use in uses:
+        disks.setdefault(nearest_existing(use.folder).stat().st_dev, []).append(use)
     for together in disks.values():
-        needed, free = sum(p.bytes for p in together), free_disk(together[0].folder)
+        needed, free = sum(use.bytes for use in together), free_disk(together[0].folder)
         if needed > free:
+            folders = " and ".join(str(use.folder) for use in together)
             raise ResourcesError(
-                f"this export needs {needed / GB:.1f} GB of disk at {' and '.join(str(p.folder) for p in together)} "
+                f"this export needs {needed / GB:.1f} GB of disk at {folders} "
                 f"and {free / GB:.1f} GB are free; free some, or give another "
-                f"{' or '.join(p.option for p in together)}"
+                f"{' or '.join(use.option for use in together)}"
             )
 
 
 def free_disk(folder: Path) -> int:
     """Free bytes where `folder` is, or will be."""
-    return shutil.disk_usage(_existing(folder)).free
+    return shutil.disk_usage(nearest_existing(folder)).free
 
 
-def _existing(folder: Path) -> Path:
+def nearest_existing(folder: Path) -> Path:
     """`folder`, or the nearest above it that is there."""
     return next(p for p in (folder, *folder.absolute().parents) if p.exists())
 
@@ -148,9 +150,8 @@ def elements(checkpoint: Path, component: Component) -> int:
     return sum(
         prod(entry["shape"])
         for part in PARTS[component]
-        for file in weight_files(checkpoint / part, WEIGHTS[part])
-        for name, entry in read_safetensors_header(file).items()
-        if name != "__metadata__" and _belongs(component, part, name)
+        for _, name, entry in tensors(checkpoint / part)
+        if _belongs(component, part, name)
     )
 
 

@@ -12,42 +12,31 @@ from torch import nn
 
 from export.build import Builder, BuildInputs, builder_for
 from export.checkpoint import Checkpoint
-from export.checks import check_download, check_reach, check_request
+from export.checks import check_download, check_reach, check_request, may_reuse
 from export.errors import BuildError, ResourcesError
 from export.estimate import check_resources, estimate
 from export.manifest import (
     FILE_NAME,
+    CheckpointRecord,
     EngineRecord,
     FileRecord,
     Manifest,
     Parity,
-    built_with,
-    checkpoint_record,
-    source_hash,
 )
-from export.memory import lent
+from export.memory import released_afterwards
 from export.modules import load_components
 from export.onnx import GraphSource
 from export.parity import Checker, ParityCheck
 from export.preview import fit_preview
 from export.profiles import parity_points
-from export.repository import Existing, new_version, remove, take, versions, write_config
+from export.repository import Existing, locked, new_version, remove, take, write_config
 from export.request import ExportRequest
-from export.reuse import earlier_engines, newest_kept, published, reusable_engines, runs_here, taken_from
+from export.reuse import Earlier, Exported, earlier_engines, published, runs_here, taken_from
 from export.spec import Component, ComponentSpec, component_specs
+from export.validity import built_with, source_hash
 
-# How long building a component takes beside the others, for the time left on the progress bar.
+# How long building a component takes relative to the others, for the time left on the progress bar.
 SHARES = {Component.PROMPT_ENCODER: 2, Component.DENOISER: 5, Component.IMAGE_DECODER: 3}
-
-
-@dataclass(frozen=True)
-class Exported:
-    """A version in the repository; `reused` names the engines that were not built again."""
-
-    folder: Path
-    manifest: Manifest
-    reused: frozenset[Component]
-
 
 Report = Callable[[str, int], None]  # a stage's name as it begins, and the share of the work done before it
 
@@ -67,19 +56,21 @@ def export_model(request: ExportRequest, report: Report) -> Exported:
     check_download(request)
     checkpoint = request.source.open()
     check_reach(request, checkpoint)
-    earlier = earlier_engines(request, checkpoint)
-    there = published(request, checkpoint, earlier)
-    if there is not None:
-        write_config(request.model, request.serving)  # it may have been deleted, to be written anew
-        return Exported(there.folder, there.manifest, frozenset(e.component for e in there.manifest.engines))
-    check_resources(estimate(request, checkpoint, taken_from(earlier)), request.repository)
-    with new_version(request.model, request.version, request.existing) as folder:
-        version = _Version(request, checkpoint, folder, report)
-        exported = version.assemble(builder)
-        write_config(request.model, request.serving)
-        report("publishing", sum(SHARES.values()))
-    number = request.version or versions(request.model)[-1]
-    return replace(exported, folder=request.model / str(number))
+    if not may_reuse(request):
+        check_resources(estimate(request, checkpoint), request.repository)  # before the model's folder is made
+    with locked(request.model):
+        earlier = earlier_engines(request, checkpoint)
+        there = published(request, checkpoint, earlier)
+        if there is not None:
+            write_config(request.model, request.serving)  # it may have been deleted, to be written anew
+            return there
+        check_resources(estimate(request, checkpoint, taken_from(earlier)), request.repository)
+        with new_version(request.model, request.version, request.existing) as (folder, target):
+            version = _Version(request, checkpoint, earlier, folder, report)
+            manifest = version.assemble(builder)
+            write_config(request.model, request.serving)
+            report("publishing", sum(SHARES.values()))
+    return Exported(target, manifest, frozenset(taken_from(earlier)))
 
 
 @dataclass(frozen=True)
@@ -88,27 +79,28 @@ class _Version:
 
     request: ExportRequest
     checkpoint: Checkpoint
+    earlier: Earlier
     folder: Path
     report: Report
 
-    def assemble(self, builder: Builder | None) -> Exported:
+    def assemble(self, builder: Builder | None) -> Manifest:
         """Fills the folder; its manifest always holds what is finished so far."""
         self.report("fitting the preview projection", 0)
         empty = self._empty_manifest()
-        kept = self._keep_what_holds()
+        kept = self._take_earlier()
         manifest = self._write(empty, kept)
         if builder is not None:
             jobs = _Jobs(self, builder, frozenset(Component) - kept.keys())
             for record in jobs.build():
                 manifest = self._write(manifest, {e.component: e for e in (*manifest.engines, record)})
-        return Exported(self.folder, manifest, frozenset(kept))
+        return manifest
 
     def _empty_manifest(self) -> Manifest:
         request = self.request
         return Manifest(
             name=request.name,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            checkpoint=checkpoint_record(self.checkpoint),
+            checkpoint=CheckpointRecord.of(self.checkpoint),
             precision=request.precision,
             max_batch=request.serving.max_batch,
             max_size=request.serving.max_size,
@@ -118,22 +110,16 @@ class _Version:
             source=source_hash(),
         )
 
-    def _keep_what_holds(self) -> dict[Component, EngineRecord]:
-        """Engines of an interrupted export of this request, then of the newest version; all else in the folder goes.
-
-        The manifest stays until it is written anew: hashing the newest version takes long enough to be interrupted.
-        """
-        kept = reusable_engines(self.folder, self.request, self.checkpoint)
-        wanted = {FILE_NAME, *(file.name for record in kept.values() for file in record.files)}
+    def _take_earlier(self) -> dict[Component, EngineRecord]:
+        """Puts the reusable engines into the folder; all else in it goes, but the manifest until it is written anew."""
+        sources = taken_from(self.earlier)
+        kept = {component: self.earlier[source][component] for component, source in sources.items()}
+        files = [sources[component] / file.name for component, record in kept.items() for file in record.files]
+        there = {FILE_NAME, *(file.name for file in files if file.parent == self.folder)}
         for path in self.folder.iterdir():
-            if path.name not in wanted:
+            if path.name not in there:
                 remove(path)
-        newest = newest_kept(self.request)
-        if newest is not None:
-            for component, record in reusable_engines(newest, self.request, self.checkpoint).items():
-                if component not in kept:
-                    kept[component] = record
-                    take([newest / file.name for file in record.files], self.folder)
+        take((file for file in files if file.parent != self.folder), self.folder)
         return kept
 
     def _write(self, manifest: Manifest, engines: Mapping[Component, EngineRecord]) -> Manifest:
@@ -175,18 +161,26 @@ class _Jobs:
         done: int,
     ) -> EngineRecord:
         version, request = self.version, self.version.request
-        version.report(f"building {component}", done)
+        report = partial(version.report, f"building {component}", done)
+        report()
         spec = component_specs(version.checkpoint.dimensions)[component]
         source = GraphSource(version.checkpoint.path, version.checkpoint.dimensions, request.precision, request.limits)
-        with lent(partial(self._read_module, component)) as module:
-            others = None if request.existing is Existing.REPLACE else request.repository
-            inputs = BuildInputs(source, spec, request.profiles, others, module)
+        with released_afterwards(partial(self._read_module, component)) as module:
+            share_plans_in = None if request.existing is Existing.REPLACE else request.repository
+            inputs = BuildInputs(
+                source=source,
+                spec=spec,
+                profiles=request.profiles,
+                repository=share_plans_in,
+                module=module,
+                report=report,
+            )
             try:
                 built = self.builder.build(inputs, version.folder)
             except torch.OutOfMemoryError as error:
                 raise ResourcesError(
                     f"{request.device} has too little memory to build {component} ({str(error).splitlines()[0]}); end "
-                    "what else computes there, or export on a larger GPU"
+                    "what else takes it there, or export where there is more"
                 ) from error
             except RuntimeError as error:
                 raise BuildError(f"{request.backend} could not build {component}: {error}") from error
@@ -205,13 +199,13 @@ class _Jobs:
         """How close the engine is to eager."""
         request = self.version.request
         check = ParityCheck(
-            self.version.checkpoint.path,
-            spec.component,
-            request.backend,
-            path,
-            request.precision,
-            request.device,
-            self.version.checkpoint.dimensions,
-            parity_points(request.serving.default_pixels, request.limits.max_rows, request.limits.max_size),
+            checkpoint=self.version.checkpoint.path,
+            component=spec.component,
+            backend=request.backend,
+            file=path,
+            precision=request.precision,
+            device=request.device,
+            dimensions=self.version.checkpoint.dimensions,
+            points=parity_points(request.serving.default_pixels, request.limits.max_rows, request.limits.max_size),
         )
         return checker.check(check, spec.tolerance[request.precision])

@@ -1,4 +1,4 @@
-"""What the hubs' own libraries are asked: to download, to list, and where their caches are."""
+"""Downloads and lists checkpoints through the hubs' own libraries."""
 
 import errno
 import os
@@ -9,8 +9,6 @@ from enum import StrEnum
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Protocol
-
-from export.checkpoint import WEIGHTS
 
 
 class Hub(StrEnum):
@@ -30,8 +28,8 @@ class RemoteFile:
     here: int  # how many of them are in the cache, for the download to go on from
 
     @property
-    def missing(self) -> int:
-        """Bytes to be downloaded."""
+    def missing_bytes(self) -> int:
+        """How much of it would be downloaded."""
         return self.size - self.here
 
 
@@ -43,68 +41,75 @@ class Listing:
     files: tuple[RemoteFile, ...]
 
     @property
-    def missing(self) -> tuple[RemoteFile, ...]:
-        """What is not here in full."""
-        return tuple(f for f in self.files if f.missing)
+    def incomplete(self) -> tuple[RemoteFile, ...]:
+        """The files that are not in the cache in full."""
+        return tuple(f for f in self.files if f.missing_bytes)
 
     @property
     def missing_bytes(self) -> int:
         """How much would be downloaded."""
-        return sum(f.missing for f in self.files)
+        return sum(f.missing_bytes for f in self.files)
 
     def weight_bytes(self, part: str) -> int:
         """The size of the weights in one folder of the checkpoint, as they are stored."""
-        assert part in WEIGHTS
         return sum(f.size for f in self.files if fnmatch(f.name, f"{part}/*.safetensors"))
 
 
 class Library(Protocol):
-    """One hub's Python library. Its calls raise `errors`."""
+    """One hub's Python library, asked for the files of one checkpoint. Its calls raise `errors`."""
 
     errors: tuple[type[Exception], ...]
 
-    def download(self, name: str, revision: str | None, cache: Path | None, *, offline: bool) -> str:
-        """The folder with the checkpoint's files, downloaded unless they are there or it is to ask nobody."""
+    def download(self, *, offline: bool) -> str:
+        """The folder with the checkpoint's files, downloaded if missing, unless `offline`."""
 
-    def list_files(self, name: str, revision: str | None, cache: Path | None) -> Listing:
+    def list_files(self) -> Listing:
         """What `download` would get."""
 
-    def cache(self, chosen: Path | None) -> Path:
-        """The cache: `chosen`, or what the library's own environment variables say."""
+    def cache(self) -> Path:
+        """The cache that it downloads into."""
 
 
 class HuggingFace:
     """`huggingface_hub`."""
 
-    def __init__(self, patterns: Sequence[str]) -> None:
+    def __init__(self, name: str, revision: str | None, cache: Path | None, patterns: Sequence[str]) -> None:
         from huggingface_hub.errors import HfHubHTTPError
 
-        self._patterns = list(patterns)
+        self._name, self._revision, self._cache, self._patterns = name, revision, cache, list(patterns)
         # Its first base is the HTTP library's own error, of a connection that breaks or a proxy that refuses; which
         # library that is depends on the release. The hub's Rust part, hf_xet, raises RuntimeError.
         self.errors: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, *HfHubHTTPError.__bases__)
 
-    def download(self, name: str, revision: str | None, cache: Path | None, *, offline: bool) -> str:
+    def download(self, *, offline: bool) -> str:
         import huggingface_hub
 
         return huggingface_hub.snapshot_download(
-            name, revision=revision, cache_dir=cache, allow_patterns=self._patterns, local_files_only=offline
+            self._name,
+            revision=self._revision,
+            cache_dir=self._cache,
+            allow_patterns=self._patterns,
+            local_files_only=offline,
         )
 
-    def list_files(self, name: str, revision: str | None, cache: Path | None) -> Listing:
+    def list_files(self) -> Listing:
         import huggingface_hub
 
         with _without_bars():
             found = huggingface_hub.snapshot_download(
-                name, revision=revision, cache_dir=cache, allow_patterns=self._patterns, dry_run=True
+                self._name,
+                revision=self._revision,
+                cache_dir=self._cache,
+                allow_patterns=self._patterns,
+                dry_run=True,
             )
         files = (RemoteFile(f.filename, f.file_size or 0, f.file_size or 0 if f.is_cached else 0) for f in found)
-        return Listing(self.cache(cache), tuple(files))
+        return Listing(self.cache(), tuple(files))
 
-    def cache(self, chosen: Path | None) -> Path:
+    def cache(self) -> Path:
         from huggingface_hub.constants import HF_HUB_CACHE
 
-        return chosen or Path(HF_HUB_CACHE)
+        return self._cache or Path(HF_HUB_CACHE)
 
 
 @contextmanager
@@ -124,45 +129,49 @@ def _without_bars() -> Iterator[None]:
 class ModelScope:
     """`modelscope`, whose part `modelscope_hub` talks to the hub."""
 
-    def __init__(self, patterns: Sequence[str]) -> None:
+    def __init__(self, name: str, revision: str | None, cache: Path | None, patterns: Sequence[str]) -> None:
         from modelscope_hub.errors import HubError
 
-        self._patterns = list(patterns)
+        self._name, self._revision, self._cache, self._patterns = name, revision, cache, list(patterns)
         self.errors: tuple[type[Exception], ...] = (OSError, ValueError, HubError)
 
-    def download(self, name: str, revision: str | None, cache: Path | None, *, offline: bool) -> str:
+    def download(self, *, offline: bool) -> str:
         from modelscope.hub.snapshot_download import snapshot_download
 
         download: Any = snapshot_download
         folder: str = download(
-            name, revision=revision, cache_dir=cache, allow_patterns=self._patterns, local_files_only=offline
+            self._name,
+            revision=self._revision,
+            cache_dir=self._cache,
+            allow_patterns=self._patterns,
+            local_files_only=offline,
         )
         return folder
 
-    def list_files(self, name: str, revision: str | None, cache: Path | None) -> Listing:
+    def list_files(self) -> Listing:
         import modelscope_hub
 
-        api: Any = modelscope_hub.HubApi()
-        api = modelscope_hub.HubApi(endpoint=api.resolve_endpoint_for_read(name))
-        found = [f for f in api.list_repo_files(name, "model", revision=revision) if self._is_wanted(f)]
+        endpoint = modelscope_hub.HubApi().resolve_endpoint_for_read(self._name)
+        api: Any = modelscope_hub.HubApi(endpoint=endpoint)
+        found = [f for f in api.list_repo_files(self._name, "model", revision=self._revision) if self._is_wanted(f)]
         try:
-            folder = Path(self.download(name, revision, cache, offline=True))
+            folder = Path(self.download(offline=True))
         except self.errors:
-            return Listing(self.cache(cache), tuple(RemoteFile(f.path, f.size, 0) for f in found))
+            return Listing(self.cache(), tuple(RemoteFile(f.path, f.size, 0) for f in found))
         files = tuple(RemoteFile(f.path, f.size, _bytes_here(folder / f.path, f.size)) for f in found)
-        return Listing(self.cache(cache), files)
+        return Listing(self.cache(), files)
 
-    def cache(self, chosen: Path | None) -> Path:
+    def cache(self) -> Path:
         from modelscope_hub.config import get_default_config
 
-        return chosen or Path(get_default_config().cache_dir)
+        return self._cache or Path(get_default_config().cache_dir)
 
     def _is_wanted(self, file: Any) -> bool:
         return not file.is_dir and any(fnmatch(file.path, pattern) for pattern in self._patterns)
 
 
 def _bytes_here(file: Path, size: int) -> int:
-    """Of a file of `size` bytes; ModelScope goes on with a part, and begins anew with a file of another size."""
+    """Bytes already cached. ModelScope resumes a partial file and restarts one of the wrong size."""
     part = file.with_name(f"{file.name}.incomplete")
     if file.is_file():
         return size if file.stat().st_size == size else 0
@@ -170,7 +179,10 @@ def _bytes_here(file: Path, size: int) -> int:
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether a full disk, or a limit, is what ended a write; the libraries wrap the system's error in others."""
+    """Whether a write failed because the disk was full or a size limit was reached.
+
+    The libraries wrap the system's error in others.
+    """
     if error is None:
         return False
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

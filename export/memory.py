@@ -9,11 +9,11 @@ from torch import nn
 
 
 @contextmanager
-def lent(read: Callable[[], nn.Module]) -> Iterator[Callable[[], nn.Module]]:
-    """`read`, for the time of the block; at its end the memory of the weights that it has read is given back.
+def released_afterwards(read: Callable[[], nn.Module]) -> Iterator[Callable[[], nn.Module]]:
+    """Yields `read`; when the block ends, frees the weights it read, even if torch still refers to them.
 
-    Also of those that something still refers to: with torch 2.13 every weight that torch.onnx or AOTInductor has seen
-    stays referred to from within them, after a collection and `torch.compiler.reset()` too.
+    With torch 2.13 every weight that torch.onnx or AOTInductor has seen stays referred to from within them, after a
+    collection and `torch.compiler.reset()` too.
     """
     modules: list[nn.Module] = []
 

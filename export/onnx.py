@@ -42,7 +42,10 @@ def export_program(
     limits: GraphLimits,
     example: ShapePoint = EXPORT_EXAMPLE,
 ) -> torch.export.ExportedProgram:
-    """torch.export of `module` with the spec's dimensions dynamic; `example` is as special as `EXPORT_EXAMPLE`."""
+    """torch.export of `module` with the spec's dimensions dynamic.
+
+    `example` has no special sizes, like `EXPORT_EXAMPLE`.
+    """
     device = next(module.parameters()).device
     inputs = tuple(t.to(device) for t in example_inputs(spec, example, dimensions).values())
     return _trace(module, inputs, spec, limits, nullcontext())

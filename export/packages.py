@@ -1,4 +1,4 @@
-"""An AOTInductor package opened: what the export's check and the server's engine have in common."""
+"""Opens AOTInductor packages, for the export's check and the server's engine."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,17 +33,17 @@ def open_package(path: Path, module: nn.Module) -> "AOTICompiledModel":
     device = next(module.parameters()).device
     index = -1 if device.index is None else device.index  # else it would compute on the first GPU
     # Not by torch._inductor.aoti_load_package, which imports Inductor to warn of another device first (the manifest
-    # tells of it): 2 s of each start, and many times that where Python keeps no bytecode. True: one thread drives the
-    # device, and CUDA graphs need it so.
+    # check already covers that): 2 s of each start, and many times that where Python keeps no bytecode. True: one
+    # thread drives the device, and CUDA graphs need it so.
     package = AOTICompiledModel(torch._C._aoti.AOTIModelPackageLoader(str(path), MODEL, True, 1, index))
     wanted = package.get_constant_fqns()
-    held = held_weights(module, set(wanted))
+    held = prepare_weights(module, set(wanted))
     package.load_constants({name: held[name] for name in wanted}, check_full_update=True, user_managed=True)
     return package
 
 
-def held_weights(module: nn.Module, wanted: set[str]) -> dict[str, Tensor]:
-    """The weights of `module`, in the form that was compiled: with merged projections, and with those in FP8."""
+def prepare_weights(module: nn.Module, wanted: set[str]) -> dict[str, Tensor]:
+    """Merges and quantises projections of `module` in place if the package wants them so; returns its weights."""
     # Nothing may hold on to the weights while they are merged: their memory is given back to the device as it goes.
     if isinstance(module, Denoiser | PromptEncoder) and not _weights(module).keys() >= wanted:
         merge_projections(module)

@@ -1,4 +1,4 @@
-"""Holds built engines against eager, in a process of its own.
+"""Compares built engines with eager, in a process of its own.
 
 An engine can kill the process that loads it (an AOTInductor package linked against the wrong libstdc++ does), so the
 exporter has every engine loaded and run by another process, `python -m export.parity`, before it publishes a version.
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Self
 
 from export.errors import BuildError, ParityError, ResourcesError
 from export.manifest import Backend, Parity
+from export.parsing import parsed
 from export.spec import Component, ComponentSpec, ModelDimensions, Precision, ShapePoint, example_inputs
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ NO_MEMORY = "no_memory"  # in an answer: what the allocator said, instead of a `
 
 @dataclass(frozen=True)
 class ParityCheck:
-    """One engine to be held against eager."""
+    """One engine to be compared with eager."""
 
     checkpoint: Path
     component: Component
@@ -50,17 +51,8 @@ class ParityCheck:
     @classmethod
     def of_line(cls, line: str) -> Self:
         """The check that `as_line` wrote."""
-        raw = json.loads(line)
-        return cls(
-            checkpoint=Path(raw["checkpoint"]),
-            component=Component(raw["component"]),
-            backend=Backend(raw["backend"]),
-            file=Path(raw["file"]),
-            precision=Precision(raw["precision"]),
-            device=raw["device"],
-            dimensions=ModelDimensions(**raw["dimensions"]),
-            points=tuple(ShapePoint(**point) for point in raw["points"]),
-        )
+        check: Self = parsed(cls, json.loads(line))
+        return check
 
 
 class Checker(AbstractContextManager["Checker"]):
@@ -80,7 +72,7 @@ class Checker(AbstractContextManager["Checker"]):
         """Loads and runs the engine there and compares it with eager.
 
         Raises:
-            BuildError: the engine could not be loaded or run, or killed the process; which is of no more use then.
+            BuildError: the engine could not be loaded or run, or killed the process; this Checker cannot be used again.
             ResourcesError: there was no memory for it.
             ParityError: its relative error is over `tolerance`.
         """

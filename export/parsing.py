@@ -3,12 +3,15 @@
 from dataclasses import is_dataclass
 from enum import Enum
 from itertools import repeat
+from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 
 def parsed(kind: Any, raw: Any) -> Any:
-    """`raw`, as the json module gives it, as a `kind`: dataclasses, tuples, dicts, enums, optional and plain values.
+    """`raw`, as the json module gives it, as a `kind`.
+
+    That may be a dataclass, tuple, dict, enum, path or plain value, or one of these that may be None.
 
     Raises:
         TypeError, ValueError, KeyError: it is not of that kind, or holds keys that do not belong.
@@ -29,7 +32,7 @@ def parsed(kind: Any, raw: Any) -> Any:
         return {parsed(inner[0], key): parsed(inner[1], value) for key, value in raw.items()}
     if origin is UnionType:
         return None if raw is None else parsed(inner[0], raw)
-    if issubclass(kind, Enum):
+    if issubclass(kind, Enum | Path):
         return kind(raw)
     _check_is(raw, (float, int) if kind is float else kind)
     return raw

@@ -1,4 +1,4 @@
-"""A TensorRT plan opened: what the export's check and the server's engine have in common.
+"""Opens TensorRT plans, for the export's check and the server's engine.
 
 The Python APIs of both flavours differ only in the name they are imported by. Nothing here touches a GPU until a plan
 is opened.
@@ -7,6 +7,7 @@ is opened.
 import importlib
 import logging
 import mmap
+import re
 from collections import deque
 from collections.abc import Mapping
 from functools import cache
@@ -16,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from export.errors import PlanError, UnsupportedError
+from export.errors import BuildError, PlanError, UnsupportedError
+from export.manifest import Backend
 from export.spec import ComponentSpec, DType, TensorSpec
 
 Foreign = Any  # TensorRT's own objects, whose bindings carry no types
@@ -26,9 +28,12 @@ INSTALL = {
     "tensorrt_rtx": "pip install 'zserve[tensorrt-rtx]'",
 }
 MOST_ERRORS = 8  # kept per operation
+SMALLEST_SCRATCH = 256  # bytes; a context takes no empty buffer
 
 _DTYPES = {DType.FLOAT32: "FLOAT", DType.INT64: "INT64", DType.UINT8: "UINT8"}
 _TORCH_DTYPES = {DType.FLOAT32: torch.float32, DType.INT64: torch.int64, DType.UINT8: torch.uint8}
+
+_NO_MEMORY = re.compile("out ?of ?memory|could not be allocated", re.IGNORECASE)
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +65,8 @@ def logger(trt: Foreign) -> Foreign:
                 self.errors.append(text)
                 log.warning("TensorRT: %s", text)  # logged too, as not every error makes a call fail
             elif level == severity.WARNING:
+                if _NO_MEMORY.search(text):
+                    self.errors.append(text)
                 log.info("TensorRT: %s", text)
 
         def forget(self) -> None:
@@ -73,9 +80,29 @@ def logger(trt: Foreign) -> Foreign:
     return Log()
 
 
+def failure(what: str, said: str, kind: type[BuildError] = PlanError) -> Exception:
+    """The error of a call that failed: TensorRT allocates beside torch, and only its words tell a want of memory."""
+    return (torch.OutOfMemoryError if _NO_MEMORY.search(said) else kind)(f"{what}: {said}")
+
+
 def described(trt: Foreign, tensor: TensorSpec) -> tuple[str, Foreign, tuple[int, ...]]:
     """Name, TensorRT's type and shape (-1 where it is dynamic) of `tensor`, as a network or a plan has to have it."""
     return tensor.name, getattr(trt.DataType, _DTYPES[tensor.dtype]), tensor.served_shape()
+
+
+def ways_to_run(trt: Foreign, engine: Foreign, backend: Backend) -> tuple[Foreign, Foreign]:
+    """What contexts in the first profile and in the others are made with; both leave their memory to the caller."""
+    user_managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+    if backend is Backend.TENSORRT:
+        return user_managed, user_managed
+    fixed, ranged = engine.create_runtime_config(), engine.create_runtime_config()
+    # The default size is worth waiting for; other shapes start at once on general kernels.
+    strategy = trt.DynamicShapesKernelSpecializationStrategy
+    fixed.dynamic_shapes_kernel_specialization_strategy = strategy.EAGER
+    ranged.dynamic_shapes_kernel_specialization_strategy = strategy.LAZY
+    for config in (fixed, ranged):
+        config.set_execution_context_allocation_strategy(user_managed)
+    return fixed, ranged
 
 
 class OpenPlan:
@@ -83,25 +110,27 @@ class OpenPlan:
 
     Raises:
         PlanError: it is damaged or foreign, it is not of this component, or the weights beside it do not fit.
+        torch.OutOfMemoryError: there is no memory for it.
     """
 
-    def __init__(self, trt: Foreign, path: Path, spec: ComponentSpec) -> None:
+    def __init__(self, trt: Foreign, path: Path, spec: ComponentSpec, backend: Backend) -> None:
         self.log = logger(trt)
         self.log.forget()
         self._runtime = trt.Runtime(self.log)
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             self.engine = self._runtime.deserialize_cuda_engine(data)
         if self.engine is None:
-            raise PlanError(f"TensorRT cannot load {path}: {self.log.said()}")
+            raise self._failure(f"TensorRT cannot load {path}")
         if self.engine.refittable:  # only plans without weights are
             self._refit(trt, path.with_suffix(".onnx"))
         self._check_tensors(trt, path, spec)
+        self.configs = ways_to_run(trt, self.engine, backend)
 
     def _refit(self, trt: Foreign, graph: Path) -> None:
         refitter = trt.Refitter(self.engine, self.log)
         parser = trt.OnnxParserRefitter(refitter, self.log)
         if not parser.refit_from_file(str(graph)) or not refitter.refit_cuda_engine():
-            raise PlanError(f"the weights beside {graph} do not fit its plan: {self.log.said()}")
+            raise self._failure(f"the weights beside {graph} do not fit its plan")
 
     def _check_tensors(self, trt: Foreign, path: Path, spec: ComponentSpec) -> None:
         """The names, types and shapes that the plan has must be those of the spec, in whatever order."""
@@ -112,26 +141,22 @@ class OpenPlan:
         if has != wanted:
             raise PlanError(f"{path} has tensors {has}; {spec.component} needs {wanted}: export the model again")
 
-    def context(self, how: Foreign) -> Foreign:
-        """A new execution context; `how` is an allocation strategy or, for TensorRT-RTX, a runtime configuration.
+    def context_in(self, profile: int) -> Foreign:
+        """A new execution context in `profile`, without memory to compute in.
 
         Raises:
             PlanError: TensorRT cannot make one.
             torch.OutOfMemoryError: for want of memory.
         """
         self.log.forget()
-        context = self.engine.create_execution_context(how)
+        context = self.engine.create_execution_context(self.configs[min(profile, 1)])
         if context is None:
             raise self._failure("TensorRT cannot make an execution context")
-        return context
-
-    def select(self, context: Foreign, profile: int) -> None:
-        """Puts `context` into `profile`, and waits until it is."""
-        self.log.forget()
         stream = torch.cuda.current_stream()
         if not context.set_optimization_profile_async(profile, stream.cuda_stream):
             raise self._failure(f"TensorRT refuses profile {profile}")
         stream.synchronize()
+        return context
 
     def bind(self, context: Foreign, spec: ComponentSpec, inputs: Mapping[str, Tensor]) -> Tensor:
         """Tells `context` its inputs' shapes and addresses, and those of a new output, which is returned.
@@ -163,7 +188,7 @@ class OpenPlan:
         needed = int(context.update_device_memory_size_for_shapes())
         if not needed and self.log.errors:
             raise self._failure("TensorRT cannot tell how much memory a call needs")
-        return needed
+        return needed or SMALLEST_SCRATCH
 
     def execute(self, context: Foreign) -> None:
         """Puts one call on the current stream.
@@ -177,7 +202,4 @@ class OpenPlan:
             raise self._failure("TensorRT failed")
 
     def _failure(self, what: str) -> Exception:
-        """TensorRT allocates beside torch, and says in words alone that there was no memory for it."""
-        said = self.log.said()
-        kind = torch.OutOfMemoryError if "out of memory" in said.lower() else PlanError
-        return kind(f"{what}: {said}")
+        return failure(what, self.log.said())

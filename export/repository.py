@@ -10,8 +10,11 @@ from enum import Enum
 from pathlib import Path
 
 from export.errors import VersionExistsError
+from export.files import write_whole
+from export.spec import pixels
 
-EXPORTED_PARAMETERS = ("default_size", "warmup_sizes", "max_size")  # of config.pbtxt, that an export's arguments say
+# Parameters in config.pbtxt that come from the command line.
+EXPORTED_PARAMETERS = ("default_size", "warmup_sizes", "max_size")
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,6 @@ class ServingDefaults:
         return pixels(self.default_size)
 
 
-def pixels(size: str) -> tuple[int, int]:
-    """Width and height of "WIDTHxHEIGHT"."""
-    width, height = size.split("x")
-    return int(width), int(height)
-
-
 def versions(model: Path) -> list[int]:
     """The version numbers under `model`, ascending."""
     if not model.is_dir():
@@ -50,9 +47,9 @@ class Existing(Enum):
     REPLACE = "replace"
 
 
-# Where a version is built. What a forced export has finished was built since it was forced; the other's may be older.
+# Where a version is built. A forced export resumes only from forced work; other leftovers may predate --force.
 INCOMPLETE = {Existing.KEEP: ".incomplete", Existing.REPLACE: ".incomplete-forced"}
-REPLACED = ".replaced-"  # and a version's number: what it was until another takes its place
+REPLACED = ".replaced-"  # prefix of a version moved aside until its replacement is in place
 
 
 def free_version(model: Path, number: int | None, existing: Existing) -> Path:
@@ -70,29 +67,40 @@ def free_version(model: Path, number: int | None, existing: Existing) -> Path:
 
 
 @contextmanager
-def new_version(model: Path, number: int | None = None, existing: Existing = Existing.KEEP) -> Iterator[Path]:
-    """A folder to build in, renamed to version `number` (None: the next) when the block ends well.
-
-    When it does not, the folder stays for the next export of the same kind to go on from; no reader looks into it. It
-    may hold anything when it is yielded. The model is locked meanwhile.
+def locked(model: Path) -> Iterator[None]:
+    """Keeps other exports out of the model's folder, which is made if there is none.
 
     Raises:
-        VersionExistsError: the version is there and to be kept, or another export of this model is running.
+        VersionExistsError: another export of this model is running.
     """
     model.mkdir(parents=True, exist_ok=True)
-    folder = model / INCOMPLETE[existing]
     with (model / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise VersionExistsError(f"another export into {model} is running; wait for it to end") from None
         _settle_replaced(model)
-        target = free_version(model, number, existing)
-        for other in set(INCOMPLETE.values()) - {folder.name}:
-            shutil.rmtree(model / other, ignore_errors=True)
-        folder.mkdir(exist_ok=True)
-        yield folder
-        _publish(folder, target)
+        yield
+
+
+@contextmanager
+def new_version(
+    model: Path, number: int | None = None, existing: Existing = Existing.KEEP
+) -> Iterator[tuple[Path, Path]]:
+    """A folder to build in, and the one that it becomes when the block ends well: version `number` (None: the next).
+
+    When it does not, the folder stays for the next export of the same kind to go on from; no reader looks into it. It
+    may hold anything when it is yielded. The model has to be `locked`.
+
+    Raises:
+        VersionExistsError: the version is there and to be kept.
+    """
+    folder, target = model / INCOMPLETE[existing], free_version(model, number, existing)
+    for other in set(INCOMPLETE.values()) - {folder.name}:
+        shutil.rmtree(model / other, ignore_errors=True)
+    folder.mkdir(exist_ok=True)
+    yield folder, target
+    _publish(folder, target)
 
 
 def _publish(folder: Path, target: Path) -> None:
@@ -103,7 +111,7 @@ def _publish(folder: Path, target: Path) -> None:
 
 
 def _settle_replaced(model: Path) -> None:
-    """Deletes what has been replaced; what has been put aside for a version that never came is put back."""
+    """Deletes versions that were replaced; restores one whose replacement was never published."""
     for replaced in model.glob(f"{REPLACED}*"):
         version = model / replaced.name.removeprefix(REPLACED)
         if not os.path.lexists(version):
@@ -135,9 +143,7 @@ def write_config(model: Path, defaults: ServingDefaults) -> None:
     path = model / "config.pbtxt"
     if path.exists():
         return
-    draft = path.with_suffix(".draft")
-    draft.write_text(_config_text(model.name, defaults), "utf-8")
-    draft.rename(path)
+    write_whole(path, _config_text(model.name, defaults).encode())
 
 
 def kept_settings(model: Path, defaults: ServingDefaults) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What of earlier exports still holds: the newest version's engines, and those an interrupted export had finished."""
+"""Finds engines of earlier exports that can be reused: the newest version's, and those of an interrupted export."""
 
 import logging
 from dataclasses import dataclass, replace
@@ -9,51 +9,49 @@ import torch
 from export.build.aotinductor import called_libraries
 from export.checkpoint import Checkpoint
 from export.devices import current_target
-from export.errors import ManifestError, StaleEngineError
+from export.errors import ManifestError
 from export.manifest import (
     FILE_NAME,
     Backend,
     CheckpointRecord,
     EngineRecord,
     Manifest,
-    built_with,
-    check_engine,
-    checkpoint_record,
-    source_hash,
 )
 from export.repository import INCOMPLETE, Existing, versions
 from export.request import ExportRequest
 from export.spec import Component
+from export.validity import built_with, engine_fault, source_hash
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Published:
-    """A version that is what an export asks for."""
+class Exported:
+    """A version in the repository; `reused` names the engines that were not built again."""
 
     folder: Path
     manifest: Manifest
+    reused: frozenset[Component]
 
 
 Earlier = dict[Path, dict[Component, EngineRecord]]  # engines that still hold, by the folder that has them
 
 
 def earlier_engines(request: ExportRequest, checkpoint: Checkpoint) -> Earlier:
-    """What of earlier exports this one would build again just the same."""
+    """The reusable engines of each earlier export, by folder."""
     return {folder: reusable_engines(folder, request, checkpoint) for folder in earlier_work(request)}
 
 
-def published(request: ExportRequest, checkpoint: Checkpoint, earlier: Earlier) -> Published | None:
-    """The newest version, if it is what is asked for, and the server will read this checkpoint with it."""
+def published(request: ExportRequest, checkpoint: Checkpoint, earlier: Earlier) -> Exported | None:
+    """The newest version, if it already satisfies the request."""
     newest = newest_kept(request)
     if newest is None or request.version is not None:
         return None
     manifest = matching_manifest(newest, request, checkpoint)
-    if manifest is None or manifest.checkpoint != checkpoint_record(checkpoint):
+    if manifest is None or manifest.checkpoint != CheckpointRecord.of(checkpoint):
         return None
     whole = request.backend is Backend.EAGER or len(earlier.get(newest, ())) == len(Component)
-    return Published(newest, manifest) if whole else None
+    return Exported(newest, manifest, frozenset(e.component for e in manifest.engines)) if whole else None
 
 
 def taken_from(earlier: Earlier) -> dict[Component, Path]:
@@ -68,15 +66,15 @@ def earlier_work(request: ExportRequest) -> list[Path]:
 
 
 def newest_kept(request: ExportRequest) -> Path | None:
-    """The folder of the newest version, unless nothing there is to be kept."""
+    """The folder of the newest version; None if there is none, or with --force."""
     numbers = versions(request.model)
     return request.model / str(numbers[-1]) if numbers and request.existing is Existing.KEEP else None
 
 
 def matching_manifest(folder: Path, request: ExportRequest, checkpoint: Checkpoint) -> Manifest | None:
-    """The manifest in `folder`, if what it tells of was exported with these settings from this checkpoint.
+    """The manifest in `folder`, if it was exported with these settings from this checkpoint.
 
-    It may lie elsewhere now: engines do not depend on that.
+    The checkpoint may have been moved: engines do not depend on where it is.
     """
     if not (folder / FILE_NAME).is_file():
         return None
@@ -87,7 +85,7 @@ def matching_manifest(folder: Path, request: ExportRequest, checkpoint: Checkpoi
         return None
     serving = request.serving
     same = (
-        _elsewhere(manifest.checkpoint) == _elsewhere(checkpoint_record(checkpoint))
+        _elsewhere(manifest.checkpoint) == _elsewhere(CheckpointRecord.of(checkpoint))
         and manifest.precision is request.precision
         and (manifest.max_batch, manifest.max_size) == (serving.max_batch, serving.max_size)
         and manifest.default_size == serving.default_size
@@ -111,12 +109,15 @@ def runs_here(request: ExportRequest) -> bool:
 
 
 def _elsewhere(checkpoint: CheckpointRecord) -> CheckpointRecord:
-    """The same, wherever it is."""
+    """`checkpoint` without its path."""
     return replace(checkpoint, path="")
 
 
 def _is_as_asked(record: EngineRecord, request: ExportRequest) -> bool:
-    """An engine that no machine has run yet is not, where it can be run."""
+    """Whether it was built as this request would build it.
+
+    An engine never compared with eager is not accepted if this machine can compare it.
+    """
     options, plan = request.options, record.plan
     return (
         record.built_for == options.targets
@@ -137,9 +138,7 @@ def _called(record: EngineRecord, request: ExportRequest) -> tuple[str, ...]:
 
 
 def _still_holds(record: EngineRecord, folder: Path, request: ExportRequest) -> bool:
-    try:
-        check_engine(record, folder, request.options.targets[0], "it is built again now")
-    except StaleEngineError as error:
-        log.warning("%s", error)
-        return False
-    return True
+    fault = engine_fault(record, folder, request.options.targets[0])
+    if fault:
+        log.warning("%s; it is built again", fault)
+    return not fault

@@ -77,24 +77,28 @@ class Source:
         """
         if self.hub is Hub.LOCAL or self.network is Network.OFFLINE:
             return None
-        library = _library(self.hub)
+        library = self._library()
         try:
-            return library.list_files(self.name, self.revision, self.cache_dir)
+            return library.list_files()
         except library.errors as error:
             raise self._unavailable(error) from error
 
     def _download(self) -> str:
-        library = _library(self.hub)
+        library = self._library()
         offline = self.network is Network.OFFLINE
         try:
-            return library.download(self.name, self.revision, self.cache_dir, offline=offline)
+            return library.download(offline=offline)
         except library.errors as error:
             if is_disk_full(error):
                 raise ResourcesError(
-                    f"the disk of {library.cache(self.cache_dir)} was full before all of {self.name} was there; free "
+                    f"the disk of {library.cache()} was full before all of {self.name} was there; free "
                     "some, or give another --cache-dir. The same command goes on with what is missing"
                 ) from error
             raise self._unavailable(error) from error
+
+    def _library(self) -> Library:
+        library = HuggingFace if self.hub is Hub.HUGGINGFACE else ModelScope
+        return library(self.name, self.revision, self.cache_dir, PATTERNS)
 
     def _unavailable(self, error: Exception) -> SourceError:
         where = "the cache" if self.network is Network.OFFLINE else self.hub
@@ -103,10 +107,6 @@ class Source:
             f"{self.name} at revision {self.revision or 'latest'} cannot be had from {where} ({reason}); check the "
             f"name and the network, or download it elsewhere into the same cache: {self.repair_command()}"
         )
-
-
-def _library(hub: Hub) -> Library:
-    return HuggingFace(PATTERNS) if hub is Hub.HUGGINGFACE else ModelScope(PATTERNS)
 
 
 def network_from_environment() -> Network:

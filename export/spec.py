@@ -97,6 +97,12 @@ EXPORT_EXAMPLE = ShapePoint(batch=2, caption=64, height=256, width=320)
 SMALLEST_MAX_SIZE = max(EXPORT_EXAMPLE.height, EXPORT_EXAMPLE.width)  # pixels; a model's longest side is no less
 
 
+def pixels(size: str) -> tuple[int, int]:
+    """Width and height of "WIDTHxHEIGHT"."""
+    width, height = size.split("x")
+    return int(width), int(height)
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """Name, element type and dimensions of one tensor; an int is fixed, a `Dim` changes from call to call."""

@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from export.checkpoint import READABLE, WEIGHTS, data_start, read_safetensors_header, weight_files
+from export.checkpoint import READABLE, data_start, tensors, without_prefix
 from export.errors import CheckpointError
 from export.spec import Precision
 
@@ -59,24 +59,18 @@ def write_weights(
 
 
 def _find(checkpoint: Path, sources: Mapping[str, tuple[str, str]]) -> dict[str, _Stored]:
-    held = {part: _held(checkpoint / part, WEIGHTS[part]) for part in {part for part, _ in sources.values()}}
+    held = {part: _held(checkpoint / part) for part in {part for part, _ in sources.values()}}
     found = {}
     for name, (part, key) in sources.items():
-        # Text encoders are stored with or without the prefix of the causal language model around them.
-        match = held[part].get(key) or held[part].get(f"model.{key}")
+        match = held[part].get(key)
         if match is None:
             raise CheckpointError(f"{checkpoint / part} holds no tensor {key!r}; its config promises one")
         found[name] = match
     return found
 
 
-def _held(folder: Path, single: str) -> dict[str, _Stored]:
-    return {
-        name: _stored(file, entry)
-        for file in weight_files(folder, single)
-        for name, entry in read_safetensors_header(file).items()
-        if name != "__metadata__"
-    }
+def _held(folder: Path) -> dict[str, _Stored]:
+    return {without_prefix(name): _stored(file, entry) for file, name, entry in tensors(folder)}
 
 
 def _stored(file: Path, entry: Mapping[str, Any]) -> _Stored:

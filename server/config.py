@@ -2,13 +2,13 @@
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from export.spec import MAX_PROMPT_TOKENS, SIZE_MULTIPLE
+from export.spec import MIN_SIZE, SIZE_MULTIPLE
 from server.errors import ConfigError
 from server.queue_policy import QueuePolicy, read_queue_policy
 from server.settings import GrpcConfig, LogSettings, MetricsConfig, TelemetryConfig, TraceSettings
@@ -70,14 +70,11 @@ class ModelConfig:
     name: str
     default_size: Size = (1024, 1024)
     warmup_sizes: tuple[Size, ...] = ()
-    min_size: int = 64
+    min_size: int = MIN_SIZE
     max_size: int = 2048
     default_num_inference_steps: int = 8
     max_num_inference_steps: int = 50
-    default_guidance_scale: float = 0.0
-    max_guidance_scale: float = 20.0
     max_num_images: int = 4
-    max_prompt_tokens: int = MAX_PROMPT_TOKENS
     max_batch_size: int = 4
     queue: QueuePolicy = field(default_factory=QueuePolicy)
     devices: tuple[str, ...] = ("auto",)  # one per worker process
@@ -85,17 +82,6 @@ class ModelConfig:
     prompt_cache_size: int = 256  # encoded prompts a worker keeps
 
 
-# Parameters of config.pbtxt by name, and how their text is read.
-PARAMETERS = {
-    "default_size": "size",
-    "warmup_sizes": "sizes",
-    "max_size": "side",
-    "min_size": "side",
-    "default_num_inference_steps": "int",
-    "max_num_inference_steps": "int",
-    "max_num_images": "int",
-    "prompt_cache_size": "int",
-}
 SUPPORTED_FIELDS = {
     "name",
     "backend",
@@ -145,7 +131,7 @@ def read_model_config(folder: Path) -> ModelConfig:
     for key, parameter in config.parameters.items():
         if key not in PARAMETERS:
             raise ConfigError(f"{path}: unknown parameter {key!r}; {sorted(PARAMETERS)} are known")
-        values[key] = _read(PARAMETERS[key], parameter.string_value, f"{path}: parameter {key}")
+        values[key] = PARAMETERS[key](parameter.string_value, f"{path}: parameter {key}")
     model = ModelConfig(**values)  # type: ignore[arg-type]
     more_sizes = _warmup_sizes(config.model_warmup, path)
     return _checked(replace(model, warmup_sizes=(*model.warmup_sizes, *more_sizes)), path)
@@ -190,11 +176,7 @@ def _warmup_sizes(samples: Iterable[Any], path: Path) -> tuple[Size, ...]:
     return tuple(_size(sample.name, f"{path}: model_warmup name") for sample in samples)
 
 
-def _read(kind: str, text: str, where: str) -> object:
-    if kind == "sizes":
-        return tuple(_read("size", part.strip(), where) for part in text.split(",") if part.strip())
-    if kind == "size":
-        return _size(text, where)
+def _whole(text: str, where: str) -> int:
     if not (text.isdecimal() and text.isascii()) or not 1 <= int(text) <= MOST:
         raise ConfigError(f"{where}: {text!r} is not accepted; a whole number from 1 to {MOST} is")
     return int(text)
@@ -207,6 +189,23 @@ def _size(text: str, where: str) -> Size:
     return int(match[1]), int(match[2])
 
 
+def _sizes(text: str, where: str) -> tuple[Size, ...]:
+    return tuple(_size(part.strip(), where) for part in text.split(",") if part.strip())
+
+
+# Parameters of config.pbtxt, and how their text is read.
+PARAMETERS: dict[str, Callable[[str, str], object]] = {
+    "default_size": _size,
+    "warmup_sizes": _sizes,
+    "max_size": _whole,
+    "min_size": _whole,
+    "default_num_inference_steps": _whole,
+    "max_num_inference_steps": _whole,
+    "max_num_images": _whole,
+    "prompt_cache_size": _whole,
+}
+
+
 def _checked(config: ModelConfig, path: Path) -> ModelConfig:
     for width, height in (config.default_size, *config.warmup_sizes):
         for side in (width, height):
@@ -215,6 +214,8 @@ def _checked(config: ModelConfig, path: Path) -> ModelConfig:
                     f"{path}: size {width}x{height}; each side must be a multiple of {SIZE_MULTIPLE} from "
                     f"{config.min_size} to {config.max_size}"
                 )
+    if config.min_size < MIN_SIZE:
+        raise ConfigError(f"{path}: min_size {config.min_size}; engines are exported from {MIN_SIZE} on")
     if config.default_num_inference_steps > config.max_num_inference_steps:
         raise ConfigError(
             f"{path}: default_num_inference_steps {config.default_num_inference_steps} is over max_num_inference_steps "

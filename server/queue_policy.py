@@ -6,7 +6,6 @@ from enum import Enum
 from typing import Any
 
 from server.errors import ConfigError
-from server.turns import TurnPolicy
 
 DEFAULT_MAX_QUEUE_SIZE = 128  # requests: Triton's 0 means no bound; a queue without one only hides an overload
 DEFAULT_PRIORITY_LEVELS = 8
@@ -54,7 +53,6 @@ class QueuePolicy:
     by_level: Mapping[int, LevelPolicy] = field(default_factory=dict)
     preferred_batch_sizes: tuple[int, ...] = ()
     max_delay: float = 0.0
-    turns: TurnPolicy = field(default_factory=TurnPolicy)
 
     def level_of(self, asked: int) -> int:
         """The level of a request over Triton's protocol, where anything but a valid level means the default."""

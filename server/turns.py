@@ -1,8 +1,8 @@
 """Whose turn is next: one ordering for both the dispatcher's queue and the planner's sequences.
 
 Ranked by priority level, then by when the work is due, then by arrival. Two rules keep anything from starving: waiting
-lifts a request by one level every `ageing` seconds, and within a level a request without a deadline is due `patience`
-seconds after it arrived. So nothing is overtaken by what arrives more than (priority - 1) * ageing + patience after it,
+lifts a request by one level every `AGEING` seconds, and within a level a request without a deadline is due `PATIENCE`
+seconds after it arrived. So nothing is overtaken by what arrives more than (priority - 1) * AGEING + PATIENCE after it,
 except a request that has exceeded a queue timeout whose action is DELAY: as in Triton, it goes behind all others of its
 level.
 """
@@ -17,13 +17,8 @@ from typing import Generic, NamedTuple, TypeVar
 T = TypeVar("T")
 Rank = tuple[int, bool, float, float]  # smaller is sooner
 
-
-@dataclass(frozen=True)
-class TurnPolicy:
-    """How long waiting takes to count. Seconds."""
-
-    ageing: float = 30.0  # of waiting lift a request by one priority level
-    patience: float = 60.0  # after its arrival a request without a deadline is due
+AGEING = 30.0  # seconds of waiting that lift a request by one priority level
+PATIENCE = 60.0  # seconds after its arrival a request without a deadline is due
 
 
 @dataclass(frozen=True)
@@ -35,28 +30,28 @@ class Claim:
     deadline: float | None = None
     delayed: bool = False  # its queue timeout has passed: behind all others of its level
 
-    def level(self, now: float, policy: TurnPolicy) -> int:
+    def level(self, now: float) -> int:
         """The priority, lifted by waiting."""
-        return max(1, self.priority - int((now - self.arrived) / policy.ageing))
+        return max(1, self.priority - int((now - self.arrived) / AGEING))
 
-    def rank(self, now: float, policy: TurnPolicy) -> Rank:
+    def rank(self, now: float) -> Rank:
         """The sort key at `now`; it changes only when the level does."""
-        due = self.arrived + policy.patience
+        due = self.arrived + PATIENCE
         if self.deadline is not None:
             due = min(due, self.deadline)
-        return self.level(now, policy), self.delayed, due, self.arrived
+        return self.level(now), self.delayed, due, self.arrived
 
-    def lifted_at(self, now: float, policy: TurnPolicy) -> float:
+    def lifted_at(self, now: float) -> float:
         """When the level changes next; infinity at the top."""
-        level = self.level(now, policy)
-        return float("inf") if level == 1 else self.arrived + policy.ageing * (self.priority - level + 1)
+        level = self.level(now)
+        return float("inf") if level == 1 else self.arrived + AGEING * (self.priority - level + 1)
 
 
 class Turns(Generic[T]):
     """Items in the order of their turns. Ranks are cached, and recomputed only when ageing has changed one."""
 
-    def __init__(self, claim: Callable[[T], Claim], policy: TurnPolicy) -> None:
-        self._claim, self._policy = claim, policy
+    def __init__(self, claim: Callable[[T], Claim]) -> None:
+        self._claim = claim
         self._entries: list[_Entry[T]] = []
         self._numbers = itertools.count()  # equal ranks: first come, first served
         self._next_lift = float("inf")
@@ -102,7 +97,7 @@ class Turns(Generic[T]):
 
     def _entry(self, item: T, number: int, now: float) -> "_Entry[T]":
         claim = self._claim(item)
-        return _Entry(claim.rank(now, self._policy), number, claim.lifted_at(now, self._policy), item)
+        return _Entry(claim.rank(now), number, claim.lifted_at(now), item)
 
 
 class _Entry(NamedTuple, Generic[T]):

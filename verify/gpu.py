@@ -20,8 +20,9 @@ from typing import Any
 from export.cli import NOT_POSSIBLE, image_size
 from export.devices import checked_device
 from export.errors import UnsupportedError
-from export.manifest import BINDING_LIBRARIES, Backend, installed_version
+from export.manifest import Backend
 from export.spec import Precision
+from export.validity import BINDING_LIBRARIES, installed_version
 from verify.images import psnr_text
 from verify.machine import commit, cpu_name
 

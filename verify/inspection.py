@@ -9,8 +9,10 @@ from typing import Any
 
 from export.devices import checked_device, current_target
 from export.errors import ExportError, StaleEngineError
-from export.manifest import Backend, EngineRecord, Manifest, Target, check_checkpoint, check_engine, rebuild_command
+from export.manifest import Backend, EngineRecord, Manifest, Target
+from export.rebuild import rebuild_command
 from export.spec import ComponentSpec, TensorSpec, component_specs
+from export.validity import check_checkpoint, check_engine
 from verify.layers import layers
 from verify.version import Version, add_arguments, open_version
 

@@ -9,10 +9,11 @@ from typing import TypeVar
 from export.manifest import Manifest
 from export.spec import Component
 from server.requests import EngineUse, GenerationRequest, ImageFormat, LongPrompt
-from server.worker.executor import Components, Executor, ImageSequence, make_sequences
+from server.worker.executor import Components, Executor
 from server.worker.images import Pixels
 from server.worker.lanes import Pending
 from server.worker.prompts import PromptTokenizer
+from server.worker.sequences import ImageSequence, make_sequences
 
 Size = tuple[int, int]  # width and height in pixels
 T = TypeVar("T")

@@ -17,10 +17,11 @@ from torch import Tensor
 from export.cli import NOT_POSSIBLE
 from export.devices import checked_device, current_target, use_device
 from export.errors import ExportError, UnsupportedError
-from export.manifest import Backend, Manifest, Target, check_checkpoint
+from export.manifest import Backend, Manifest, Target
 from export.parity import closeness
 from export.profiles import TYPICAL_CAPTION
 from export.spec import IMAGE_PSNR, Component, ShapePoint, component_specs, example_inputs
+from export.validity import check_checkpoint
 from server.config import FallbackPolicy, cpu_threads
 from server.engines.eager import EagerModules
 from server.engines.served import ServedComponent

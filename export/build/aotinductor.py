@@ -13,7 +13,6 @@ from export.build.corrections import corrected_code
 from export.errors import BuildError
 from export.hubs import is_disk_full
 from export.kernels import attention as flash
-from export.manifest import FLASH_ATTENTION
 from export.modules.denoiser import Denoiser
 from export.modules.fused import fused
 from export.modules.fused_decoder import fused_decoder
@@ -23,6 +22,7 @@ from export.modules.prompt_encoder import PromptEncoder
 from export.packages import open_package
 from export.profiles import tuning_example
 from export.spec import Component, ComponentSpec, Precision
+from export.validity import FLASH_ATTENTION
 
 # The weights stay outside: they are lent when the package is opened. On a CPU the server sets the number of threads
 # then; by default Inductor may bake in the number here.

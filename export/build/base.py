@@ -32,6 +32,7 @@ class BuildInputs:
     profiles: tuple[ShapeProfile, ...]
     repository: Path | None  # where another model may have a plan to share; None: everything is built
     module: Callable[[], nn.Module]  # reads the weights into memory, so only builders that need them there call it
+    report: Callable[[], None] = lambda: None  # for a long build to call; raises KeyboardInterrupt if it is to end
 
     def program(self, module: nn.Module, example: ShapePoint = EXPORT_EXAMPLE) -> ExportedProgram:
         """`module` (the component or a form of it), traced with the spec's dynamic shapes."""
@@ -70,6 +71,7 @@ class Builder(Protocol):
 
         Raises:
             BuildError: the backend could not build it.
+            torch.OutOfMemoryError: for want of memory.
         """
 
     def load(self, path: Path, module: nn.Module, spec: ComponentSpec) -> Runner:

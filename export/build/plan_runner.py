@@ -7,22 +7,24 @@ import torch
 from torch import Tensor
 
 from export.errors import BuildError
+from export.manifest import Backend
 from export.plans import Foreign, OpenPlan
 from export.spec import ComponentSpec
 
 
 class PlanRunner:
-    """A plan on the current CUDA device."""
+    """A plan on the current CUDA device, with the kernels that the server runs."""
 
-    def __init__(self, trt: Foreign, path: Path, spec: ComponentSpec) -> None:
-        self._plan = OpenPlan(trt, path, spec)
-        # Otherwise it would hold the memory that the largest shape of all profiles needs.
-        self._context = self._plan.context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+    def __init__(self, trt: Foreign, path: Path, spec: ComponentSpec, backend: Backend) -> None:
+        self._plan = OpenPlan(trt, path, spec, backend)
+        self._contexts: dict[int, Foreign] = {}  # one per profile
         self._spec = spec
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        context = self._context
-        self._plan.select(context, self._profile(inputs))
+        profile = self._profile(inputs)
+        if profile not in self._contexts:
+            self._contexts[profile] = self._plan.context_in(profile)
+        context = self._contexts[profile]
         held = {name: tensor.contiguous() for name, tensor in inputs.items()}
         output = self._plan.bind(context, self._spec, held)
         scratch = torch.empty(self._plan.memory_needed(context), dtype=torch.uint8, device="cuda")

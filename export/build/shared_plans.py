@@ -10,10 +10,8 @@ from export.manifest import (
     Manifest,
     PlanRecord,
     Target,
-    built_with,
-    check_engine,
-    source_hash,
 )
+from export.validity import built_with, engine_fault, source_hash
 
 
 def find_plan(repository: Path, backend: Backend, plan: PlanRecord, targets: tuple[Target, ...]) -> Path | None:
@@ -21,7 +19,8 @@ def find_plan(repository: Path, backend: Backend, plan: PlanRecord, targets: tup
     for manifest in sorted(repository.glob(f"*/[0-9]*/{FILE_NAME}")):
         for record in _engines(manifest.parent):
             alike = (record.backend, record.plan, record.built_for) == (backend, plan, targets)
-            if alike and record.built_with == built_with(record.built_with) and _holds(record, manifest.parent):
+            same = alike and record.built_with == built_with(record.built_with)
+            if same and not engine_fault(record, manifest.parent, record.built_for[0]):
                 return manifest.parent / record.file
     return None
 
@@ -33,11 +32,3 @@ def _engines(folder: Path) -> tuple[EngineRecord, ...]:
     except ManifestError:
         return ()
     return manifest.engines if manifest.source == source_hash() else ()
-
-
-def _holds(record: EngineRecord, folder: Path) -> bool:
-    try:
-        check_engine(record, folder, record.built_for[0], "")
-    except ManifestError:
-        return False
-    return True

@@ -5,24 +5,30 @@ A plan is strongly typed: the graph itself carries the precision.
 """
 
 from pathlib import Path
+from typing import BinaryIO
 
 import onnx_ir as ir
 import torch
 from torch import nn
 
 from export.build.base import BuildInputs, BuildOptions, Built, Runner
+from export.build.plan_callbacks import build_monitor, plan_writer
 from export.build.plan_graph import fit_for_tensorrt
 from export.build.plan_runner import PlanRunner
 from export.build.shared_plans import find_plan
 from export.devices import current_target
 from export.errors import BuildError, UnsupportedError
-from export.manifest import BINDING_LIBRARIES, Backend, PlanRecord, PlanWeights, Verbosity, sha256, target_name
+from export.manifest import Backend, PlanRecord, PlanWeights, Verbosity, sha256
 from export.onnx import outline_graph
-from export.plans import Foreign, described, import_flavour, logger
+from export.plans import Foreign, described, failure, import_flavour, logger
+from export.rebuild import target_name
 from export.repository import take
 from export.spec import ComponentSpec, Precision
+from export.validity import BINDING_LIBRARIES
 
 TIMING_CACHE = "tensorrt.timing_cache"
+# TensorRT-RTX has neither bf16 nor products of fp32 matrices for Turing (SM75; seen with 1.7.1), and fp16 is too small.
+OLDEST_RTX = 80
 OLDEST_NATIVE = (10, 15)  # whose parser supports ONNX's Attention (10.14) and RMSNormalization
 
 
@@ -38,7 +44,7 @@ class TensorRtBuilder:
     def check(self, precision: Precision) -> None:
         trt = import_flavour(self._library)
         if self._backend is Backend.TENSORRT:
-            _check_native(trt, self._options)
+            _check_native(trt, self._options, precision)
         else:
             _check_ahead_of_time(trt, self._options)
 
@@ -70,7 +76,7 @@ class TensorRtBuilder:
         return Built((plan,), record)
 
     def load(self, path: Path, module: nn.Module, spec: ComponentSpec) -> Runner:
-        return PlanRunner(import_flavour(self._library), path, spec)
+        return PlanRunner(import_flavour(self._library), path, spec, self._backend)
 
     def write_plan(self, graph: Path, inputs: BuildInputs, path: Path) -> None:
         """Compiles the ONNX file `graph` into `path`."""
@@ -87,11 +93,13 @@ class TensorRtBuilder:
         cache = path.parent.parent / TIMING_CACHE  # beside the versions, so that the next one is built faster
         if self._backend is Backend.TENSORRT:
             _use_timing_cache(config, cache)
-        plan = builder.build_serialized_network(network, config)
-        if plan is None:
-            raise BuildError(f"{self._backend} could not build {inputs.spec.component}: {log.said()}")
-        with path.open("wb") as f:
-            f.write(plan)
+        monitor = build_monitor(trt, inputs.report)  # has to live as long as the configuration
+        config.progress_monitor = monitor
+        with path.open("wb") as file:
+            built = _build(trt, builder, (network, config), file)
+        inputs.report()  # if that is what ended the build
+        if not built:
+            raise failure(f"{self._backend} could not build {inputs.spec.component}", log.said(), BuildError)
         if self._backend is Backend.TENSORRT:
             cache.write_bytes(config.get_timing_cache().serialize())
 
@@ -108,6 +116,8 @@ class TensorRtBuilder:
             config.num_compute_capabilities = len(names)
             for index, name in enumerate(names):
                 config.set_compute_capability(getattr(trt.ComputeCapability, name), index)
+            if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # without it, calls may not be captured as graphs
+                config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         for profile in inputs.profiles:
             shapes = builder.create_optimization_profile()
             for name, bounds in profile.input_shapes(inputs.spec):
@@ -116,7 +126,19 @@ class TensorRtBuilder:
         return config
 
 
-def _check_native(trt: Foreign, options: BuildOptions) -> None:
+def _build(trt: Foreign, builder: Foreign, what: tuple[Foreign, Foreign], file: BinaryIO) -> bool:
+    """Builds a network as its configuration says and writes the plan; False if TensorRT could not."""
+    if not hasattr(builder, "build_serialized_network_to_stream"):
+        plan = builder.build_serialized_network(*what)
+        return plan is not None and bool(file.write(plan))
+    writer = plan_writer(trt, file)  # so that the plan is not in memory as well
+    built = bool(builder.build_serialized_network_to_stream(*what, writer))
+    if writer.error is not None:
+        raise writer.error
+    return built
+
+
+def _check_native(trt: Foreign, options: BuildOptions, precision: Precision) -> None:
     if tuple(map(int, trt.__version__.split(".")[:2])) < OLDEST_NATIVE:
         raise UnsupportedError(
             f"TensorRT {trt.__version__} cannot read these graphs; "
@@ -130,14 +152,20 @@ def _check_native(trt: Foreign, options: BuildOptions) -> None:
     here = current_target("cuda")
     if options.targets != (here,):
         raise UnsupportedError(f"--backend tensorrt builds for the GPU it runs on, {here}; leave --target out")
+    if precision is not Precision.FP32 and float(here.compute_capability or 0) < 8:
+        raise UnsupportedError(
+            f"--backend tensorrt has no {precision} for {here}, but for compute capability 8.0 and newer; give "
+            "--precision fp32, or export on such a GPU"
+        )
 
 
 def _check_ahead_of_time(trt: Foreign, options: BuildOptions) -> None:
-    known = [name for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
+    names = [name for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
+    known = [name for name in names if int(name[2:]) >= OLDEST_RTX]
     for target in options.targets:
         if target_name(target).upper() not in known:
             raise UnsupportedError(
-                f"TensorRT-RTX {trt.__version__} does not build for {target}; it builds for "
+                f"TensorRT-RTX {trt.__version__} does not build this model for {target}; it does for "
                 f"{', '.join(name.lower() for name in known)}. For other NVIDIA GPUs use --backend tensorrt there"
             )
     if options.weights is PlanWeights.STRIPPED and (len(options.targets) > 1 or not torch.cuda.is_available()):

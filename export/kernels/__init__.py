@@ -1,4 +1,4 @@
-"""What the denoiser does between its matrix products, each as one pass over memory.
+"""What the three components do between their matrix products and convolutions, each as one pass over memory.
 
 `reference` defines in plain PyTorch what each kernel computes; `triton_kernels` holds the kernels, which need a GPU and
 are imported only there. AOTInductor packages them, so serving an engine needs no Triton.

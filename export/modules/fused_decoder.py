@@ -13,9 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from export.modules.blocks import Foreign
-from export.modules.image_decoder import ImageDecoder
-
-ATTENTION_CHUNKS = 4  # of the queries; divides h * w, as the latents' height and width are even
+from export.modules.image_decoder import ImageDecoder, sliced_attention
 
 
 @dataclass(frozen=True)
@@ -74,19 +72,10 @@ def _attend(attention: Foreign, x: FeatureMap) -> FeatureMap:
     from export.kernels import group_norm as kernels
 
     h = _normalised(attention.group_norm, x).to(x.rows.dtype)
-    mixed = _attention(attention.to_q(h), attention.to_k(h), attention.to_v(h))
+    mixed = sliced_attention(attention.to_q(h), attention.to_k(h), attention.to_v(h))
     output = attention.to_out[0]
     rows, sums = kernels.add(x.rows, F.linear(mixed, output.weight), output.bias)
     return FeatureMap(rows, sums, x.size)
-
-
-def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention [S, d] as matrix products, for a head too wide for any fast fused kernel (d = 512).
-
-    A quarter of the queries at a time, so that the scores take a quarter of the memory.
-    """
-    chunks = (query * query.shape[1] ** -0.5).unflatten(0, (ATTENTION_CHUNKS, -1)).unbind()
-    return torch.cat([torch.softmax(chunk @ key.T, -1) @ value for chunk in chunks])
 
 
 def _doubled(conv: Foreign, x: FeatureMap) -> FeatureMap:

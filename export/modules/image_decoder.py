@@ -1,9 +1,13 @@
 """Latents to pixels, with scaling, clamping and rounding inside the graph."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from export.modules.blocks import Foreign
+
+ATTENTION_SLICES = 4  # of the queries; divides h * w, as the latents' height and width are even
 
 
 class ImageDecoder(nn.Module):
@@ -36,3 +40,30 @@ def run_decoder(decoder: Foreign, z: Tensor) -> Tensor:
     """`z` [B,C,h,w] -> image [B,3,8h,8w], about -1 to 1."""
     image: Tensor = decoder(z)
     return image
+
+
+def sliced_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention [S, d] as matrix products, for a head too wide for any fast fused kernel (d = 512).
+
+    A quarter of the queries at a time, so that the scores take a quarter of the memory.
+    """
+    slices = (query * query.shape[1] ** -0.5).unflatten(0, (ATTENTION_SLICES, -1)).unbind()
+    return torch.cat([torch.softmax(part @ key.T, -1) @ value for part in slices])
+
+
+class SlicedAttention:
+    """`AttnProcessor2_0` of diffusers for the VAE's attention, of one image and in slices.
+
+    At 2048x2048 all scores at once have 2^32 elements: more than TensorRT can plan memory for beforehand.
+    """
+
+    def __call__(self, attention: Foreign, x: Tensor, *_: object, **__: object) -> Tensor:
+        rows = attention.group_norm(x.flatten(2))[0].T
+        mixed = sliced_attention(attention.to_q(rows), attention.to_k(rows), attention.to_v(rows))
+        return x + cast(Tensor, attention.to_out[0](mixed)).T.reshape(x.shape)
+
+
+def attend_in_slices(decoder: ImageDecoder) -> None:
+    """Changes `decoder` to compute its attention in slices; from then on it takes one image per call."""
+    for attention in decoder.decoder.mid_block.attentions:
+        attention.processor = SlicedAttention()

@@ -15,6 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from export.modules.blocks import Foreign
+from export.modules.image_decoder import ImageDecoder, attend_in_slices
 from export.modules.load import PARTS, TORCH_DTYPES, build_component
 from export.spec import Component, Precision
 
@@ -38,6 +39,8 @@ def outline_component(checkpoint: Path, component: Component, precision: Precisi
         rotary: Any = parts["text_encoder"].rotary_emb
         parts["text_encoder"].rotary_emb = type(rotary)(parts["text_encoder"].config)
     module = build_component(component, parts).eval().requires_grad_(False)
+    if isinstance(module, ImageDecoder):
+        attend_in_slices(module)
     owners = {id(p): (part, name) for part, m in parts.items() for name, p in m.named_parameters()}
     return Outline(module, mode, {name: owners[id(p)] for name, p in module.named_parameters()})
 

@@ -16,7 +16,7 @@ from server.launch import WorkerConfig
 from server.requests import Completed, Image, Preview, Progress
 from server.rpc.triton import image_model
 from server.statistics import Statistics
-from server.tensors import Delivery, InferRequest, InferResponse
+from server.tensors import InferRequest, InferResponse
 
 
 class ZImageModel:
@@ -78,12 +78,12 @@ class ZImageModel:
                 match event:
                     case Progress() | Preview() if wanted.progress:
                         yield image_model.encode_progress(event)
-                    case Image() if request.delivery is Delivery.MANY and wanted.one_by_one:
+                    case Image() if wanted.one_by_one:
                         finished.append(event)
                         yield image_model.encode_image(event, final=len(finished) == wanted.generation.num_images)
                     case Image():
                         finished.append(event)
-                    case Completed() if not (request.delivery is Delivery.MANY and wanted.one_by_one):
+                    case Completed() if not wanted.one_by_one:
                         yield image_model.encode_images(finished, event)
 
     def _worker_changed(self, worker: Worker) -> None:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from export.manifest import Backend
 from export.packages import open_package
+from export.profiles import ShapeProfile
 from export.spec import ComponentSpec
 from server.engines import memory
 from server.engines.base import Shapes
-from server.engines.limits import ShapeLimits
 from server.engines.recorded import CudaRecorder, RecordedCalls
 from server.engines.threads import torch_threads
 from server.errors import EngineLoadError, EngineRunError
@@ -25,7 +25,7 @@ class AotInductorEngine:
 
     backend = Backend.AOTINDUCTOR
 
-    def __init__(self, path: Path, spec: ComponentSpec, limits: ShapeLimits, module: nn.Module, threads: int) -> None:
+    def __init__(self, path: Path, spec: ComponentSpec, profile: ShapeProfile, module: nn.Module, threads: int) -> None:
         try:
             self._call: Callable[..., Tensor] = PackageCalls(open_package(path, module))
         except (RuntimeError, KeyError) as error:
@@ -33,16 +33,15 @@ class AotInductorEngine:
         device = next(module.parameters()).device
         if device.type == "cuda":
             self._call = RecordedCalls(self._call, CudaRecorder(device))
-        self._names = [t.name for t in spec.inputs]
-        self._limits, self._threads = limits, threads
+        self._spec, self._profile, self._threads = spec, profile, threads
 
     def fits(self, shapes: Shapes) -> bool:
-        return self._limits.fit(shapes)
+        return self._profile.takes(self._spec, shapes)
 
     def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
         try:
             with torch.inference_mode(), torch_threads(self._threads):
-                return self._call(*(inputs[name] for name in self._names))
+                return self._call(*(inputs[tensor.name] for tensor in self._spec.inputs))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

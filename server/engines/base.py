@@ -36,3 +36,11 @@ class KeepsMemory(Protocol):
 
     def free_memory(self) -> None:
         """Frees that memory, because there is too little; calls may be slower from then on."""
+
+
+@runtime_checkable
+class KeepsKernels(Protocol):
+    """What an engine also implements if it compiles kernels while it runs, which the next start need not."""
+
+    def keep_kernels(self) -> None:
+        """Writes those compiled so far, if it can."""

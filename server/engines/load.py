@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from export.errors import StaleEngineError
-from export.manifest import Backend, EngineRecord, Manifest, Target, check_engine, rebuild_command
+from export.manifest import Backend, EngineRecord, Manifest, Target
+from export.rebuild import rebuild_command
 from export.spec import Component, ComponentSpec, component_specs
+from export.validity import check_engine
 from server.config import FallbackPolicy
 from server.engines.base import Engine
 from server.engines.eager import EagerEngine, EagerModules
-from server.engines.limits import ShapeLimits
 from server.engines.served import ServedComponent
 from server.errors import EngineLoadError
 
@@ -65,7 +66,7 @@ class EngineLoader:
     def _compiled(self, record: EngineRecord, spec: ComponentSpec) -> Engine:
         rebuild = rebuild_command(self.manifest, self.folder.parent, record, self.target)
         check_engine(record, self.folder, self.target, rebuild)
-        path, limits = self.folder / record.file, ShapeLimits.of(spec, self.manifest)
+        path, profile = self.folder / record.file, self.manifest.served_shapes
         match record.backend:
             case Backend.TENSORRT | Backend.TENSORRT_RTX:
                 from server.engines.tensorrt import TensorRtEngine
@@ -74,10 +75,10 @@ class EngineLoader:
             case Backend.ONNXRUNTIME:
                 from server.engines.onnxruntime import OnnxRuntimeEngine
 
-                return OnnxRuntimeEngine(path, spec, limits, self.threads)
+                return OnnxRuntimeEngine(path, spec, profile, self.threads)
             case Backend.AOTINDUCTOR:
                 from server.engines.aotinductor import AotInductorEngine
 
-                return AotInductorEngine(path, spec, limits, self.modules[spec.component], self.threads)
+                return AotInductorEngine(path, spec, profile, self.modules[spec.component], self.threads)
             case Backend.EAGER:
                 raise EngineLoadError("the manifest lists eager as a compiled engine; export the model again")

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from export.manifest import Backend
+from export.profiles import ShapeProfile
 from export.spec import ComponentSpec
 from server.engines import memory
 from server.engines.base import Shapes
-from server.engines.limits import ShapeLimits
 from server.errors import EngineLoadError, EngineRunError
 
 # onnxruntime raises its own exceptions, which have no common base below Exception; these are the ones documented
@@ -34,7 +34,7 @@ class OnnxRuntimeEngine:
 
     backend = Backend.ONNXRUNTIME
 
-    def __init__(self, path: Path, spec: ComponentSpec, limits: ShapeLimits, threads: int) -> None:
+    def __init__(self, path: Path, spec: ComponentSpec, profile: ShapeProfile, threads: int) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         # Threads that spin between calls take cores from the processes that carry the events. Threads that do not spin
@@ -45,16 +45,15 @@ class OnnxRuntimeEngine:
             self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except ORT_ERRORS as error:
             raise EngineLoadError(f"ONNX Runtime cannot load {path}: {error}") from error
-        self._output = spec.output.name
-        self._limits = limits
+        self._spec, self._profile = spec, profile
 
     def fits(self, shapes: Shapes) -> bool:
-        return self._limits.fit(shapes)
+        return self._profile.takes(self._spec, shapes)
 
     def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
         arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
         try:
-            (output,) = self._session.run([self._output], arrays)
+            (output,) = self._session.run([self._spec.output.name], arrays)
         except ORT_ERRORS as error:
             if memory.host_refused(error):
                 raise torch.OutOfMemoryError(str(error)) from error

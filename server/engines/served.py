@@ -7,7 +7,7 @@ from torch import Tensor
 
 from export.manifest import Backend
 from export.spec import ComponentSpec
-from server.engines.base import Engine, KeepsMemory
+from server.engines.base import Engine, KeepsKernels, KeepsMemory
 from server.errors import EngineRunError
 from server.requests import EngineUse
 
@@ -78,6 +78,12 @@ class ServedComponent:
         for engine in self._engines():
             if isinstance(engine, KeepsMemory):
                 engine.free_memory()
+
+    def keep_kernels(self) -> None:
+        """Has the engines keep for the next start what they have compiled."""
+        for engine in self._engines():
+            if isinstance(engine, KeepsKernels):
+                engine.keep_kernels()
 
     def _fallback(self) -> Engine:
         if self._eager is None:

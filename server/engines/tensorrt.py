@@ -5,6 +5,7 @@ default stream it would synchronise the device at every call, and could not be r
 profile, one image at the default size, are replayed as CUDA graphs; other shapes run plainly.
 """
 
+import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor
 
 from export.errors import PlanError, UnsupportedError
-from export.manifest import BINDING_LIBRARIES, EngineRecord
+from export.manifest import EngineRecord
 from export.plans import Foreign, import_flavour
 from export.spec import ComponentSpec
+from export.validity import BINDING_LIBRARIES
 from server.engines import memory
 from server.engines.base import Shapes
 from server.engines.recorded import CudaRecorder, Graph
@@ -23,6 +25,8 @@ from server.engines.tensorrt_runtime import TensorRtPlan
 from server.errors import EngineLoadError, EngineRunError
 
 RECORDED_PROFILE = 0
+
+log = logging.getLogger(__name__)
 
 
 class TensorRtEngine:
@@ -89,6 +93,10 @@ class TensorRtEngine:
         self._plain.clear()
         self._scratch.free()
 
+    def keep_kernels(self) -> None:
+        """See `KeepsKernels`: TensorRT-RTX compiles for the GPU that it finds, and for the shapes that it meets."""
+        self._plan.keep_kernels()
+
     def close(self) -> None:
         self.free_memory()
         self._plan.close()
@@ -117,7 +125,7 @@ class TensorRtEngine:
 
 
 class RecordedCall:
-    """Calls of one shape: the first runs plainly and is recorded, all others are replayed.
+    """Calls of one shape: the first runs plainly and is recorded, all others are replayed if that succeeds.
 
     It has a context to itself, because a context may not change once a graph is recorded from it.
     """
@@ -125,11 +133,12 @@ class RecordedCall:
     def __init__(
         self, plan: TensorRtPlan, scratch: "Scratch", spec: ComponentSpec, inputs: Mapping[str, Tensor]
     ) -> None:
-        self._plan, self._scratch = plan, scratch
+        self._plan, self._scratch, self._component = plan, scratch, spec.component
         self._context = plan.context_in(RECORDED_PROFILE)
         self._inputs = {name: torch.empty_like(t, memory_format=torch.contiguous_format) for name, t in inputs.items()}
         self._output = plan.bind(self._context, spec, self._inputs)
         self._graph: Graph | None = None
+        self._recordable = True  # until that is refused
         self._generation = -1  # of the scratch memory that the context computes in
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -148,8 +157,19 @@ class RecordedCall:
         self._graph = None
         self._generation = self._scratch.lend(self._context)
         self._plan.execute(self._context)
-        self._plan.keep_compiled()
-        self._graph = self._plan.record(self._context)
+        if self._recordable:
+            self._record()
+
+    def _record(self) -> None:
+        try:
+            self._graph = self._plan.record(self._context)
+        except (PlanError, RuntimeError) as error:
+            self._recordable = False
+            shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in self._inputs.items())
+            log.warning(
+                "%s: calls with %s are not recorded as a CUDA graph, and start more slowly: %s",
+                *(self._component, shapes, error),
+            )
 
 
 class Scratch:

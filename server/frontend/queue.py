@@ -34,7 +34,7 @@ class ModelQueue:
         self.statistics = Statistics()
         self.loaded = False  # all its workers have been ready once; set by the backend that loads it
         self._clock = clock
-        self._turns = Turns[Place](lambda place: place.claim, config.queue.turns)
+        self._turns = Turns[Place](lambda place: place.claim)
         self._assignment = Assignment(self.workers, 2 * config.max_batch_size, self._rank)
         self._changed = asyncio.Event()
         self._telling: asyncio.TimerHandle | None = None
@@ -194,7 +194,7 @@ class ModelQueue:
         self._assignment.release(place)
 
     def _rank(self, place: Place) -> Rank:
-        return place.claim.rank(self._clock(), self.config.queue.turns)
+        return place.claim.rank(self._clock())
 
     def _tell_all(self) -> None:
         self._telling = None

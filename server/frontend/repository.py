@@ -123,7 +123,10 @@ class Repository:
             OvertakenError: it is unloaded before it is loaded.
             ShuttingDownError: the server ends before it is loaded.
         """
-        present = [p.name for p in self._folders()]
+        try:
+            present = [p.name for p in self._folders()]
+        except OSError as error:  # no file descriptor is left, for example
+            raise EngineLoadError(f"failed to load '{name}', {error}") from error
         if name not in present:
             known = ", ".join(present) or "none"
             raise ModelNotFoundError(

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -180,7 +181,7 @@ class Override:
 
 def check_version(text: str) -> None:
     """Raises InvalidRequestError unless `text` is a version number."""
-    if not text.lstrip("-").isdecimal() or len(text) > len(str(MAX_VERSION)):
+    if not re.fullmatch(r"-?[0-9]+", text) or len(text) > len(str(MAX_VERSION)):
         raise InvalidRequestError(
             f"failed to get model version from specified version string '{text[:32]}', "
             "version should be an integral value > 0"

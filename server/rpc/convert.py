@@ -27,6 +27,8 @@ from server.requests import (
 
 MAX_SEED = 2**63 - 1
 MAX_REQUEST_ID = 128
+DEFAULT_GUIDANCE_SCALE = 0.0  # none: the model is distilled to do without
+MAX_GUIDANCE_SCALE = 20.0
 MAX_PROMPT_CHARACTERS = 32_768  # far past 512 tokens; keeps a hostile prompt out of the tokenizer
 T = TypeVar("T")
 
@@ -62,7 +64,7 @@ def decode_request(message: pb.GenerateRequest, model: ModelConfig, timeout: flo
         width=_size("width", message.width if message.HasField("width") else width, model),
         height=_size("height", message.height if message.HasField("height") else height, model),
         num_inference_steps=_steps(message, model),
-        guidance_scale=_guidance(message, model),
+        guidance_scale=_guidance(message),
         seed=_seed(message),
         num_images=_whole("num_images", _field(message, "num_images", 1), 1, model.max_num_images),
         image_format=_enum("image_format", message.image_format, FORMATS, "PNG, JPEG, WEBP and RAW are"),
@@ -144,10 +146,10 @@ def _steps(message: pb.GenerateRequest, model: ModelConfig) -> int:
     return _whole("num_inference_steps", value, 1, model.max_num_inference_steps)
 
 
-def _guidance(message: pb.GenerateRequest, model: ModelConfig) -> float:
-    value = message.guidance_scale if message.HasField("guidance_scale") else model.default_guidance_scale
-    if not (math.isfinite(value) and 0 <= value <= model.max_guidance_scale):
-        raise InvalidRequestError.of("guidance_scale", value, f"a number from 0 to {model.max_guidance_scale:g} is")
+def _guidance(message: pb.GenerateRequest) -> float:
+    value = message.guidance_scale if message.HasField("guidance_scale") else DEFAULT_GUIDANCE_SCALE
+    if not (math.isfinite(value) and 0 <= value <= MAX_GUIDANCE_SCALE):
+        raise InvalidRequestError.of("guidance_scale", value, f"a number from 0 to {MAX_GUIDANCE_SCALE:g} is")
     return value
 
 

@@ -1,10 +1,10 @@
 """Models and their instances as wire messages: what GetModel answers, and what a worker says of itself."""
 
-from export.spec import SIZE_MULTIPLE, Component
+from export.spec import MAX_PROMPT_TOKENS, SIZE_MULTIPLE, Component
 from protos.zserve.v1 import image_generation_pb2 as pb
 from server.config import ModelConfig
 from server.requests import InstanceInfo, MemoryUse, StepCost
-from server.rpc.convert import decode_engine_use, encode_engine_use
+from server.rpc.convert import DEFAULT_GUIDANCE_SCALE, MAX_GUIDANCE_SCALE, decode_engine_use, encode_engine_use
 
 
 def encode_model(config: ModelConfig, instances: tuple[InstanceInfo, ...], *, ready: bool, reason: str) -> pb.Model:
@@ -22,14 +22,14 @@ def encode_model(config: ModelConfig, instances: tuple[InstanceInfo, ...], *, re
             max_size=config.max_size,
             max_num_inference_steps=config.max_num_inference_steps,
             max_num_images=config.max_num_images,
-            max_prompt_tokens=config.max_prompt_tokens,
-            max_guidance_scale=config.max_guidance_scale,
+            max_prompt_tokens=MAX_PROMPT_TOKENS,
+            max_guidance_scale=MAX_GUIDANCE_SCALE,
         ),
         defaults=pb.Defaults(
             width=width,
             height=height,
             num_inference_steps=config.default_num_inference_steps,
-            guidance_scale=config.default_guidance_scale,
+            guidance_scale=DEFAULT_GUIDANCE_SCALE,
         ),
         instances=[_encode_instance(i) for i in instances],
     )

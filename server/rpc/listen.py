@@ -52,7 +52,8 @@ def bind(server: grpc.aio.Server, config: GrpcConfig) -> int:
     Raises:
         ConfigError: it is not free, or a certificate cannot be read.
     """
-    address = f"{config.address}:{config.port}"
+    host = f"[{config.address}]" if ":" in config.address else config.address  # an IPv6 address
+    address = f"{host}:{config.port}"
     try:
         if config.tls is None:
             return server.add_insecure_port(address)

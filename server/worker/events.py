@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from server.requests import Progress, Queued
-from server.worker.executor import ImageSequence
 from server.worker.images import Pixels
+from server.worker.sequences import ImageSequence
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ steps, and a step is submitted before the previous one is done.
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,82 +15,17 @@ from export.manifest import Backend, Manifest
 from export.spec import Component
 from server.engines.served import ServedComponent
 from server.errors import NonFiniteError
-from server.requests import EngineUse, GenerationRequest
-from server.turns import Claim
-from server.worker.batching import StepShape
+from server.requests import EngineUse
 from server.worker.images import Pixels
 from server.worker.lanes import Pending, lanes, together
-from server.worker.planner import PlannedSequence
 from server.worker.prompts import PromptCache, TokenIds, padded_length
-from server.worker.sampler import euler_step, initial_noise, sigma_schedule, timestep
+from server.worker.sampler import euler_step, initial_noise, timestep
+from server.worker.sequences import ImageSequence
 
 PAD_TOKEN = 0  # any id works: causal attention never looks ahead, and the learned pad token replaces the result
 
 Components = dict[Component, ServedComponent]
 Output = tuple[Tensor, EngineUse]  # of one call of a component, and the engine that made it
-
-
-@dataclass(eq=False, kw_only=True)
-class ImageSequence(PlannedSequence):
-    """One image being denoised: the planner's view of it, and its state on the device."""
-
-    request: GenerationRequest
-    image_index: int
-    prompts: tuple[TokenIds, ...]  # the prompt's, and for guidance the negative prompt's
-    sigmas: tuple[float, ...]
-    latents: Tensor | None = None  # fp32 [1, C, h, w]
-    captions: tuple[Tensor, ...] = ()  # fp32 [1, T, dim], one per prompt
-    schedule: Tensor | None = None  # fp32 [3, steps]: every step's time, its change of sigma, and the guidance
-    velocity: Tensor | None = None  # of the last step begun, for previews
-    prompt_cached: bool = False  # the prompt's own encoding was in the cache
-    encoded: int = 0  # prompts that had to be encoded, including the negative one
-    restarted: bool = False  # once, because its result was not finite
-    starved: bool = False  # it has run out of memory once while alone in its plan
-    engines: dict[Component, EngineUse] = field(default_factory=dict)
-    seconds: dict[Component, float] = field(default_factory=dict)
-
-    @property
-    def seed(self) -> int:
-        """Image i of a request uses the request's seed + i."""
-        return self.request.seed + self.image_index
-
-
-def make_sequences(
-    request: GenerationRequest,
-    prompts: tuple[TokenIds, ...],
-    *,
-    key: int,
-    shift: float,
-    now: float,
-    delivery: float = 0.0,
-) -> tuple[ImageSequence, ...]:
-    """The sequences of all images of `request`, which reached this worker at `now`.
-
-    They are due `delivery` seconds before the request is.
-    """
-    due = None if request.timeout is None else now + request.timeout - delivery
-    claim = Claim(request.priority, now - request.waited, due, request.delayed)
-    return tuple(_sequence(request, i, prompts, key, shift, claim) for i in range(request.num_images))
-
-
-def _sequence(
-    request: GenerationRequest,
-    image_index: int,
-    prompts: tuple[TokenIds, ...],
-    key: int,
-    shift: float,
-    claim: Claim,
-) -> ImageSequence:
-    return ImageSequence(
-        key=key,
-        shape=StepShape(request.height, request.width, tuple(map(padded_length, prompts))),
-        steps=request.num_inference_steps,
-        claim=claim,
-        request=request,
-        image_index=image_index,
-        prompts=prompts,
-        sigmas=sigma_schedule(request.num_inference_steps, shift),
-    )
 
 
 class Executor:
@@ -172,14 +106,13 @@ class Executor:
 
         return self._lanes[Component.DENOISER].start(work)
 
-    def quarantine(self, component: Component, reason: str) -> bool:
-        """Moves `component` to eager; False if it is there already. What a bad prompt encoder encoded is forgotten."""
+    def quarantine(self, component: Component, reason: str) -> None:
+        """Moves `component` to eager, if it is not there already. What a bad prompt encoder encoded is forgotten."""
         if not self._components[component].compiled:
-            return False
+            return
         self._components[component].quarantine(reason)
         if component is Component.PROMPT_ENCODER:
             self._cache.clear()
-        return True
 
     def usable(self) -> bool:
         """False if an error has left the device in a state that only a new process can mend, as CUDA's errors may."""
@@ -201,6 +134,11 @@ class Executor:
             component.free_memory()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def keep_kernels(self) -> None:
+        """Has the engines keep for the next start what they have compiled."""
+        for component in self._components.values():
+            component.keep_kernels()
 
     def run(self, component: Component, inputs: dict[str, Tensor]) -> Tensor:
         """Runs one call of a component and waits for it; for warm-up."""

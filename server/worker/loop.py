@@ -27,12 +27,14 @@ from server.engines.memory import out_of_memory_error
 from server.errors import DeadlinePassedError, NonFiniteError
 from server.requests import Progress
 from server.worker.events import Failed, FinishedImage, Listener, PreviewPixels, SequenceStarted
-from server.worker.executor import Executor, ImageSequence
+from server.worker.executor import Executor
 from server.worker.images import Pixels
 from server.worker.lanes import Pending
 from server.worker.planner import Plan, Planner, Stage, Wait
 from server.worker.reports import Reports
-from server.worker.under_way import Flight, Step, images_of
+from server.worker.sequences import ImageSequence
+from server.worker.under_way import SideTask, Step, images_of
+from server.worker.watchdog import Running, Watchdog
 
 T = TypeVar("T")
 
@@ -44,7 +46,6 @@ AHEAD = 0.005
 # Seconds between two polls of what runs beside the steps: while no step runs, and while one does (longer, because each
 # poll takes the interpreter's lock for a moment).
 LOOK_EVERY, LOOK_BESIDE = 0.0003, 0.002
-LATE = 20.0  # a plan that takes this many times its expected seconds, plus the loop's patience, has hung
 
 
 @dataclass(frozen=True)
@@ -79,15 +80,14 @@ class WorkerLoop(threading.Thread):
         self._executor = executor
         self._planner = planner
         self._clock = clock
-        self._patience = patience
+        self._watchdog = Watchdog(clock, patience)
         self._inbox: queue.SimpleQueue[_Submit | _Cancel | _Call | None] = queue.SimpleQueue()
-        self._flights: list[Flight] = []
+        self._side_tasks: list[SideTask] = []
         self._step: Step | None = None
-        self._free_at = 0.0  # when the step before `_step` was seen done
-        self._in_company = False  # whether `_step` has shared the device with anything
+        self._previous_step_ended = 0.0  # when the step before `_step` was seen done
+        self._step_shared_device = False  # whether `_step` has shared the device with anything
         self._reports = Reports()
-        self._moved = False  # whether positions in the queue may have changed
-        self._overdue_at = float("inf")  # when the first of the running plans counts as hung
+        self._positions_changed = False  # whether positions in the queue may have changed
         self._running = True
 
     def submit(self, sequences: tuple[ImageSequence, ...], listener: Listener) -> None:
@@ -111,7 +111,7 @@ class WorkerLoop(threading.Thread):
     @property
     def alive(self) -> bool:
         """False when the device has not come back from a plan long after it should have, or the thread has ended."""
-        return self.is_alive() and self._clock() < self._overdue_at
+        return self.is_alive() and not self._watchdog.hung
 
     def run(self) -> None:
         """The thread's body."""
@@ -141,7 +141,7 @@ class WorkerLoop(threading.Thread):
 
     def _nearly_done(self, step: Step) -> float:
         """When the step after `step` has to be planned."""
-        return max(step.began, self._free_at) + self._planner.expected_seconds(step.plan) - AHEAD
+        return max(step.began, self._previous_step_ended) + self._planner.expected_seconds(step.plan) - AHEAD
 
     def _take_in(self) -> None:
         """Handles everything that has arrived; waits when there is nothing else to do."""
@@ -152,10 +152,10 @@ class WorkerLoop(threading.Thread):
 
     def _at_most(self, seconds: float | None) -> float | None:
         """How long to wait for messages: only briefly while the device works, since it sends none when it is done."""
-        if self._step is None and not self._flights:
+        if self._step is None and not self._side_tasks:
             return seconds
         # A step may end sooner than its cost says; if that went unnoticed, the waiting time would become its cost.
-        look = LOOK_EVERY if self._step is None else LOOK_BESIDE if self._flights else AHEAD
+        look = LOOK_EVERY if self._step is None else LOOK_BESIDE if self._side_tasks else AHEAD
         return look if seconds is None else min(seconds, look)
 
     def _receive(self, seconds: float | None) -> None:
@@ -167,7 +167,7 @@ class WorkerLoop(threading.Thread):
             return
         match message:
             case _Submit(sequences, listener):
-                self._moved = True
+                self._positions_changed = True
                 self._reports.follow(sequences[0].key, listener)
                 for sequence in sequences:
                     self._planner.add(sequence, self._clock())
@@ -179,6 +179,7 @@ class WorkerLoop(threading.Thread):
                 except Exception as error:  # noqa: BLE001 - it belongs to the caller, who waits for it
                     answer.set_exception(error)
             case None:
+                self._executor.keep_kernels()
                 self._running = False
 
     def _drop_hopeless(self) -> None:
@@ -197,25 +198,25 @@ class WorkerLoop(threading.Thread):
 
     def _tell_positions(self) -> None:
         """Reports queue positions to requests that have not begun, whenever these may have changed."""
-        if not self._moved:
+        if not self._positions_changed:
             return
-        self._moved = False
+        self._positions_changed = False
         now = self._clock()
         self._reports.note_positions(self._planner.forecast(now), now)
 
     def _run(self, plan: Plan) -> None:
         """Gives a plan to the device; a step goes behind the running one, which is then waited for."""
         began = self._clock()
-        self._overdue_at = min(self._overdue_at, self._overdue(plan, began))
-        with self._blamed(plan):
+        self._watchdog.watch(self._running_since(began, plan))
+        with self._failing_only(plan):
             if plan.stage is Stage.DENOISE:
                 self._denoise(plan, began)
             else:
                 self._start(plan, began)
-        self._note_overdue()
+        self._watch()
 
     @contextmanager
-    def _blamed(self, plan: Plan) -> Iterator[None]:
+    def _failing_only(self, plan: Plan) -> Iterator[None]:
         """Attributes errors in this block to the plan's own requests only; the loop goes on."""
         try:
             yield
@@ -224,7 +225,7 @@ class WorkerLoop(threading.Thread):
         except torch.OutOfMemoryError as error:
             self._retry_smaller(images_of(plan), error)
         except Exception as error:  # noqa: BLE001 - the boundary between one request and the others
-            self._find_the_culprit(plan, error)
+            self._run_one_by_one(plan, error)
 
     def _denoise(self, plan: Plan, began: float) -> None:
         sequences = images_of(plan)
@@ -236,10 +237,10 @@ class WorkerLoop(threading.Thread):
         for sequence in sequences:
             if not sequence.left:  # it is decoded when this step is done
                 self._planner.set_aside(sequence)
-        self._crowd()
+        self._mark_shared()
         step = Step(plan, pending, [(s, s.step, self._begin_preview(s)) for s in sequences], began)
         self._settle()
-        self._step, self._in_company = step, bool(self._flights)
+        self._step, self._step_shared_device = step, bool(self._side_tasks)
         if self._is_over(pending):
             self._settle()
 
@@ -260,17 +261,17 @@ class WorkerLoop(threading.Thread):
             seconds = step.pending.result()
         except Exception as error:  # noqa: BLE001 - the boundary between one request and the others
             self._give_up(step.plan, error)
-            self._note_overdue()
+            self._watch()
             return
-        self._free_at = self._clock()
-        if not self._in_company:  # a step that shares the device costs more
+        self._previous_step_ended = self._clock()
+        if not self._step_shared_device:  # a step that shares the device costs more
             self._planner.observe(step.plan, seconds)
         for row, (sequence, number, preview) in enumerate(step.taken):
             if number == sequence.steps:
-                self._planner.take_back(sequence, self._free_at)
+                self._planner.take_back(sequence, self._previous_step_ended)
             self._report_step(sequence, number, 1e3 * seconds, len(step.taken), row)
             self._report_preview(sequence, number, preview)
-        self._note_overdue()
+        self._watch()
         self._reports.tell()
 
     def _start(self, plan: Plan, began: float) -> None:
@@ -284,57 +285,58 @@ class WorkerLoop(threading.Thread):
             if self._step is None:  # otherwise, if encoding hung, nobody would know that it was this request
                 self._reports.tell()
             pending = self._executor.encode(sequence)
-        flight = Flight(plan, sequence, pending, began, alone=self._step is None and not self._flights)
-        self._crowd()
+        task = SideTask(plan, sequence, pending, began, alone=self._step is None and not self._side_tasks)
+        self._mark_shared()
         if pending.done():
-            self._land(flight)
-            self._observe(flight)
+            self._finish(task)
+            self._observe(task)
         else:
             self._planner.set_aside(sequence)
-            self._flights.append(flight)
-            self._in_company = True
+            self._side_tasks.append(task)
+            self._step_shared_device = True
         self._reports.tell()
 
     def _collect(self) -> None:
         """Collects what is done: a step that ended early, and work beside it, whose request may be gone."""
         if self._step is not None and self._is_over(self._step.pending):
             self._settle()
-        while (flight := next((f for f in self._flights if self._is_over(f.pending)), None)) is not None:
-            self._flights.remove(flight)
-            self._observe(flight)
-            if self._planner.take_back(flight.sequence, self._clock()):
-                with self._blamed(flight.plan):
-                    self._land(flight)
-        self._note_overdue()
+        while (task := next((t for t in self._side_tasks if self._is_over(t.pending)), None)) is not None:
+            self._side_tasks.remove(task)
+            self._observe(task)
+            if self._planner.take_back(task.sequence, self._clock()):
+                with self._failing_only(task.plan):
+                    self._finish(task)
+        self._watch()
 
-    def _crowd(self) -> None:
-        """Notes that the flights no longer have the device to themselves."""
-        for flight in self._flights:
-            flight.alone = False
+    def _mark_shared(self) -> None:
+        """Notes that the side tasks no longer have the device to themselves."""
+        for task in self._side_tasks:
+            task.alone = False
 
-    def _observe(self, flight: Flight) -> None:
-        """Records what a flight has cost, for encoding per prompt; cached prompts have cost nothing."""
-        parts = flight.sequence.encoded if flight.plan.stage is Stage.ENCODE else 1
+    def _observe(self, task: SideTask) -> None:
+        """Records what a side task has cost, for encoding per prompt; cached prompts have cost nothing."""
+        parts = task.sequence.encoded if task.plan.stage is Stage.ENCODE else 1
         if parts:
-            observe = self._planner.observe if flight.alone else self._planner.observe_beside
-            observe(flight.plan, (self._clock() - flight.began) / parts)
+            observe = self._planner.observe if task.alone else self._planner.observe_beside
+            observe(task.plan, (self._clock() - task.began) / parts)
 
-    def _land(self, flight: Flight) -> None:
-        result = flight.pending.result()
+    def _finish(self, task: SideTask) -> None:
+        result = task.pending.result()
         if result is not None:
-            self._reports.note(flight.sequence.key, FinishedImage(flight.sequence, result))
-        self._planner.advance(flight.plan)
-        self._moved = True
+            self._reports.note(task.sequence.key, FinishedImage(task.sequence, result))
+        self._planner.advance(task.plan)
+        self._positions_changed = True
 
-    def _overdue(self, plan: Plan, began: float) -> float:
-        return began + self._patience + LATE * self._planner.expected_seconds(plan)
+    def _running_since(self, began: float, plan: Plan) -> Running:
+        return Running(began, self._planner.expected_seconds(plan))
 
-    def _note_overdue(self) -> None:
-        """Updates `_overdue_at`: only what the device has been given can hang."""
-        given = [(f.plan, f.began) for f in self._flights]
+    def _watch(self) -> None:
+        """Tells the watchdog what the device has been given: only that can hang."""
+        running = [self._running_since(task.began, task.plan) for task in self._side_tasks]
         if self._step is not None:
-            given.append((self._step.plan, max(self._step.began, self._free_at)))
-        self._overdue_at = min((self._overdue(plan, began) for plan, began in given), default=float("inf"))
+            began = max(self._step.began, self._previous_step_ended)
+            running.append(self._running_since(began, self._step.plan))
+        self._watchdog.watch_only(running)
 
     def _report_step(self, sequence: ImageSequence, done: int, step_ms: float, batch_size: int, row: int) -> None:
         event = Progress(done, sequence.steps, sequence.image_index, step_ms, batch_size, row)
@@ -373,17 +375,17 @@ class WorkerLoop(threading.Thread):
             if sequence.restarted:
                 self._fail(sequence.key, error)
                 continue
-            with self._blamed(Plan(Stage.DENOISE, (sequence,))):
+            with self._failing_only(Plan(Stage.DENOISE, (sequence,))):
                 self._executor.reset(sequence)
                 sequence.restarted = True
-                self._planner.restart([sequence])
+                self._planner.restart(sequence)
 
     def _retry_smaller(self, sequences: list[ImageSequence], error: torch.OutOfMemoryError) -> None:
         """Frees what can be freed and halves the batch; a sequence that does not fit alone is tried once more."""
         refusal = out_of_memory_error(error)
         log.warning("out of memory with %d of %s: %s", len(sequences), sequences[0].shape, refusal)
         self._settle()
-        self._wait_for_flights()
+        self._wait_for_side_tasks()
         self._executor.free_memory()
         if len(sequences) > 1:
             self._planner.limit_batch(sequences[0].shape, len(sequences) // 2)
@@ -392,16 +394,16 @@ class WorkerLoop(threading.Thread):
             self._fail(sequences[0].key, refusal)
         sequences[0].starved = True
 
-    def _wait_for_flights(self) -> None:
+    def _wait_for_side_tasks(self) -> None:
         """Waits until nothing runs beside the steps."""
-        while self._flights:
+        while self._side_tasks:
             time.sleep(LOOK_EVERY)
             self._collect()
 
-    def _find_the_culprit(self, plan: Plan, error: Exception) -> None:
+    def _run_one_by_one(self, plan: Plan, error: Exception) -> None:
         """Runs each sequence of a batch alone, so that none fails because of another."""
         self._settle()
-        self._overdue_at = min(self._overdue_at, self._overdue(plan, self._clock()))  # checking the device may hang
+        self._watchdog.watch(self._running_since(self._clock(), plan))  # checking the device may hang
         if len(plan.sequences) == 1:
             self._give_up(plan, error)
             return
@@ -424,6 +426,6 @@ class WorkerLoop(threading.Thread):
         self._forget(key)
 
     def _forget(self, key: int) -> None:
-        self._moved = True
+        self._positions_changed = True
         self._planner.remove(key, self._clock())
         self._reports.forget(key)

@@ -18,8 +18,9 @@ import torch
 
 from export.devices import current_target, default_device
 from export.errors import ExportError
-from export.manifest import Manifest, check_checkpoint
+from export.manifest import Manifest
 from export.spec import Component
+from export.validity import check_checkpoint
 from server.config import ModelConfig, read_model_config
 from server.costs import CostTable
 from server.engines import memory
@@ -71,6 +72,7 @@ def main() -> int:
     parts.done("heap")
     log.info("ready %s", parts)
     asyncio.run(serve(service, config.socket))
+    service.stop()
     return 0
 
 
@@ -94,10 +96,11 @@ def build_service(config: WorkerConfig, parts: "Parts") -> WorkerService:
     executor = Executor(components, manifest, device, model.prompt_cache_size)
     costs = CostTable()
     batches = BatchPolicy(model.max_batch_size, model.queue.preferred_batch_sizes, model.queue.max_delay)
-    loop = WorkerLoop(executor, Planner(costs, batches, model.queue.turns), patience=config.patience)
+    loop = WorkerLoop(executor, Planner(costs, batches), patience=config.patience)
     loop.start()
     warm_up = WarmUp(executor, manifest.checkpoint.dimensions, announce, CAPTIONS[device], PREPARING[device])
     loop.call(lambda: warm_up.run(model, costs)).result()
+    loop.call(executor.keep_kernels).result()
     parts.done("warm-up")
     used = replace(used, host_loaded=memory.host_bytes(), device_loaded=memory.device_bytes())
 

@@ -15,7 +15,7 @@ from enum import Enum
 from export.spec import Component
 from server.costs import CostTable
 from server.requests import StepCost
-from server.turns import Claim, TurnPolicy, Turns
+from server.turns import Claim, Turns
 from server.worker.batching import Batching, BatchPolicy, StepShape
 from server.worker.busyness import Load
 
@@ -92,10 +92,10 @@ class _Cost:
 class Planner:
     """Holds the sequences that are under way and says what to run next."""
 
-    def __init__(self, costs: CostTable, batches: BatchPolicy, turns: TurnPolicy | None = None) -> None:
+    def __init__(self, costs: CostTable, batches: BatchPolicy) -> None:
         self._costs = costs
         self._batching = Batching(costs, batches)
-        self._turns = Turns[PlannedSequence](lambda s: s.claim, turns or TurnPolicy())
+        self._turns = Turns[PlannedSequence](lambda s: s.claim)
         self._aside: list[PlannedSequence] = []
         self._begun: set[int] = set()  # keys of requests with an image that has begun, or is done
         self._beside = CostTable()  # how long encoding and decoding take beside steps, from their start
@@ -184,11 +184,10 @@ class Planner:
                     self._turns.remove(plan.sequences)
             self._note_latest(sequence)
 
-    def restart(self, sequences: Sequence[PlannedSequence]) -> None:
-        """Sends sequences back to their first step: what they had so far was wrong."""
-        for sequence in sequences:
-            sequence.stage, sequence.step = Stage.DENOISE, 0
-            self._note_latest(sequence)
+    def restart(self, sequence: PlannedSequence) -> None:
+        """Sends a sequence back to its first step: what it had so far was wrong."""
+        sequence.stage, sequence.step = Stage.DENOISE, 0
+        self._note_latest(sequence)
 
     def limit_batch(self, shape: StepShape, count: int) -> None:
         """Caps steps of this shape at `count` sequences: there was no memory for more."""

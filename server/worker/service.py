@@ -29,14 +29,15 @@ from server.requests import (
 from server.service import ModelStatus
 from server.worker.delivery import Delivery
 from server.worker.events import Failed, FinishedImage, LoopEvent, PreviewPixels, SequenceStarted
-from server.worker.executor import ImageSequence, make_sequences
 from server.worker.images import Pixels, encode_image, encode_preview, joined, parts
 from server.worker.loop import WorkerLoop
 from server.worker.prompts import PromptTokenizer, TokenIds
+from server.worker.sequences import ImageSequence, make_sequences
 
 # Threads that tokenise and encode images. Each may touch a heap of its own for the first time: with one thread per core
 # on 64 cores, a worker on an H200 grew by 87 MiB over 400 requests.
 HOST_THREADS = 4
+LAST_STEP = 1.0  # seconds that the device's thread has to end
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -70,6 +71,11 @@ class WorkerService:
         self._pool = ThreadPoolExecutor(max_workers=HOST_THREADS, thread_name_prefix="images")
         self._keys = itertools.count()
         self._delivery = Delivery()
+
+    def stop(self) -> None:
+        """Ends the device's thread, which keeps what engines have compiled, unless a step keeps it busy."""
+        self._loop.stop()
+        self._loop.join(LAST_STEP)
 
     def model(self, name: str) -> ModelStatus:
         """See `ImageService`."""

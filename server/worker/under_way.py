@@ -1,11 +1,12 @@
 """Work that the device has been given and has not finished: a step, and plans beside it."""
 
 from dataclasses import dataclass
+from typing import cast
 
-from server.worker.executor import ImageSequence
 from server.worker.images import Pixels
 from server.worker.lanes import Pending
 from server.worker.planner import Plan
+from server.worker.sequences import ImageSequence
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +20,7 @@ class Step:
 
 
 @dataclass(eq=False)
-class Flight:
+class SideTask:
     """A plan that runs beside the steps, for its one sequence."""
 
     plan: Plan
@@ -30,5 +31,5 @@ class Flight:
 
 
 def images_of(plan: Plan) -> list[ImageSequence]:
-    """The plan's sequences, typed as `ImageSequence`."""
-    return [s for s in plan.sequences if isinstance(s, ImageSequence)]
+    """The plan's sequences: the loop gives the planner no others."""
+    return list(cast("tuple[ImageSequence, ...]", plan.sequences))

@@ -11,8 +11,9 @@ from export.manifest import CheckpointRecord, Manifest, PreviewProjection
 from export.spec import Component, ModelDimensions, Precision, component_specs
 from server.engines.eager import EagerEngine, EagerModules
 from server.engines.served import ServedComponent
-from server.worker.executor import Executor, ImageSequence, make_sequences
+from server.worker.executor import Executor
 from server.worker.lanes import lanes
+from server.worker.sequences import ImageSequence, make_sequences
 from tests.conftest import CHECKPOINT
 from tests.fakes import a_request
 

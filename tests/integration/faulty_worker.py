@@ -21,9 +21,9 @@ from server.engines.base import Engine, Shapes
 from server.engines.load import EngineLoader
 from server.worker import main as worker
 from server.worker.events import Listener
-from server.worker.executor import ImageSequence
 from server.worker.loop import WorkerLoop
 from server.worker.planner import Plan
+from server.worker.sequences import ImageSequence
 
 KILLS, HANGS, STARVES, OVERFLOWS, TOO_LARGE_TOGETHER, GATED = (80, 96, 112, 128, 144, 160)  # widths in pixels
 ENDS_AT_ONCE = "a prompt that is the end of whoever reads it"

@@ -83,8 +83,11 @@ class ServerProcess:
         return text
 
     def metric(self, name: str, **labels: str) -> float:
-        """The value of one series; 0 when it is not there yet."""
-        for line in self.metrics().splitlines():
+        """The value of one series; 0 when it is not there yet, though its family must be."""
+        lines = self.metrics().splitlines()
+        family = re.sub("_(count|sum|bucket)$", "", name)
+        assert any(line.startswith((f"# TYPE {name} ", f"# TYPE {family} ")) for line in lines), f"no metric {name}"
+        for line in lines:
             if line.startswith(name + "{") and all(f'{k}="{v}"' in line for k, v in labels.items()):
                 return float(line.rpartition(" ")[2])
         return 0.0

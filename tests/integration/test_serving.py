@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import signal
 import socket
 import threading
@@ -18,23 +17,20 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from client import GenerationFailedError, ImageRequest
 from export.manifest import FileRecord
-from tests.conftest import MODEL
+from tests.conftest import MODEL, copy_model
 from tests.integration.process import PATIENCE, ServerProcess, is_gone, wait_for
 
 PROMPT = "a red circle on a white background"
 # Minutes of work on two cores: it does not end by itself while a test looks at it.
 ENDLESS = {"width": 1024, "height": 1024, "num_inference_steps": 50, "num_images": 4}
+THREE_STEPS = {"width": 64, "height": 64, "num_inference_steps": 3}
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 @pytest.fixture
 def copy(repository: Path, tmp_path: Path) -> Path:
     """A repository that a test may break: its model's only version is 1."""
-    versions = [p for p in (repository / MODEL).iterdir() if p.name.isdecimal()]
-    model = tmp_path / "models" / MODEL
-    shutil.copytree(max(versions, key=lambda p: int(p.name)), model / "1")
-    shutil.copy(repository / MODEL / "config.pbtxt", model)
-    return model.parent
+    return copy_model(repository, tmp_path / "models").parent
 
 
 def check(url: str, service: str = "") -> int:
@@ -89,7 +85,7 @@ def test_told_to_stop_it_finishes_what_runs_and_takes_nothing_new(copy: Path, ho
         with server.standing_still() as worker:
             for thread in drawing:
                 thread.start()
-            wait_for(lambda: server.metric("zserve_running_requests", model=MODEL) == 3)
+            wait_for(lambda: server.metric("zserve_requests_under_way", model=MODEL) == 3)
             server.process.send_signal(how)
             wait_for(lambda: "shutting down" in server.log)
             with server.client() as late, pytest.raises(GenerationFailedError, match=r"UNAVAILABLE.*shutting down"):
@@ -127,7 +123,7 @@ def test_a_killed_worker_is_replaced_and_does_not_outlive_a_killed_frontend(copy
 def test_a_full_queue_refuses_and_what_does_not_finish_in_time_is_answered(copy: Path) -> None:
     config = copy / MODEL / "config.pbtxt"
     limits = "dynamic_batching { default_queue_policy { max_queue_size: 2 } }"
-    config.write_text(config.read_text().replace("max_batch_size: 4", "max_batch_size: 1") + limits)
+    config.write_text(config.read_text() + limits)
     with ServerProcess(copy, "--exit-timeout-secs", "0.5") as server, server.client() as client:
         calls = [client.generate(ImageRequest(PROMPT, seed=s, **ENDLESS)) for s in range(4)]
         positions = [next(call).queued.position for call in calls]
@@ -197,11 +193,11 @@ def test_an_engine_that_goes_wrong_is_quarantined_and_the_request_succeeds(
     copy: Path, server: ServerProcess, wrong: set[str]
 ) -> None:
     with server.client() as client:
-        expected = client.draw(PROMPT, seed=5, num_inference_steps=3).images[0].pillow()
+        expected = client.draw(PROMPT, seed=5, **THREE_STEPS).images[0].pillow()
     for component in wrong:
         poison_weights(copy, component)
     with ServerProcess(copy) as poisoned, poisoned.client() as client:
-        drawing = client.draw(PROMPT, seed=5, num_inference_steps=3)
+        drawing = client.draw(PROMPT, seed=5, **THREE_STEPS)
         for use in drawing.completed.engines:
             assert use.backend == ("eager" if use.component in wrong else "onnxruntime")
             assert ("not finite" in use.fallback_reason) is (use.component in wrong)

@@ -23,11 +23,14 @@ SERVER_MAY_SEE = {
     "export.spec",
     "export.modules",
     "export.manifest",
+    "export.validity",
+    "export.rebuild",
     "export.errors",
     "export.checkpoint",
     "export.devices",
     "export.plans",
     "export.packages",
+    "export.profiles",
 }
 PROJECT = ("export", "server", "verify", "client", "protos", "demo", "benchmarks", "tests")
 WIRE = ("protos", "tritonclient", "grpc_health", "grpc_reflection")

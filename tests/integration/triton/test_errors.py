@@ -110,6 +110,7 @@ BAD: dict[str, tuple[pb.ModelInferRequest, str, str]] = {
     "unknown model": (request("x"), NOT_FOUND, "unknown model: 'x'"),
     "unknown version": (request(model_version="9"), NOT_FOUND, "version 9 is not found"),
     "version not a number": (request(model_version="x"), INVALID, "version string 'x'"),
+    "version with two signs": (request(model_version="--5"), INVALID, "version string '--5'"),
     "version below 1": (request(model_version="-1"), INVALID, "invalid model version specified '-1'"),
     "not loaded": (request("broken"), NOT_FOUND, "broken"),
     "wrong type": (raw(with_input(datatype="FP32"), b"ab"), INVALID, "data-type is 'FP32'"),

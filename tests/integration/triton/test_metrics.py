@@ -17,6 +17,7 @@ Start = Callable[..., ServerProcess]
 NAME = re.compile(r"\b(?:zserve|nv)_[a-z_]+\b")
 DASHBOARD = ROOT / "deploy" / "grafana-dashboard.json"
 RULES = ROOT / "deploy" / "prometheus-rules.yml"
+STAGES = ("queue", "encode", "denoise", "decode", "image_encode")
 PARTS = re.compile(r"_(bucket|sum|count)$")  # of histograms and summaries
 
 
@@ -71,6 +72,9 @@ def test_an_image_moves_the_metrics_of_its_steps(
         found["images"] = triton_server.metric("zserve_images_total", model=MODEL)
         for result in ("hit", "miss"):
             found[result] = triton_server.metric("zserve_prompt_cache_lookups_total", model=MODEL, result=result)
+        for stage in STAGES:
+            found[stage] = triton_server.metric("zserve_stage_duration_seconds_count", model=MODEL, stage=stage)
+        found["requests"] = triton_server.metric("zserve_request_duration_seconds_count", model=MODEL)
         return found
 
     before = figures()
@@ -82,6 +86,7 @@ def test_an_image_moves_the_metrics_of_its_steps(
     assert (change["zserve_batch_size_count"], change["zserve_batch_size_sum"]) == (steps, 6)
     assert change["seconds"] > 0
     assert (change["images"], change["hit"], change["miss"]) == (2, 0, 1)
+    assert [change[name] for name in (*STAGES, "requests")] == [1] * (len(STAGES) + 1)
 
 
 def test_the_queue_is_told_by_priority(triton_server: ServerProcess) -> None:

@@ -17,12 +17,11 @@ import pytest
 import tritonclient.grpc as triton
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from export.repository import versions
 from server.config import ControlMode, ServeConfig
 from server.frontend.app import Frontend
 from server.frontend.repository import Repository
 from server.settings import GrpcConfig
-from tests.conftest import MODEL
+from tests.conftest import MODEL, copy_model
 from tests.integration.process import PATIENCE, ServerProcess, wait_for
 from tests.integration.triton.conftest import IDENTITIES, bytes_tensor, identity_config, some_bytes, tensor, write_model
 from tests.integration.triton.test_errors import status_of
@@ -89,10 +88,7 @@ class Drawing:
 
 
 def test_a_version_is_replaced_and_unloaded_without_a_failed_request(repository: Path, tmp_path: Path) -> None:
-    newest = repository / MODEL / str(versions(repository / MODEL)[-1])
-    model = tmp_path / MODEL
-    shutil.copytree(newest, model / "1")
-    shutil.copy(repository / MODEL / "config.pbtxt", model)
+    model = copy_model(repository, tmp_path)
     arguments = ("--model-control-mode", "explicit", "--load-model", MODEL)
     with ServerProcess(tmp_path, *arguments) as server, ThreadPoolExecutor(4) as pool:
         (old,) = server.workers()
@@ -100,7 +96,7 @@ def test_a_version_is_replaced_and_unloaded_without_a_failed_request(repository:
         clients = [pool.submit(work) for work in (drawing.tensors, drawing.tensors, drawing.stream, drawing.stream)]
         try:
             wait_for(lambda: drawing.images > 3 and len(drawing.versions) > 3)
-            shutil.copytree(newest, tmp_path / "2")
+            shutil.copytree(model / "1", tmp_path / "2")
             (tmp_path / "2").rename(model / "2")
             with triton.InferenceServerClient(server.url) as client:
                 client.load_model(MODEL)
@@ -126,9 +122,8 @@ def test_a_version_is_replaced_and_unloaded_without_a_failed_request(repository:
 
 def test_what_is_loaded_anew_answers_nothing_from_the_old_ones_cache(repository: Path, tmp_path: Path) -> None:
     """The version's number is the same; its weights may be others."""
-    model = tmp_path / MODEL
-    shutil.copytree(repository / MODEL / str(versions(repository / MODEL)[-1]), model / "1")
-    config = (repository / MODEL / "config.pbtxt").read_text() + "\nresponse_cache { enable: true }\n"
+    model = copy_model(repository, tmp_path)
+    config = (model / "config.pbtxt").read_text() + "\nresponse_cache { enable: true }\n"
     (model / "config.pbtxt").write_text(config)
     with (
         ServerProcess(tmp_path, "--model-control-mode", "explicit", "--load-model", MODEL) as server,
@@ -190,7 +185,7 @@ def test_a_config_given_with_the_load(identity_server: Start) -> None:
 
 
 def test_a_load_goes_on_when_its_client_has_left(repository: Path, tmp_path: Path) -> None:
-    (tmp_path / MODEL).symlink_to(repository / MODEL)
+    copy_model(repository, tmp_path)
     with ServerProcess(tmp_path, "--model-control-mode", "explicit") as server:
         with grpc.insecure_channel(server.url) as channel:
             stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)

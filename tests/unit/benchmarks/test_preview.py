@@ -9,9 +9,10 @@ from benchmarks import preview
 from export.manifest import Backend
 from export.spec import Component
 from server.requests import EngineUse
-from server.worker.executor import Executor, ImageSequence
+from server.worker.executor import Executor
 from server.worker.images import Pixels
 from server.worker.lanes import Pending
+from server.worker.sequences import ImageSequence
 
 
 class CountingExecutor(Executor):

@@ -16,7 +16,8 @@ from tests.conftest import CHECKPOINT
 
 REFUSED = [
     ("--backend tensorrt_rtx", "for example --target sm89,sm120"),
-    ("--backend tensorrt_rtx --target sm90", "does not build for cuda .compute capability 9.0.; it builds for sm75"),
+    ("--backend tensorrt_rtx --target sm90", "does not build this model for cuda .compute capability 9.0."),
+    ("--backend tensorrt_rtx --target sm75,sm89", "for cuda .compute capability 7.5.; it does for sm80, sm86"),
     ("--backend tensorrt_rtx --target sm89 --strip-weights", "leave out --strip-weights"),
     ("--backend onnxruntime --precision bf16", "computes in fp32 only.*give --precision fp32, or --backend aotind"),
     ("--precision fp8", "--precision fp8 is for --backend aotinductor on CUDA GPUs of compute capability 8.9 or newer"),
@@ -100,7 +101,7 @@ def test_a_full_disk_or_a_limit_to_it_is_too_little_of_it(
 
     monkeypatch.setattr(exporter, "export_model", fail)
     assert main(["--checkpoint", str(CHECKPOINT), "--repository", str(tmp_path), "--name", "m"]) == NOT_POSSIBLE
-    assert f"{os.strerror(number)}, as something was written for {tmp_path / 'm'}" in capsys.readouterr().err
+    assert f"{os.strerror(number)} (while writing {tmp_path / 'm'})" in capsys.readouterr().err
 
 
 def test_a_repository_that_is_a_file_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -83,7 +83,7 @@ def test_what_is_not_cached_is_told_with_its_size_and_what_its_export_needs(
     assert f"into {tmp_path / 'cache'}, where 1099.5 GB are free" in said
     assert "denoiser        weights   12.30 to  24.60 GB" in said
     assert "prompt_encoder  weights    4.00 to   8.00 GB" in said
-    assert "memory      38.90 to  75.80 GB" in said
+    assert "memory      26.60 to  51.20 GB" in said
     assert not hub.downloads
     assert hub.listings == 1
     assert not (tmp_path / "models").exists()

@@ -1,28 +1,30 @@
 """What an export builds again, and what it takes from earlier ones."""
 
 import shutil
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from export import exporter, manifest, reuse
+from export import exporter, reuse, validity
 from export.build import BuildInputs, BuildOptions, Built, Runner
 from export.build.aotinductor import called_libraries
 from export.checkpoint import Checkpoint
 from export.errors import ArgumentsError, ResourcesError, VersionExistsError
-from export.exporter import Exported, export_model
+from export.exporter import export_model
 from export.kernels import attention
 from export.manifest import Backend, EngineRecord, Parity, Target
 from export.parity import ParityCheck
 from export.profiles import parity_points
-from export.repository import INCOMPLETE, Existing, ServingDefaults, versions
+from export.repository import INCOMPLETE, Existing, ServingDefaults, new_version, versions
 from export.request import ExportRequest
-from export.reuse import reusable_engines
+from export.reuse import Exported, reusable_engines
 from export.sources import Hub, Source
 from export.spec import Component, ComponentSpec, Precision, ShapePoint, component_specs
 from tests.conftest import CHECKPOINT
@@ -183,7 +185,7 @@ def test_an_export_interrupted_again_before_it_builds_keeps_what_was_finished(
         return reusable_engines(folder, request, checkpoint)
 
     with monkeypatch.context() as during:
-        during.setattr(exporter, "reusable_engines", interrupted)
+        during.setattr(reuse, "reusable_engines", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(request_, FakeBuilder(), monkeypatch)
     last = FakeBuilder()
@@ -246,12 +248,12 @@ def test_an_engine_is_built_again_when_a_library_that_shaped_it_is_another(
     request_: ExportRequest, monkeypatch: pytest.MonkeyPatch, library: str
 ) -> None:
     """Also those that an engine of this backend loads without."""
-    here = manifest.installed_version
+    here = validity.installed_version
     run(request_, FakeBuilder(libraries=("torch", "onnxscript")), monkeypatch)
     again = FakeBuilder(libraries=("torch", "onnxscript"))
     assert run(request_, again, monkeypatch).folder.name == "1"
-    monkeypatch.setattr(manifest, "BINDING_LIBRARIES", {Backend.AOTINDUCTOR: ()})
-    monkeypatch.setattr(manifest, "installed_version", lambda name: "99.0" if name == library else here(name))
+    monkeypatch.setattr(validity, "BINDING_LIBRARIES", {Backend.AOTINDUCTOR: ()})
+    monkeypatch.setattr(validity, "installed_version", lambda name: "99.0" if name == library else here(name))
     done = run(request_, again, monkeypatch)
     assert again.built == list(Component)
     assert {e.built_with[library] for e in done.manifest.engines} == {"99.0"}
@@ -260,9 +262,9 @@ def test_an_engine_is_built_again_when_a_library_that_shaped_it_is_another(
 def test_the_denoiser_is_built_again_when_flash_attention_has_been_installed(
     request_: ExportRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here = manifest.installed_version
+    here = validity.installed_version
     run(request_, FakeBuilder(), monkeypatch)
-    monkeypatch.setattr(manifest, "installed_version", lambda name: "0.0.3" if name == "fa3-fwd" else here(name))
+    monkeypatch.setattr(validity, "installed_version", lambda name: "0.0.3" if name == "fa3-fwd" else here(name))
     monkeypatch.setattr(attention, "is_there", lambda device: True)
     assert run(request_, FakeBuilder(), monkeypatch).reused == frozenset(Component), "in fp32 nothing calls it"
     bf16 = replace(request_, precision=Precision.BF16)
@@ -296,6 +298,32 @@ def test_a_damaged_engine_of_the_newest_version_is_built_again_alone(
     assert builder.built == [DENOISER]
     assert done.folder.name == "2"
     assert (done.folder / "prompt_encoder.pt2").read_text() == "engine prompt_encoder"
+
+
+def test_why_an_engine_is_not_reused_is_logged_without_a_command(
+    request_: ExportRequest, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is built again in the same run: nobody has to do anything."""
+    run(request_, FakeBuilder(), monkeypatch)
+    file = request_.model / "1" / "denoiser.pt2"
+    file.write_text("cut")
+    caplog.clear()
+    run(request_, FakeBuilder(), monkeypatch)
+    problem = "is damaged: 15 bytes of denoiser.pt2 expected, 3 found"
+    assert caplog.messages == [f"denoiser engine {file} {problem}; it is built again"]
+
+
+def test_the_version_reported_is_the_one_written(request_: ExportRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when another export publishes the next one at once."""
+
+    @contextmanager
+    def followed(*which: Any) -> Iterator[Any]:
+        with new_version(*which) as made:
+            yield made
+        (request_.model / "2").mkdir()
+
+    monkeypatch.setattr(exporter, "new_version", followed)
+    assert run(request_, FakeBuilder(), monkeypatch).folder.name == "1"
 
 
 def test_a_version_number_of_ones_own(request_: ExportRequest, monkeypatch: pytest.MonkeyPatch) -> None:

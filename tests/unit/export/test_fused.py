@@ -19,7 +19,7 @@ from export.modules.image_decoder import ImageDecoder
 from export.modules.merged import merge_projections
 from export.modules.prompt_encoder import PromptEncoder
 from export.onnx import GraphLimits, export_program
-from export.packages import held_weights
+from export.packages import prepare_weights
 from export.spec import Component, Precision, component_specs
 from tests.conftest import CHECKPOINT, ROOT
 
@@ -58,7 +58,7 @@ def test_nothing_holds_what_is_merged_when_its_memory_is_given_back(monkeypatch:
     replaced = [weakref.ref(layer.attention.to_q.weight) for layer in layers]
     alive = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.append(sum(r() is not None for r in replaced)))
-    held_weights(module, {"layers.0.attention.qkv"})
+    prepare_weights(module, {"layers.0.attention.qkv"})
     assert alive[-1] == 0
     assert len(set(alive)) == len(replaced) + 1  # block by block
 

@@ -22,8 +22,8 @@ from export.manifest import (
     PreviewProjection,
     Target,
     Verbosity,
-    rebuild_command,
 )
+from export.rebuild import rebuild_command
 from export.spec import Component, ModelDimensions, Precision
 
 CPU, ADA, BLACKWELL = Target("cpu"), Target("cuda", "8.9"), Target("cuda", "12.0")

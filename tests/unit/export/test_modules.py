@@ -11,6 +11,7 @@ from diffusers import ZImagePipeline
 from torch import Tensor
 
 from export.modules import build_components, load, load_components
+from export.modules.image_decoder import ImageDecoder, attend_in_slices
 from export.modules.load import build_component
 from export.spec import Component, Precision
 from tests.conftest import CHECKPOINT, load_pipeline
@@ -99,6 +100,20 @@ def test_image_decoder_equals_diffusers(pair: tuple[ZImagePipeline, float], size
     assert image.shape == (2, 8 * size[0], 8 * size[1], 3)
     assert relative(image, torch.from_numpy(expected)) <= tolerance
     assert np.abs(image.numpy().astype(int) - expected.astype(int)).max() <= 1
+
+
+def test_an_image_decoder_that_attends_in_slices_draws_the_same(pipeline: ZImagePipeline) -> None:
+    latents = torch.randn(1, 16, 12, 20, generator=torch.Generator().manual_seed(2))
+    decoder = build_components(pipeline)[Component.IMAGE_DECODER]
+    assert isinstance(decoder, ImageDecoder)
+    whole = decoder(latents).int()
+    kept = [attention.processor for attention in decoder.decoder.mid_block.attentions]
+    attend_in_slices(decoder)
+    sliced = decoder(latents).int()
+    for attention, processor in zip(decoder.decoder.mid_block.attentions, kept, strict=True):
+        attention.processor = processor  # others use this pipeline too
+    assert (sliced - whole).abs().max() <= 1
+    assert whole.float().std() > 1
 
 
 def test_weights_are_shared(pipeline: ZImagePipeline) -> None:

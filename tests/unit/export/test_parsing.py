@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,13 +27,14 @@ class Tree:
     leaves: tuple[Leaf, ...]
     sizes: dict[str, int]
     best: Leaf | None = None
+    place: Path = Path()
 
 
-TREE = Tree("oak", (Leaf((1.0, 2.5)), Leaf((0.0, 1.0))), {"height": 3}, Leaf((1.0, 1.0)))
+TREE = Tree("oak", (Leaf((1.0, 2.5)), Leaf((0.0, 1.0))), {"height": 3}, Leaf((1.0, 1.0)), Path("in/a wood"))
 
 
 def test_what_is_written_is_read_again() -> None:
-    assert parsed(Tree, json.loads(json.dumps(asdict(TREE)))) == TREE
+    assert parsed(Tree, json.loads(json.dumps(asdict(TREE), default=str))) == TREE
     assert parsed(Tree, {"name": "bare", "leaves": [], "sizes": {}, "best": None}) == Tree("bare", (), {})
     assert parsed(Leaf, {"weight": [1, 2]}) == Leaf((1, 2)), "JSON writes 1.0 as 1"
 
@@ -42,6 +44,7 @@ def test_what_is_written_is_read_again() -> None:
     [
         ({"bark": 1}, "bark"),
         ({"name": 5}, "5 is not str"),
+        ({"place": 5}, "int"),
         ({"sizes": {"height": "tall"}}, "'tall' is not int"),
         ({"best": {"weight": [1.0, 2.0], "colour": "blue"}}, "blue"),
         ({"best": {"weight": [1.0]}}, "zip"),

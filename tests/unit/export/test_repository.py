@@ -4,19 +4,28 @@ import multiprocessing
 import os
 import shutil
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from export.errors import VersionExistsError
-from export.repository import Existing, ServingDefaults, kept_settings, new_version, versions, write_config
+from export.repository import Existing, ServingDefaults, kept_settings, locked, new_version, versions, write_config
 from server.config import read_model_config
+
+
+@contextmanager
+def exporting(model: Path, number: int | None = None, existing: Existing = Existing.KEEP) -> Iterator[Path]:
+    """As an export writes a version; the folder that it builds in."""
+    with locked(model), new_version(model, number, existing) as (folder, _):
+        yield folder
 
 
 def test_versions_are_numbered_and_appear_whole(tmp_path: Path) -> None:
     model = tmp_path / "m"
     for expected in ([1], [1, 2]):
-        with new_version(model) as folder:
+        with exporting(model) as folder:
             (folder / "engine").write_text("x")
             assert versions(model) == expected[:-1]
         assert versions(model) == expected
@@ -27,17 +36,17 @@ def test_versions_are_numbered_and_appear_whole(tmp_path: Path) -> None:
 def test_a_failed_export_publishes_nothing_and_leaves_its_work_to_the_next(
     tmp_path: Path, error: type[BaseException]
 ) -> None:
-    with pytest.raises(error), new_version(tmp_path / "m") as folder:
+    with pytest.raises(error), exporting(tmp_path / "m") as folder:
         (folder / "engine").write_text("finished")
         raise error
     assert versions(tmp_path / "m") == []
-    with new_version(tmp_path / "m") as folder:
+    with exporting(tmp_path / "m") as folder:
         assert (folder / "engine").read_text() == "finished"
     assert versions(tmp_path / "m") == [1]
 
 
 def _die_while_building(model: Path) -> None:
-    with new_version(model) as folder:
+    with exporting(model) as folder:
         (folder / "engine").write_text("half")
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -48,7 +57,7 @@ def test_a_killed_export_leaves_no_version_and_no_lock(tmp_path: Path) -> None:
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert versions(tmp_path / "m") == []
-    with new_version(tmp_path / "m"):
+    with exporting(tmp_path / "m"):
         pass
     assert versions(tmp_path / "m") == [1]
 
@@ -56,10 +65,10 @@ def test_a_killed_export_leaves_no_version_and_no_lock(tmp_path: Path) -> None:
 def test_an_existing_number_is_kept_unless_it_is_to_be_replaced(tmp_path: Path) -> None:
     model = tmp_path / "m"
     for text in ("old", "new"):
-        with new_version(model, 3, Existing.REPLACE) as folder:
+        with exporting(model, 3, Existing.REPLACE) as folder:
             (folder / "engine").write_text(text)
     assert (model / "3" / "engine").read_text() == "new"
-    with pytest.raises(VersionExistsError, match="--force replaces it"), new_version(model, 3):
+    with pytest.raises(VersionExistsError, match="--force replaces it"), exporting(model, 3):
         pass
     assert sorted(p.name for p in model.iterdir() if p.is_dir()) == ["3"]
 
@@ -72,21 +81,21 @@ def _die_between_the_renames(model: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
         return renamed
 
-    with new_version(model, 1, Existing.REPLACE) as folder:
+    with exporting(model, 1, Existing.REPLACE) as folder:
         (folder / "engine").write_text("new")
         Path.rename = last  # type: ignore[method-assign, assignment]
 
 
 def test_a_version_whose_replacement_never_came_is_put_back(tmp_path: Path) -> None:
     model = tmp_path / "m"
-    with new_version(model) as folder:
+    with exporting(model) as folder:
         (folder / "engine").write_text("old")
     process = multiprocessing.get_context("spawn").Process(target=_die_between_the_renames, args=(model,))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert versions(model) == []
-    with new_version(model):
+    with exporting(model):
         assert versions(model) == [1]
         assert (model / "1" / "engine").read_text() == "old"
     assert versions(model) == [1, 2]
@@ -100,12 +109,12 @@ def test_what_could_not_be_deleted_does_not_fail_the_export_and_goes_with_the_ne
 
     model = tmp_path / "m"
     for text in ("old", "new"):
-        with monkeypatch.context() as during, new_version(model, 1, Existing.REPLACE) as folder:
+        with monkeypatch.context() as during, exporting(model, 1, Existing.REPLACE) as folder:
             (folder / "engine").write_text(text)
             during.setattr(shutil, "rmtree", busy)
     assert (model / "1" / "engine").read_text() == "new"
     assert (model / ".replaced-1" / "engine").read_text() == "old"
-    with new_version(model):
+    with exporting(model):
         assert not (model / ".replaced-1").exists()
 
 
@@ -117,7 +126,7 @@ def test_a_version_that_is_a_link_can_be_replaced_again_and_again(tmp_path: Path
     for text in ("first", "second"):
         if not (model / "1").exists():
             (model / "1").symlink_to(elsewhere)
-        with new_version(model, 1, Existing.REPLACE) as folder:
+        with exporting(model, 1, Existing.REPLACE) as folder:
             (folder / "engine").write_text(text)
         assert (model / "1" / "engine").read_text() == text
         assert not list(model.glob(".replaced-*"))
@@ -126,9 +135,9 @@ def test_a_version_that_is_a_link_can_be_replaced_again_and_again(tmp_path: Path
 
 def test_two_exports_of_one_model_do_not_meet(tmp_path: Path) -> None:
     with (
-        new_version(tmp_path / "m"),
+        exporting(tmp_path / "m"),
         pytest.raises(VersionExistsError, match="another export"),
-        new_version(tmp_path / "m"),
+        exporting(tmp_path / "m"),
     ):
         pass
 

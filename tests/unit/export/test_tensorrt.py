@@ -1,8 +1,10 @@
 """Real TensorRT-RTX plans, built on whatever machine this is; nothing here runs one."""
 
+import itertools
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,11 +12,13 @@ from types import SimpleNamespace
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import tensorrt_rtx
 import torch
 
 from export.build import BuildInputs, BuildOptions, builder_for, tensorrt
 from export.build.plan_graph import fit_for_tensorrt
 from export.build.shared_plans import find_plan
+from export.build.tensorrt import TensorRtBuilder
 from export.checkpoint import data_start, open_checkpoint
 from export.errors import BuildError, UnsupportedError
 from export.manifest import FILE_NAME, Backend, EngineRecord, Manifest, PlanWeights, Target, sha256
@@ -22,7 +26,7 @@ from export.modules import load_components
 from export.onnx import GraphLimits, GraphSource, outline_graph
 from export.profiles import serving_profiles
 from export.repository import versions
-from export.spec import Component, DType, Precision, ShapePoint, component_specs, example_inputs
+from export.spec import Component, ComponentSpec, DType, Precision, ShapePoint, component_specs, example_inputs
 from tests.conftest import CHECKPOINT, MODEL
 
 TARGETS = (Target("cuda", "8.9"), Target("cuda", "12.0"))
@@ -111,20 +115,99 @@ def test_a_graph_made_without_weights_is_the_component(component: Component, tmp
         assert (got - expected).norm() / expected.norm() <= spec.tolerance[precision]
 
 
+def inputs_of(spec: ComponentSpec, folder: Path) -> BuildInputs:
+    return BuildInputs(
+        GraphSource(CHECKPOINT, DEMO.dimensions, Precision.BF16, LIMITS),
+        spec,
+        serving_profiles((256, 256), 2, 512),
+        folder,
+        lambda: pytest.fail("a plan needs no weights in memory"),
+    )
+
+
 def test_a_network_that_is_not_the_spec_is_refused(tmp_path: Path) -> None:
     spec = SPECS[Component.PROMPT_ENCODER]
     other = replace(spec, output=replace(spec.output, dtype=DType.INT64))
     builder = builder_for(Backend.TENSORRT_RTX, BuildOptions(TARGETS))
     assert builder is not None
-    inputs = BuildInputs(
-        GraphSource(CHECKPOINT, DEMO.dimensions, Precision.BF16, LIMITS),
-        other,
-        serving_profiles((256, 256), 2, 512),
-        tmp_path,
-        lambda: pytest.fail("a plan needs no weights in memory"),
-    )
     with pytest.raises(BuildError, match="its spec says"):
-        builder.build(inputs, tmp_path)
+        builder.build(inputs_of(other, tmp_path), tmp_path)
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The image decoder's, with its weights beside it."""
+    path = tmp_path_factory.mktemp("graph") / "image_decoder.onnx"
+    spec = SPECS[Component.IMAGE_DECODER]
+    source = inputs_of(spec, path.parent).source
+    outlined = outline_graph(source, spec)
+    outlined.attach(source, path.with_suffix(".safetensors"))
+    fit_for_tensorrt(outlined.model)
+    ir.save(outlined.model, path)
+    return path
+
+
+def write_plan(graph: Path, path: Path, report: Callable[[], None] = lambda: None) -> None:
+    inputs = replace(inputs_of(SPECS[Component.IMAGE_DECODER], path.parent), report=report)
+    TensorRtBuilder(Backend.TENSORRT_RTX, BuildOptions(TARGETS[:1])).write_plan(graph, inputs, path)
+
+
+def test_a_plan_is_written_piece_by_piece_or_at_once(
+    graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_plan(graph, tmp_path / "streamed.plan")
+    streamed = (tmp_path / "streamed.plan").read_bytes()
+    assert streamed[:4] == b"vtrt"
+    whole = SimpleNamespace(build_serialized_network=lambda network, config: b"as a whole")
+    with (tmp_path / "whole.plan").open("wb") as file:
+        assert tensorrt._build(tensorrt_rtx, whole, (None, None), file)
+    assert (tmp_path / "whole.plan").read_bytes() == b"as a whole"
+    monkeypatch.delattr(tensorrt_rtx.Builder, "build_serialized_network")
+    write_plan(graph, tmp_path / "again.plan")
+    assert (tmp_path / "again.plan").stat().st_size == len(streamed), "it was never in memory as a whole"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a full disk is Linux's")
+def test_a_plan_that_the_disk_has_no_room_for_is_an_error(graph: Path, tmp_path: Path) -> None:
+    (tmp_path / "image_decoder.plan").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        write_plan(graph, tmp_path / "image_decoder.plan")
+
+
+def test_a_build_ends_when_it_is_interrupted(graph: Path, tmp_path: Path) -> None:
+    calls = itertools.count()
+
+    def report() -> None:
+        if next(calls) >= 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_plan(graph, tmp_path / "image_decoder.plan", report)
+    assert next(calls) < 50, "of the hundreds of steps that the build has"
+
+
+def test_a_build_without_memory_is_no_fault_of_the_model(
+    graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(*_: object) -> bool:
+        log = tensorrt.logger(tensorrt_rtx)
+        log.log(tensorrt_rtx.ILogger.Severity.ERROR, said)
+        return False
+
+    monkeypatch.setattr(tensorrt, "_build", build)
+    said = "Error Code 2: OutOfMemory (Requested size was 4294967296 bytes.)"
+    with pytest.raises(torch.OutOfMemoryError, match="could not build image_decoder: Error Code 2"):
+        write_plan(graph, tmp_path / "image_decoder.plan")
+    said = "Error Code 10: Internal Error"
+    with pytest.raises(BuildError, match="could not build image_decoder: Error Code 10"):
+        write_plan(graph, tmp_path / "image_decoder.plan")
+
+
+def test_plans_can_be_captured_as_cuda_graphs(tmp_path: Path) -> None:
+    trt_builder = tensorrt_rtx.Builder(tensorrt_rtx.Logger())
+    inputs = inputs_of(SPECS[Component.DENOISER], tmp_path)
+    config = TensorRtBuilder(Backend.TENSORRT_RTX, BuildOptions(TARGETS))._config(tensorrt_rtx, trt_builder, inputs)
+    assert config.get_flag(tensorrt_rtx.BuilderFlag.REQUIRE_USER_ALLOCATION)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this is the answer of a machine without a GPU")
@@ -136,6 +219,18 @@ def test_the_full_flavour_says_what_it_needs(version: str, says: str, monkeypatc
     builder = builder_for(Backend.TENSORRT, BuildOptions(TARGETS[:1]))
     assert builder is not None
     with pytest.raises(UnsupportedError, match=says):
+        builder.check(Precision.BF16)
+
+
+def test_the_full_flavour_has_no_bf16_for_turing(monkeypatch: pytest.MonkeyPatch) -> None:
+    turing = Target("cuda", "7.5")
+    monkeypatch.setattr(tensorrt, "import_flavour", lambda library: SimpleNamespace(__version__="11.2.0"))
+    monkeypatch.setattr(tensorrt, "current_target", lambda device: turing)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    builder = builder_for(Backend.TENSORRT, BuildOptions((turing,)))
+    assert builder is not None
+    builder.check(Precision.FP32)
+    with pytest.raises(UnsupportedError, match=r"no bf16 for .* 7\.5.*; give --precision fp32"):
         builder.check(Precision.BF16)
 
 

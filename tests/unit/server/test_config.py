@@ -107,6 +107,7 @@ def test_what_is_said_is_taken(tmp_path: Path) -> None:
         ("max_batch_size: 2 dynamic_batching { preferred_batch_size: 4 }", "preferred_batch_size 4 is not accepted"),
         ('parameters { key: "default_size" value { string_value: "256" } }', "not WIDTHxHEIGHT"),
         ('parameters { key: "default_size" value { string_value: "250x256" } }', "a multiple of 16"),
+        ('parameters { key: "min_size" value { string_value: "16" } }', "min_size 16; engines are exported from 64 on"),
         ('parameters { key: "warmup_sizes" value { string_value: "4096x256" } }', "from 64 to 2048"),
     ],
 )

@@ -11,13 +11,14 @@ import torch
 
 from export.devices import current_target
 from export.errors import StaleEngineError
-from export.manifest import Backend, Manifest, Target, check_engine
+from export.manifest import Backend, Manifest, Target
+from export.profiles import serving_profiles
 from export.spec import Component, ModelDimensions, ShapePoint, component_specs, example_inputs
+from export.validity import check_engine
 from server.config import FallbackPolicy
 from server.engines import aotinductor, memory, onnxruntime
 from server.engines.aotinductor import AotInductorEngine
 from server.engines.eager import EagerEngine, EagerModules
-from server.engines.limits import ShapeLimits
 from server.engines.load import EngineLoader
 from server.engines.onnxruntime import OnnxRuntimeEngine
 from server.engines.recorded import CudaRecorder
@@ -28,6 +29,7 @@ from tests.fakes import FakeEngine, FakeGraph, FakeRecorder, raising
 
 SPECS = component_specs(ModelDimensions(16, 192, 1024))
 INPUTS = {"latents": torch.zeros(1, 16, 8, 8)}
+PROFILE = serving_profiles((256, 256), 8, 512)[1]
 
 
 def served(engine: FakeEngine, eager: FakeEngine) -> ServedComponent:
@@ -115,10 +117,9 @@ def test_a_host_without_memory_is_not_the_engines_fault(said: str, monkeypatch: 
     monkeypatch.setattr(aotinductor, "open_package", lambda path, module: lambda *inputs: Full()())
     monkeypatch.setattr(onnxruntime.onnxruntime, "InferenceSession", MagicMock())
     spec = SPECS[Component.IMAGE_DECODER]
-    limits = ShapeLimits(spec, 8, 64)
-    session = OnnxRuntimeEngine(Path("x.onnx"), spec, limits, 1)
+    session = OnnxRuntimeEngine(Path("x.onnx"), spec, PROFILE, 1)
     session._session.run.side_effect = onnxruntime.ORT_ERRORS[0](said)
-    for engine in (EagerEngine(Full()), AotInductorEngine(Path("x"), spec, limits, torch.nn.Linear(1, 1), 1), session):
+    for engine in (EagerEngine(Full()), AotInductorEngine(Path("x"), spec, PROFILE, torch.nn.Linear(1, 1), 1), session):
         with pytest.raises(torch.OutOfMemoryError):
             engine.run(INPUTS)
 
@@ -225,13 +226,27 @@ def test_every_file_of_an_engine_is_checked(
 
 
 def test_bytes_that_onnxruntime_refuses_are_a_load_error(tmp_path: Path) -> None:
-    from server.engines.limits import ShapeLimits
-
     bad = tmp_path / "bad.onnx"
     bad.write_bytes(b"not a graph")
     spec = SPECS[Component.DENOISER]
     with pytest.raises(EngineLoadError, match="ONNX Runtime cannot load"):
-        OnnxRuntimeEngine(bad, spec, ShapeLimits(spec, 8, 256), 1)
+        OnnxRuntimeEngine(bad, spec, PROFILE, 1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "height", "width", "fits"),
+    [(1, 64, 64, True), (8, 512, 512, True), (9, 64, 64, False), (1, 48, 64, False), (1, 64, 528, False)],
+)
+def test_a_compiled_engine_takes_what_its_graph_was_exported_for(
+    rows: int, height: int, width: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aotinductor, "open_package", lambda path, module: Package())
+    monkeypatch.setattr(onnxruntime.onnxruntime, "InferenceSession", MagicMock())
+    spec = SPECS[Component.DENOISER]
+    shapes = {t.name: t.shape(ShapePoint(rows, 32, height, width)) for t in spec.inputs}
+    onnx = OnnxRuntimeEngine(Path("x.onnx"), spec, PROFILE, 1)
+    inductor = AotInductorEngine(Path("x.pt2"), spec, PROFILE, torch.nn.Linear(1, 1), 1)
+    assert (onnx.fits(shapes), inductor.fits(shapes)) == (fits, fits)
 
 
 class Package:
@@ -246,7 +261,7 @@ def test_memory_that_was_refused_inside_a_package_is_not_its_fault(monkeypatch: 
     monkeypatch.setattr(memory, "refusals", lambda: next(refused))
     monkeypatch.setattr(aotinductor, "open_package", lambda path, module: Package())
     spec = SPECS[Component.IMAGE_DECODER]
-    engine = AotInductorEngine(Path("x.pt2"), spec, ShapeLimits(spec, 8, 64), torch.nn.Linear(1, 1), threads=1)
+    engine = AotInductorEngine(Path("x.pt2"), spec, PROFILE, torch.nn.Linear(1, 1), threads=1)
     with pytest.raises(torch.OutOfMemoryError, match="API call failed"):
         engine.run(INPUTS)
     with pytest.raises(EngineRunError, match="AOTInductor failed"):
@@ -266,7 +281,7 @@ def engine_on_cuda(
     monkeypatch.setattr(aotinductor, "open_package", lambda path, module: package)
     monkeypatch.setattr(aotinductor, "CudaRecorder", create_autospec(CudaRecorder, return_value=recorder))
     spec = SPECS[Component.IMAGE_DECODER]
-    return AotInductorEngine(Path("x.pt2"), spec, ShapeLimits(spec, 8, 64), OnCuda(), threads=1)
+    return AotInductorEngine(Path("x.pt2"), spec, PROFILE, OnCuda(), threads=1)
 
 
 def test_on_cuda_calls_are_recorded_until_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:

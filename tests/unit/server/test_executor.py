@@ -18,10 +18,11 @@ from server.engines.served import ServedComponent
 from server.errors import NonFiniteError
 from server.requests import GenerationRequest, ImageFormat, LongPrompt
 from server.worker.batching import BatchPolicy
-from server.worker.executor import Executor, ImageSequence, make_sequences
+from server.worker.executor import Executor
 from server.worker.images import Pixels, encode_image
 from server.worker.planner import Plan, Planner
 from server.worker.prompts import PromptTokenizer
+from server.worker.sequences import ImageSequence, make_sequences
 from tests.conftest import CHECKPOINT
 from tests.fakes import FakeEngine, a_request
 
@@ -196,7 +197,7 @@ def test_only_a_bad_prompt_encoder_has_its_prompts_forgotten(
         executor = with_engine(pipeline, component, torch.ones(1, 32, 192))
         first, again = (sequences(tokenizer, a_request())[0] for _ in range(2))
         executor.encode(first).result()
-        assert executor.quarantine(component, "it is to be")
+        executor.quarantine(component, "it is to be")
         executor.encode(again).result()
         assert again.prompt_cached is kept
 
@@ -303,8 +304,10 @@ def test_a_denoiser_that_overflows_is_noticed_before_the_image_leaves(
     executor = with_engine(pipeline, Component.DENOISER, torch.full((1, 16, 8, 8), torch.inf))
     with pytest.raises(NonFiniteError):
         draw(executor, *sequences(tokenizer, a_request()))
-    assert executor.quarantine(Component.DENOISER, "overflow")
-    assert not executor.quarantine(Component.DENOISER, "again")
+    for reason in ("overflow", "again"):
+        executor.quarantine(Component.DENOISER, reason)
+    (use,) = (use for use in executor.engines() if use.component is Component.DENOISER)
+    assert use.fallback_reason == "overflow"
 
 
 def test_a_preview_resembles_the_image(pipeline: ZImagePipeline, tokenizer: PromptTokenizer) -> None:

@@ -46,3 +46,13 @@ async def test_a_certificate_that_is_none_is_not_taken_for_a_port_that_is_not_fr
     config = GrpcConfig("127.0.0.1", port=0, tls=TlsConfig(cert, key))
     with pytest.raises(ConfigError, match=f"cannot use {cert} with {key}"):
         bind(make_server(config, []), config)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1", "::"])
+async def test_an_address_is_one_of_either_family(address: str) -> None:
+    config = GrpcConfig(address, port=0)
+    server = make_server(config, [])
+    try:
+        assert bind(server, config) > 0
+    finally:
+        await server.stop(None)

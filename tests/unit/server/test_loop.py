@@ -15,11 +15,12 @@ from server.errors import DeadlinePassedError, DeviceMemoryError, NonFiniteError
 from server.requests import Progress, Queued, StepCost
 from server.worker.batching import BatchPolicy
 from server.worker.events import Failed, FinishedImage, LoopEvent, PreviewPixels, SequenceStarted
-from server.worker.executor import Executor, ImageSequence, make_sequences
+from server.worker.executor import Executor
 from server.worker.images import Pixels
 from server.worker.lanes import Pending
 from server.worker.loop import WorkerLoop
 from server.worker.planner import Planner
+from server.worker.sequences import ImageSequence, make_sequences
 from tests.fakes import FakeClock, a_request
 
 PATIENCE = 100.0  # seconds for what has to come about
@@ -47,7 +48,7 @@ class ScriptedExecutor(Executor):
         self.faults: dict[str, Exception] = {}
         self.encoded = 1  # prompts at each request
         self.quarantines = 0
-        self.freed = 0
+        self.freed = self.kept = 0
         self.largest = 100  # batch that there is memory for
         self.batches: list[int] = []
         self.steps_taken: Counter[str] = Counter()  # by prompt
@@ -97,15 +98,17 @@ class ScriptedExecutor(Executor):
             raise torch.OutOfMemoryError("a preview")
         return Pending(finish)
 
-    def quarantine(self, component: object, reason: str) -> bool:
+    def quarantine(self, component: object, reason: str) -> None:
         self.quarantines += 1
-        return self.quarantines == 1
 
     def reset(self, sequence: ImageSequence) -> None:
         self.resets += 1
 
     def free_memory(self) -> None:
         self.freed += 1
+
+    def keep_kernels(self) -> None:
+        self.kept += 1
 
     def let_go(self) -> None:
         """Nothing is waited for any more."""
@@ -160,9 +163,11 @@ def test_a_request_is_reported_from_start_to_image(harness: Harness) -> None:
     kinds = [type(e) for e in events]
     assert kinds == [Queued, SequenceStarted, Progress, Progress, PreviewPixels, Progress, FinishedImage]
     assert [e.step for e in events if isinstance(e, Progress)] == [1, 2, 3]
+    assert harness.executor.kept == 0
     harness.loop.stop()
     harness.loop.join(PATIENCE)
     assert not harness.loop.is_alive()
+    assert harness.executor.kept == 1, "for the next start"
 
 
 class Steps:
@@ -535,12 +540,12 @@ def test_a_request_that_is_cancelled_while_it_is_decoded_leaves_nothing(harness:
     until_begun(mark)
     harness.loop.cancel(0)
     until_the_end(harness.submit())
-    (flight,) = harness.loop._flights
-    assert flight.sequence.request.prompt == "unwanted"
+    (task,) = harness.loop._side_tasks
+    assert task.sequence.request.prompt == "unwanted"
     assert not harness.loop._planner._aside
     mark.passed.set()
     until_the_end(harness.submit())
-    assert not harness.loop._flights
+    assert not harness.loop._side_tasks
     assert not [e for e in drain(unwanted) if isinstance(e, FinishedImage | Failed)]
 
 

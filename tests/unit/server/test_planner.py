@@ -9,13 +9,12 @@ from hypothesis import strategies as st
 from export.spec import Component
 from server.costs import CostTable
 from server.requests import StepCost
-from server.turns import Claim, TurnPolicy
+from server.turns import AGEING, PATIENCE, Claim
 from server.worker.batching import BatchPolicy, StepShape
 from server.worker.planner import Plan, PlannedSequence, Planner, Stage, Wait
 
 SMALL, LARGE = StepShape(256, 256, (32,)), StepShape(1024, 1024, (32,))
 GUIDED = StepShape(256, 256, (32, 32))
-TURNS = TurnPolicy(ageing=30.0, patience=60.0)
 
 
 def costs() -> CostTable:
@@ -27,7 +26,7 @@ def costs() -> CostTable:
 
 
 def planner(policy: BatchPolicy | None = None) -> Planner:
-    return Planner(costs(), policy or BatchPolicy(max_batch=4), TURNS)
+    return Planner(costs(), policy or BatchPolicy(max_batch=4))
 
 
 def sequence(key: int, arrived: float = 0.0, **changes: object) -> PlannedSequence:
@@ -318,8 +317,8 @@ def test_every_step_goes_to_the_highest_level(work: list[dict]) -> None:
     now = 20.0
     while (plan := tested.plan(now)) is not None:
         assert isinstance(plan, Plan)
-        best = min(s.claim.level(now, TURNS) for s in live)
-        assert {s.claim.level(now, TURNS) for s in plan.sequences} == {best}
+        best = min(s.claim.level(now) for s in live)
+        assert {s.claim.level(now) for s in plan.sequences} == {best}
         tested.advance(plan)
         live = [s for s in live if not (plan.stage is Stage.DECODE and s in plan.sequences)]
         now += 0.7
@@ -332,7 +331,7 @@ def test_nothing_starves_under_a_stream_of_more_urgent_work(priority: int, load:
     machine = Machine(planner())
     victim = sequence(-1, 0.0, priority=priority, shape=LARGE, steps=2)
     machine.tested.add(victim, 0.0)
-    bound = (priority - 1) * TURNS.ageing + TURNS.patience
+    bound = (priority - 1) * AGEING + PATIENCE
     key = 0
     arrived = 0.0
     while -1 not in machine.done and arrived < bound + 5:

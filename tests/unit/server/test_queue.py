@@ -169,6 +169,16 @@ async def test_what_cannot_meet_its_deadline_is_refused_at_once() -> None:
     assert urgent.worker is not None
 
 
+async def test_a_deadline_that_shared_steps_may_meet_is_accepted() -> None:
+    """Four seconds of waiting are forecast; batching may make 2.8 of it, and the request itself takes one."""
+    queue = make(FakeWorker())
+    enter(queue, 4, priority=2)
+    with pytest.raises(DeadlinePassedError):
+        enter(queue, timeout=3.7)
+    (waiting,) = enter(queue, timeout=3.9)
+    assert waiting.worker is None
+
+
 @pytest.mark.parametrize("action", TimeoutAction)
 async def test_queue_timeouts(action: TimeoutAction) -> None:
     level = LevelPolicy(timeout=5.0, on_timeout=action, request_may_set_timeout=True)
@@ -184,7 +194,7 @@ async def test_queue_timeouts(action: TimeoutAction) -> None:
     queue.time_out(early)
     (after,) = enter(queue)
     queue.time_out(late)
-    order = sorted((early, late, after), key=lambda p: p.claim.rank(3.0, queue.config.queue.turns))
+    order = sorted((early, late, after), key=lambda p: p.claim.rank(3.0))
     assert order == [after, early, late]
     assert queue.patience(early) is None
 

@@ -277,6 +277,16 @@ async def test_a_name_without_a_folder_is_refused_and_forgotten(setup: Setup, na
     assert setup.repository.index() == before
 
 
+async def test_a_repository_that_cannot_be_read_says_why(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path) -> None:
+        raise OSError(24, "Too many open files", str(path))
+
+    setup.write()
+    monkeypatch.setattr(Path, "iterdir", fail)
+    with pytest.raises(EngineLoadError, match=r"failed to load 'm', .*Too many open files"):
+        await setup.repository.load("m")
+
+
 async def test_a_model_that_cannot_be_loaded_is_forgotten_when_it_is_unloaded(setup: Setup) -> None:
     for number, config in enumerate(("not a config", FAILS)):
         setup.write(config, name=f"m{number}")

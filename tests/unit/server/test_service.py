@@ -12,8 +12,8 @@ from export.spec import Component
 from server.requests import Completed, EngineUse, ImageFormat
 from server.worker.delivery import TRANSIT, Delivery
 from server.worker.events import FinishedImage, Listener, SequenceStarted
-from server.worker.executor import ImageSequence
 from server.worker.images import Pixels
+from server.worker.sequences import ImageSequence
 from server.worker.service import WorkerService
 from tests.fakes import a_request
 

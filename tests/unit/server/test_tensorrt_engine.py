@@ -14,13 +14,15 @@ import tensorrt_rtx
 import torch
 
 from export import plans
+from export.build.plan_runner import PlanRunner
 from export.errors import PlanError
 from export.manifest import Backend, EngineRecord, FileRecord, PlanRecord, PlanWeights, Target, Verbosity
-from export.plans import OpenPlan, described
+from export.plans import OpenPlan, described, ways_to_run
 from export.profiles import serving_profiles
 from export.spec import Component, ModelDimensions, ShapePoint, component_specs, example_inputs
 from server.engines.base import KeepsMemory
 from server.engines.recorded import CudaRecorder, Graph
+from server.engines.served import ServedComponent
 from server.engines.tensorrt import RecordedCall, Scratch, TensorRtEngine
 from server.engines.tensorrt_runtime import CompiledKernels, TensorRtPlan
 from server.errors import EngineLoadError, EngineRunError
@@ -90,7 +92,7 @@ class FakePlan(TensorRtPlan):
         self.graph = graph
         self.log = log or FakeLog()
         self.made: list[FakeContext] = []
-        self.executed = self.kept = 0
+        self.executed = self.kept = self.tried = 0
 
     def context_in(self, profile: int) -> FakeContext:
         self.made.append(FakeContext())
@@ -99,11 +101,17 @@ class FakePlan(TensorRtPlan):
     def execute(self, context: FakeContext) -> None:
         self.executed += 1
 
-    def record(self, context: FakeContext) -> Graph | None:
+    def record(self, context: FakeContext) -> Graph:
+        self.tried += 1
+        if self.graph is None:
+            raise PlanError("not with this driver")
         return self.graph  # type: ignore[return-value]
 
-    def keep_compiled(self) -> None:
+    def keep_kernels(self) -> None:
         self.kept += 1
+
+    def close(self) -> None:
+        """There is nothing to free."""
 
 
 def test_scratch_memory_is_shared_and_moves_only_to_grow() -> None:
@@ -142,7 +150,7 @@ def test_a_shape_keeps_its_buffers_and_gives_out_copies() -> None:
     first, second = call(inputs), call(inputs)
     assert context.addresses == before, "a recorded graph reads and writes where it was recorded"
     assert first.data_ptr() != second.data_ptr(), "a caller may keep an output while the next call runs"
-    assert (plan.executed, plan.kept) == (2, 1)
+    assert (plan.executed, plan.kept) == (2, 0), "no kernels are written while serving"
 
 
 def test_a_recorded_call_is_replayed_until_its_scratch_memory_moves() -> None:
@@ -160,6 +168,32 @@ def test_a_recorded_call_is_replayed_until_its_scratch_memory_moves() -> None:
     assert plan.made[0].memory[1] == 1000
 
 
+def test_a_call_that_cannot_be_recorded_says_so_once_and_runs_plainly(caplog: pytest.LogCaptureFixture) -> None:
+    inputs = example_inputs(SPEC, ShapePoint(1, 32, 64, 64), DIMENSIONS)
+    plan, scratch = FakePlan(), Scratch(FakePlan(), CPU)
+    call = RecordedCall(plan, scratch, SPEC, inputs)
+    call(inputs)
+    call(inputs)
+    scratch.lend(FakeContext(1000))
+    call(inputs)
+    assert (plan.executed, plan.tried) == (3, 1)
+    (record,) = caplog.records
+    assert "denoiser: calls with latents (1, 4, 8, 8), " in record.message
+    assert record.message.endswith("not with this driver")
+
+
+def test_tensorrt_rtx_is_asked_whether_a_call_can_be_captured(
+    trt: MagicMock, engine: MagicMock, plan_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = MagicMock(spec=CudaRecorder)
+    context = create_autospec(tensorrt_rtx.IExecutionContext, instance=True)
+    context.is_stream_capturable.return_value = False
+    plan = TensorRtPlan(trt, plan_file, SPEC, Backend.TENSORRT_RTX, recorder)
+    with pytest.raises(PlanError, match="cannot be captured"):
+        plan.record(context)
+    recorder.assert_not_called()
+
+
 def test_a_refused_shape_is_named() -> None:
     inputs = example_inputs(SPEC, ShapePoint(9, 32, 64, 64), DIMENSIONS)
     with pytest.raises(PlanError, match="TensorRT refuses latents"):
@@ -175,19 +209,35 @@ def test_what_tensorrt_refuses_is_told_with_its_own_words() -> None:
         plan.bind(FakeContext(output=(1, -1)), SPEC, inputs)
     with pytest.raises(PlanError, match="how much memory a call needs: its own words"):
         plan.memory_needed(FakeContext(scratch_bytes=0))
-    assert FakePlan().memory_needed(FakeContext(scratch_bytes=0)) == 0
+    assert FakePlan().memory_needed(FakeContext(scratch_bytes=0)) == plans.SMALLEST_SCRATCH, "no address is 0"
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Error Code 1: Cuda Runtime (out of memory)",
+        "[virtualMemoryBuffer.cpp::resizePhysical::145] Error Code 2: OutOfMemory (no further information)",
+        "Requested amount of GPU memory (4294967296 bytes) could not be allocated.",
+    ],
+)
 def test_memory_that_tensorrt_did_not_get_is_no_fault_of_its_plan(
-    trt: MagicMock, engine: MagicMock, plan_file: Path
+    trt: MagicMock, engine: MagicMock, plan_file: Path, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = OpenPlan(trt, plan_file, SPEC)
+    plan = OpenPlan(trt, plan_file, SPEC, Backend.TENSORRT)
     engine.create_execution_context.return_value = None
     with pytest.raises(PlanError, match="execution context: its own words"):
-        plan.context(None)
-    plan.log = FakeLog("Error Code 1: Cuda Runtime (out of memory)")
-    with pytest.raises(torch.OutOfMemoryError, match="execution context: Error Code 1"):
-        plan.context(None)
+        plan.context_in(0)
+    plan.log = FakeLog(said)
+    with pytest.raises(torch.OutOfMemoryError, match="execution context: "):
+        plan.context_in(0)
+    monkeypatch.setattr(plans, "logger", lambda trt: FakeLog(said))
+    engine.refittable = True
+    trt.OnnxParserRefitter.return_value.refit_from_file.return_value = False
+    with pytest.raises(torch.OutOfMemoryError, match="the weights beside"):
+        OpenPlan(trt, plan_file, SPEC, Backend.TENSORRT)
+    trt.Runtime.return_value.deserialize_cuda_engine.return_value = None
+    with pytest.raises(torch.OutOfMemoryError, match="cannot load"):
+        OpenPlan(trt, plan_file, SPEC, Backend.TENSORRT)
 
 
 def test_the_log_keeps_the_errors_of_one_operation() -> None:
@@ -196,6 +246,8 @@ def test_the_log_keeps_the_errors_of_one_operation() -> None:
     log.forget()
     log.log(severity.WARNING, "a warning")
     assert log.said() == "it gave no reason"
+    log.log(severity.WARNING, "4 bytes could not be allocated")
+    assert log.said() == "4 bytes could not be allocated"
     for number in range(20):
         log.log(severity.ERROR, f"error {number}")
     assert log.said() == "; ".join(f"error {number}" for number in range(12, 20))
@@ -244,43 +296,42 @@ def plan_file(tmp_path: Path) -> Path:
 def test_a_plan_that_does_not_load_says_why(trt: MagicMock, plan_file: Path) -> None:
     trt.Runtime.return_value.deserialize_cuda_engine.return_value = None
     with pytest.raises(PlanError, match=r"denoiser\.plan: its own words"):
-        OpenPlan(trt, plan_file, SPEC)
+        OpenPlan(trt, plan_file, SPEC, Backend.TENSORRT)
 
 
 def test_a_plan_of_another_component_is_refused(trt: MagicMock, plan_file: Path) -> None:
-    OpenPlan(trt, plan_file, SPEC)
+    OpenPlan(trt, plan_file, SPEC, Backend.TENSORRT)
     with pytest.raises(PlanError, match="image_decoder needs"):
-        OpenPlan(trt, plan_file, component_specs(DIMENSIONS)[Component.IMAGE_DECODER])
+        OpenPlan(trt, plan_file, component_specs(DIMENSIONS)[Component.IMAGE_DECODER], Backend.TENSORRT)
 
 
 def test_a_plan_without_weights_gets_those_beside_it(trt: MagicMock, engine: MagicMock, plan_file: Path) -> None:
     engine.refittable = True
     trt.OnnxParserRefitter.return_value.refit_from_file.return_value = True
     trt.Refitter.return_value.refit_cuda_engine.return_value = True
-    OpenPlan(trt, plan_file, SPEC)
+    OpenPlan(trt, plan_file, SPEC, Backend.TENSORRT)
     trt.OnnxParserRefitter.return_value.refit_from_file.assert_called_once_with(str(plan_file.with_suffix(".onnx")))
     trt.Refitter.return_value.refit_cuda_engine.return_value = False
     with pytest.raises(PlanError, match="do not fit its plan"):
-        OpenPlan(trt, plan_file, SPEC)
+        OpenPlan(trt, plan_file, SPEC, Backend.TENSORRT)
 
 
 def test_compiled_kernels_are_kept_for_the_next_start(
     trt: MagicMock, engine: MagicMock, plan_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    kernels = CompiledKernels(trt, engine, plan_file)
-    strategy = tensorrt_rtx.DynamicShapesKernelSpecializationStrategy
-    chosen = [kernels.config(profile).dynamic_shapes_kernel_specialization_strategy for profile in (0, 1)]
-    assert chosen == [strategy.EAGER, strategy.LAZY]
-    cache = kernels.config(0).create_runtime_cache()
-    for profile in (0, 1):
-        kernels.config(profile).set_runtime_cache.assert_called_once_with(cache)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: pytest.fail("kernels are on the host"))
+    configs = ways_to_run(trt, engine, Backend.TENSORRT_RTX)
+    kernels = CompiledKernels(configs, plan_file)
+    cache = configs[0].create_runtime_cache()
+    for config in configs:
+        config.set_runtime_cache.assert_called_once_with(cache)
     cache.serialize.return_value = b"kernels"
     cache.deserialize.assert_not_called()
     kernels.keep()
     assert [p.name for p in plan_file.parent.iterdir() if p != plan_file] == [".denoiser.runtime_cache"]
-    again = CompiledKernels(trt, engine, plan_file)
-    cache = again.config(0).create_runtime_cache()
+    configs = ways_to_run(trt, engine, Backend.TENSORRT_RTX)
+    again = CompiledKernels(configs, plan_file)
+    cache = configs[0].create_runtime_cache()
     cache.deserialize.assert_called_once_with(b"kernels")
     cache.serialize.return_value = b"kernels"
     written = (plan_file.parent / ".denoiser.runtime_cache").stat().st_mtime_ns
@@ -289,15 +340,15 @@ def test_compiled_kernels_are_kept_for_the_next_start(
 
 
 def test_a_poll_of_the_repository_takes_kept_kernels_for_no_new_version(
-    trt: MagicMock, engine: MagicMock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trt: MagicMock, engine: MagicMock, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     (tmp_path / "m" / "1").mkdir(parents=True)
     plan = tmp_path / "m" / "1" / "denoiser.plan"
     plan.write_bytes(b"plan")
     before = folder_mark(tmp_path / "m")
-    kernels = CompiledKernels(trt, engine, plan)
-    kernels.config(0).create_runtime_cache().serialize.return_value = b"kernels"
+    configs = ways_to_run(trt, engine, Backend.TENSORRT_RTX)
+    kernels = CompiledKernels(configs, plan)
+    configs[0].create_runtime_cache().serialize.return_value = b"kernels"
     kernels.keep()
     assert len(list(plan.parent.iterdir())) == 2
     assert folder_mark(tmp_path / "m") == before
@@ -305,17 +356,26 @@ def test_a_poll_of_the_repository_takes_kept_kernels_for_no_new_version(
 
 def test_kept_kernels_that_cannot_be_read_are_compiled_anew(trt: MagicMock, engine: MagicMock, plan_file: Path) -> None:
     (plan_file.parent / ".denoiser.runtime_cache").mkdir()
-    kernels = CompiledKernels(trt, engine, plan_file)
-    kernels.config(0).create_runtime_cache().deserialize.assert_not_called()
+    configs = ways_to_run(trt, engine, Backend.TENSORRT_RTX)
+    CompiledKernels(configs, plan_file)
+    configs[0].create_runtime_cache().deserialize.assert_not_called()
+
+
+@pytest.fixture
+def context(engine: MagicMock, monkeypatch: pytest.MonkeyPatch) -> MagicMock:
+    """The execution context that `engine` makes; there is no stream either."""
+    monkeypatch.setattr(torch.cuda, "current_stream", MagicMock())
+    context: MagicMock = create_autospec(tensorrt_rtx.IExecutionContext, instance=True)
+    context.get_tensor_shape.return_value = (1, 4, 32, 32)
+    context.update_device_memory_size_for_shapes.return_value = 64
+    engine.create_execution_context.return_value = context
+    return context
 
 
 @pytest.mark.parametrize("backend", [Backend.TENSORRT, Backend.TENSORRT_RTX])
 def test_contexts_compute_in_lent_memory(
-    trt: MagicMock, engine: MagicMock, plan_file: Path, backend: Backend, monkeypatch: pytest.MonkeyPatch
+    trt: MagicMock, engine: MagicMock, context: MagicMock, plan_file: Path, backend: Backend
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "current_stream", MagicMock())
-    context = create_autospec(tensorrt_rtx.IExecutionContext, instance=True)
-    engine.create_execution_context.return_value = context
     plan = TensorRtPlan(trt, plan_file, SPEC, backend, CudaRecorder(CPU))
     assert plan.context_in(1) is context
     user_managed = tensorrt_rtx.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -325,6 +385,31 @@ def test_contexts_compute_in_lent_memory(
     else:
         how.set_execution_context_allocation_strategy.assert_called_once_with(user_managed)
     assert context.set_optimization_profile_async.call_args.args[0] == 1
+
+
+@pytest.mark.usefixtures("context")
+def test_the_exports_check_runs_the_kernels_that_are_served(
+    trt: MagicMock, engine: MagicMock, plan_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "empty", lambda *size, **how: torch.zeros(1))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    points = {0: ShapePoint(1, 32, 256, 256), 1: ShapePoint(1, 32, 64, 64)}
+    shapes = [SPEC.input_shapes(point) for point in points.values()]
+    engine.num_optimization_profiles = len(points)
+    engine.get_tensor_profile_shape.side_effect = lambda name, profile: [shapes[profile][name]] * 3
+    run = PlanRunner(trt, plan_file, SPEC, Backend.TENSORRT_RTX)
+    served = TensorRtPlan(trt, plan_file, SPEC, Backend.TENSORRT_RTX, CudaRecorder(CPU))
+    strategies = []
+    for profile, point in points.items():
+        inputs = example_inputs(SPEC, point, DIMENSIONS)
+        run(inputs)
+        run(inputs)
+        served.context_in(profile)
+        made = [c.args[0] for c in engine.create_execution_context.call_args_list[-2:]]
+        strategies.append([how.dynamic_shapes_kernel_specialization_strategy for how in made])
+    kinds = tensorrt_rtx.DynamicShapesKernelSpecializationStrategy
+    assert strategies == [[kinds.EAGER] * 2, [kinds.LAZY] * 2]
+    assert engine.create_execution_context.call_count == 4, "a context per profile, not per call"
 
 
 def test_the_binding_takes_what_is_bound() -> None:
@@ -347,7 +432,7 @@ class BrokenEngine(TensorRtEngine):
         self._profiles, self._spec, self._device = serving_profiles((256, 256), 8, 1024), SPEC, CPU
         self._streams, self._recorded, self._plain = {0: MagicMock()}, {(): MagicMock()}, {0: MagicMock()}
         self._scratch = Scratch(FakePlan(), CPU)
-        self._error = error
+        self._error, self._held = error, 0
 
     def _call(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         raise self._error
@@ -381,6 +466,16 @@ def test_for_want_of_memory_the_engine_gives_back_what_it_can_and_stays() -> Non
     engine.free_memory()
     assert (engine._recorded, engine._plain) == ({}, {})
     assert engine._scratch.generation > before
+
+
+def test_what_was_compiled_is_kept_when_the_worker_says_so() -> None:
+    engine = BrokenEngine(RuntimeError())
+    plan = engine._plan = FakePlan()
+    served = ServedComponent(SPEC, engine, lambda: engine)
+    served.keep_kernels()
+    assert plan.kept == 1
+    served.close()
+    assert plan.kept == 1, "an engine that has failed keeps nothing"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this is the answer of a machine without a GPU")

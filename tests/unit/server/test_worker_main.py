@@ -67,9 +67,11 @@ def test_what_a_worker_has_loaded_is_out_of_collections_before_it_serves(
     loaded: list[object] = []
     served: list[bool] = []
 
+    stopped: list[object] = []
+
     def build(config: object, parts: object) -> object:
         loaded.append([])
-        return loaded
+        return SimpleNamespace(loaded=loaded, stop=lambda: stopped.append(served[:]))
 
     async def serve(service: object, socket: object) -> None:
         served.append(any(one is loaded[0] for one in gc.get_objects()))
@@ -81,6 +83,7 @@ def test_what_a_worker_has_loaded_is_out_of_collections_before_it_serves(
     finally:
         gc.unfreeze()
     assert served == [False]
+    assert stopped == [[False]], "once, when it serves no more"
     assert re.search(r"ready after [\d.]+ s: heap [\d.]+", caplog.text)
 
 

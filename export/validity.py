@@ -1,0 +1,128 @@
+"""Whether an engine or a checkpoint may be used here: files, device, and the libraries and code that shaped it."""
+
+import hashlib
+import importlib.metadata
+from collections.abc import Iterable
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+from export.checkpoint import open_checkpoint
+from export.errors import CheckpointError, StaleEngineError
+from export.manifest import Backend, EngineRecord, Manifest, Target, sha256
+
+# The modules' own code, which is in every graph.
+GRAPH_LIBRARIES = ("torch", "diffusers", "transformers")
+# An engine loads only with exactly these versions. A change in any other build library prevents reuse by an export, but
+# not serving.
+BINDING_LIBRARIES = {
+    Backend.TENSORRT: ("tensorrt",),
+    Backend.TENSORRT_RTX: ("tensorrt_rtx",),
+    Backend.ONNXRUNTIME: ("onnxruntime",),
+    Backend.AOTINDUCTOR: ("torch",),
+    Backend.EAGER: (),
+}
+FLASH_ATTENTION = "fa3-fwd"
+CALLED_LIBRARIES = (FLASH_ATTENTION,)  # optional: must match too if the engine was built with them
+
+
+def check_checkpoint(manifest: Manifest) -> None:
+    """Checks that the checkpoint is still the one that the version's engines were built from; eager reads it.
+
+    Raises:
+        CheckpointError: it is not where it was, or not whole.
+        StaleEngineError: it is another.
+    """
+    path = Path(manifest.checkpoint.path)
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{manifest.name} was exported from the checkpoint {path}, which is read with it and is not there; put it "
+            "back, or export the model again from where it is"
+        )
+    if open_checkpoint(path).fingerprint != manifest.checkpoint.fingerprint:
+        raise StaleEngineError(
+            f"the checkpoint {path} has changed since {manifest.name} was exported from it; export it again"
+        )
+
+
+def check_engine(record: EngineRecord, folder: Path, target: Target, rebuild: str) -> None:
+    """Raises `StaleEngineError` for what `engine_fault` finds, with the command in `rebuild`."""
+    fault = engine_fault(record, folder, target)
+    if fault:
+        raise StaleEngineError(f"{fault}; rebuild it: {rebuild}")
+
+
+def engine_fault(record: EngineRecord, folder: Path, target: Target) -> str:
+    """Why the engine in `folder` cannot be used on `target` here; empty if it can.
+
+    Its files have to be whole and built with these libraries, for this kind of device.
+    """
+    try:
+        wrong = (
+            _wrong_size(record, folder)
+            or _wrong_library(record)
+            or _wrong_target(record, target)
+            or _wrong_content(record, folder)
+        )
+    except OSError as error:
+        wrong = f"cannot be read ({error.strerror})"
+    return f"{record.component} engine {folder / record.file} {wrong}" if wrong else ""
+
+
+def _wrong_size(record: EngineRecord, folder: Path) -> str:
+    for file in record.files:
+        path = folder / file.name
+        if not path.is_file():
+            return f"is not whole: {path} is missing"
+        if path.stat().st_size != file.bytes:
+            return f"is damaged: {file.bytes} bytes of {file.name} expected, {path.stat().st_size} found"
+    return ""
+
+
+def _wrong_library(record: EngineRecord) -> str:
+    """What keeps this machine's libraries from loading the engine; empty if nothing does."""
+    called = [library for library in CALLED_LIBRARIES if library in record.built_with]
+    for library in (*BINDING_LIBRARIES[record.backend], *called):
+        built = record.built_with.get(library)
+        here = installed_version(library)
+        if here is None:
+            return f"needs {library} {built}, which is not installed here"
+        if built != here:
+            return f"was built with {library} {built}, this is {here}"
+    return ""
+
+
+def _wrong_target(record: EngineRecord, target: Target) -> str:
+    if target in record.built_for:
+        return ""
+    return f"was built for {', '.join(map(str, record.built_for))}, this is {target}"
+
+
+def _wrong_content(record: EngineRecord, folder: Path) -> str:
+    for file in record.files:
+        if sha256(folder / file.name) != file.sha256:
+            return f"is damaged: the bytes of {file.name} are not those of the manifest"
+    return ""
+
+
+def installed_version(library: str) -> str | None:
+    """The version of `library` that is installed; None without it."""
+    for name in (library, f"{library}-cu13", f"{library}-cu12"):  # TensorRT is also packaged by CUDA's version
+        with suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return None
+
+
+def built_with(libraries: Iterable[str]) -> dict[str, str]:
+    """What an engine made here now is built with: a builder's `libraries`, and those that every graph depends on."""
+    return {name: installed_version(name) or "unknown" for name in dict.fromkeys((*libraries, *GRAPH_LIBRARIES))}
+
+
+@cache
+def source_hash() -> str:
+    """Hex digest of the export stage's own code, which every graph depends on."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parent
+    for file in sorted(root.rglob("*.py")):
+        digest.update(str(file.relative_to(root)).encode() + file.read_bytes())
+    return digest.hexdigest()
