@@ -9,7 +9,7 @@ from pathlib import Path
 
 from export.checkpoint import open_checkpoint
 from export.errors import CheckpointError, StaleEngineError
-from export.manifest import Backend, EngineRecord, Manifest, Target, sha256
+from export.manifest import Backend, EngineRecord, Manifest, Target, content_digest
 
 # The modules' own code, which is in every graph.
 GRAPH_LIBRARIES = ("torch", "diffusers", "transformers")
@@ -100,7 +100,7 @@ def _wrong_target(record: EngineRecord, target: Target) -> str:
 
 def _wrong_content(record: EngineRecord, folder: Path) -> str:
     for file in record.files:
-        if sha256(folder / file.name) != file.sha256:
+        if content_digest(folder / file.name) != file.digest:
             return f"is damaged: the bytes of {file.name} are not those of the manifest"
     return ""
 

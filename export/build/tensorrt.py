@@ -18,7 +18,7 @@ from export.build.plan_runner import PlanRunner
 from export.build.shared_plans import find_plan
 from export.devices import current_target
 from export.errors import BuildError, UnsupportedError
-from export.manifest import Backend, PlanRecord, PlanWeights, Verbosity, sha256
+from export.manifest import Backend, PlanRecord, PlanWeights, Verbosity, content_digest
 from export.onnx import outline_graph
 from export.plans import Foreign, described, failure, import_flavour, logger
 from export.rebuild import target_name
@@ -59,7 +59,7 @@ class TensorRtBuilder:
             profiles=inputs.profiles,
             weights=self._options.weights,
             verbosity=self._options.verbosity,
-            graph=sha256(graph),
+            graph=content_digest(graph),
             fused_attention=attention.fused,
             decomposed_attention=attention.decomposed,
         )

@@ -10,7 +10,7 @@ from enum import StrEnum
 from pathlib import Path, PurePosixPath
 
 from server.backends.base import Model, ModelFolder
-from server.errors import ConfigError, InvalidRequestError, ModelNotFoundError, ModelNotReadyError
+from server.errors import ConfigError, InvalidRequestError
 from server.rpc.triton.model_config import read_model_file
 
 log = logging.getLogger(__name__)
@@ -85,61 +85,6 @@ class IndexEntry:
     version: str
     state: ModelState | None
     reason: str
-
-
-@dataclass(eq=False)
-class Entry:
-    """One model of the repository, from the first request to load it."""
-
-    versions: dict[str, Version] = field(default_factory=dict)
-    error: str = ""  # why its folder cannot be read
-    loaded_mark: object = None  # of the folder as loaded; None after anything but a successful load of the folder
-    fresh: list[Version] = field(default_factory=list)  # versions that the last load has started
-    unloads: int = 0  # requested and not done yet; loads requested before them are abandoned
-    tried_mark: object = None  # of the folder at the last attempt: polling retries only when it has changed
-    scratch: set[Path] = field(default_factory=set)  # folders with the files of load requests
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while loading or unloading
-
-    @property
-    def active(self) -> bool:
-        """Whether any version is loaded, is being loaded or failed to load."""
-        return any(v.model is not None or v.wanted for v in self.versions.values())
-
-    @property
-    def ready(self) -> bool | None:
-        """Whether every wanted version is ready; None if there is nothing to serve."""
-        wanted = [v for v in list(self.versions.values()) if v.wanted]
-        if not wanted and not self.error:
-            return None
-        return not self.error and all(v.ready for v in wanted)
-
-    def retire(self) -> None:
-        """Makes every version, including those being loaded, accept no more requests."""
-        for version in {*self.versions.values(), *self.fresh}:
-            version.retire()
-
-    def newest(self, name: str) -> Model:
-        """The newest version that is ready; if none is at this moment, the newest that takes requests.
-
-        Raises:
-            ModelNotFoundError: none is loaded.
-            ModelNotReadyError: none takes requests.
-        """
-        accepting = {int(number): model for number, v in self.versions.items() if (model := v.accepting) is not None}
-        if accepting:
-            ready = [number for number, model in accepting.items() if model.ready]
-            return accepting[max(ready or accepting)]
-        reasons = "; ".join(v.standing for v in self.versions.values())
-        if all(v.state is ModelState.UNAVAILABLE for v in self.versions.values()):
-            raise ModelNotFoundError(f"Request for unknown model: '{name}' has no available versions ({reasons})")
-        raise ModelNotReadyError(f"Request for unknown model: '{name}' is not at ready state ({reasons})")
-
-    def index(self, name: str) -> list[IndexEntry]:
-        """Its lines in the repository's index."""
-        lines = [IndexEntry(name, v.folder.version, v.state, v.reason) for v in self.versions.values()]
-        if self.error:
-            lines.append(IndexEntry(name, "", ModelState.UNAVAILABLE, self.error))
-        return lines or [IndexEntry(name, "", None, "")]
 
 
 @dataclass(frozen=True)

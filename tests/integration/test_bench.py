@@ -133,7 +133,7 @@ def test_demo_quality_scores_what_the_server_draws_and_keeps_the_pictures(
     first = told()
     assert first["settings"] == {
         "engine": "onnxruntime",
-        "checkpoint": str(CHECKPOINT),
+        "checkpoint": "demo/checkpoint",
         "precision": "fp32",
         "device": "cpu",
         "suite": "quick",
@@ -163,7 +163,7 @@ def test_soak_watches_the_worker_until_its_model_is_unloaded(
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [held["resident"] > 0 for held in told["memory_mib"]["serving"]] == [True] * 3
     assert told["failed"] == []
-    settings = {"engine": "onnxruntime", "checkpoint": str(CHECKPOINT), "precision": "fp32", "device": "cpu"}
+    settings = {"engine": "onnxruntime", "checkpoint": "demo/checkpoint", "precision": "fp32", "device": "cpu"}
     assert told["settings"].items() >= settings.items()
     assert told["rows"][0]["p99_over_median"]["n"] == 1
 
@@ -175,6 +175,6 @@ def test_preview_says_what_it_measured(
     monkeypatch.setattr(preview, "default_device", lambda: "cpu")
     assert main(["preview", "--model", str(repository / MODEL), "-n", "2"]) == 0
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    settings = {"engine": "onnxruntime", "checkpoint": str(CHECKPOINT), "precision": "fp32", "device": "cpu"}
+    settings = {"engine": "onnxruntime", "checkpoint": "demo/checkpoint", "precision": "fp32", "device": "cpu"}
     assert told["settings"] == {**settings, "pairs": 2}
     assert told["rows"][0]["step_ms"]["n"] == 2

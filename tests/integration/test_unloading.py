@@ -14,7 +14,7 @@ import tritonclient.grpc.aio as triton
 from client import GenerationFailedError
 from client.messages import ImageRequest
 from server.config import ControlMode
-from server.frontend import repository as module
+from server.frontend import served_model as module
 from tests.conftest import MODEL
 from tests.integration import faulty_worker
 from tests.integration.frontend import FAULTY, Running, Seen, draw, make_repository, serving

@@ -88,7 +88,7 @@ def test_an_engine_that_cannot_be_read_is_said(
     def refuse(path: Path) -> str:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr("export.validity.sha256", refuse)
+    monkeypatch.setattr("export.validity.content_digest", refuse)
     assert inspection.main([str(repository / MODEL), "--device", "cpu"]) == 0
     assert "cannot be read (Permission denied); rebuild it:" in " ".join(capsys.readouterr().out.split())
 

@@ -1,5 +1,6 @@
 """What a manifest may hold, and the command that makes its engines again."""
 
+import hashlib
 import json
 import shlex
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from export import manifest as module
 from export.cli import parser
 from export.errors import ManifestError
 from export.manifest import (
@@ -95,3 +97,22 @@ def test_what_cannot_be_meant_is_not_read(change: Callable[[Any], None], tmp_pat
     file.write_text(json.dumps(raw))
     with pytest.raises(ManifestError, match="does not fit format"):
         Manifest.read(tmp_path)
+
+
+def test_of_large_files_only_blocks_are_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"SAMPLED_FROM": 1000, "BLOCKS": 5, "BLOCK": 10}.items():
+        monkeypatch.setattr(module, name, value)
+    file, content = tmp_path / "plan", bytearray(range(250)) * 4
+
+    def digest(change: int | None = None, size: int = 1001) -> str:
+        data = (content + b"end")[:size]
+        if change is not None:
+            data[change] ^= 1
+        file.write_bytes(data)
+        return module.content_digest(file)
+
+    assert digest(size=1000) == hashlib.sha256(content).hexdigest()
+    assert digest(500, size=1000) != digest(size=1000), "of a small one all is"
+    assert [digest(at) == digest() for at in (0, 9, 250, 495, 991, 1000)] == [False] * 6
+    assert digest(100) == digest()
+    assert digest(size=1002) != digest()

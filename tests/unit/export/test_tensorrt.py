@@ -21,7 +21,7 @@ from export.build.shared_plans import find_plan
 from export.build.tensorrt import TensorRtBuilder
 from export.checkpoint import data_start, open_checkpoint
 from export.errors import BuildError, UnsupportedError
-from export.manifest import FILE_NAME, Backend, EngineRecord, Manifest, PlanWeights, Target, sha256
+from export.manifest import FILE_NAME, Backend, EngineRecord, Manifest, PlanWeights, Target, content_digest
 from export.modules import load_components
 from export.onnx import GraphLimits, GraphSource, outline_graph
 from export.profiles import serving_profiles
@@ -304,7 +304,7 @@ def test_a_graph_does_not_depend_on_its_weights(tmp_path: Path) -> None:
         outlined.attach(graph, folder / "weights.safetensors")
         fit_for_tensorrt(outlined.model)
         ir.save(outlined.model, folder / "graph.onnx")
-        hashes.append((sha256(folder / "graph.onnx"), sha256(folder / "weights.safetensors")))
+        hashes.append((content_digest(folder / "graph.onnx"), content_digest(folder / "weights.safetensors")))
     assert hashes[0][0] == hashes[1][0], "one plan serves both"
     assert hashes[0][1] != hashes[1][1]
 

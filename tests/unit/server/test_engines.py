@@ -209,7 +209,7 @@ def test_a_stale_engine_is_named_with_the_command_that_rebuilds_it(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sha256": "0" * 64}, "is damaged: the bytes of"),
+        ({"digest": "0" * 64}, "is damaged: the bytes of"),
         ({"bytes": 7}, "is damaged: 7 bytes of"),
         ({"name": "nothing.onnx"}, "nothing.onnx is missing"),
     ],

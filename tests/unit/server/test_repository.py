@@ -17,7 +17,7 @@ from server.errors import (
     OvertakenError,
     ShuttingDownError,
 )
-from server.frontend import repository as module
+from server.frontend import served_model as module
 from server.frontend.repository import Repository
 from server.frontend.versions import ModelState, Override, folder_mark
 from tests.fakes import FakeBackend, FakeModel
