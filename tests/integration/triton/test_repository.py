@@ -298,6 +298,7 @@ def test_strict_readiness(tmp_path: Path) -> None:
         wait_for(lambda: "cannot load model broken" in server.log)
         wait_for(lambda: client.is_model_ready("identity") or None)
         assert not client.is_server_ready()
+        assert client.is_server_live()
     assert server.stop() == 0
 
 

@@ -6,10 +6,16 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import pytest
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2
+from tritonclient.grpc import service_pb2
 
+from protos.zserve.v1 import image_generation_pb2
+from server.cli import parser, read_config
 from server.errors import ConfigError
-from server.rpc.listen import bind, make_server
-from server.settings import GrpcConfig, TlsConfig
+from server.rpc.access import PROTOCOL_OF
+from server.rpc.listen import bind, make_server, transport_options
+from server.settings import GrpcConfig, Protocol, TlsConfig
 
 BURST = 4000  # calls; where nobody says otherwise, gRPC keeps none beyond 3,000
 
@@ -56,3 +62,56 @@ async def test_an_address_is_one_of_either_family(address: str) -> None:
         assert bind(server, config) > 0
     finally:
         await server.stop(None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "options"),
+    [
+        (
+            "",
+            {
+                "grpc.so_reuseport": 0,
+                "grpc.keepalive_time_ms": 7_200_000,
+                "grpc.keepalive_timeout_ms": 20_000,
+                "grpc.keepalive_permit_without_calls": 0,
+                "grpc.http2.max_pings_without_data": 2,
+                "grpc.http2.min_ping_interval_without_data_ms": 300_000,
+                "grpc.http2.max_ping_strikes": 2,
+            },
+        ),
+        (
+            "--grpc-keepalive-time 1 --grpc-keepalive-timeout 2 --grpc-keepalive-permit-without-calls true "
+            "--grpc-http2-max-pings-without-data 3 --grpc-http2-min-recv-ping-interval-without-data 4 "
+            "--grpc-http2-max-ping-strikes 5 --grpc-max-connection-age 6 --grpc-max-connection-age-grace 7",
+            {
+                "grpc.keepalive_time_ms": 1,
+                "grpc.keepalive_timeout_ms": 2,
+                "grpc.keepalive_permit_without_calls": 1,
+                "grpc.http2.max_pings_without_data": 3,
+                "grpc.http2.min_ping_interval_without_data_ms": 4,
+                "grpc.http2.max_ping_strikes": 5,
+                "grpc.max_connection_age_ms": 6,
+                "grpc.max_connection_age_grace_ms": 7,
+            },
+        ),
+    ],
+)
+def test_flags_of_the_transport_have_tritons_names_and_defaults(flags: str, options: dict[str, int]) -> None:
+    told = dict(transport_options(read_config(parser().parse_args(flags.split())).grpc))
+    assert {name: told.get(name) for name in options} == options
+    assert ("grpc.max_connection_age_ms" in told) is ("age" in flags)
+
+
+def test_every_call_of_the_services_is_in_a_group() -> None:
+    services = (
+        image_generation_pb2.DESCRIPTOR.services_by_name["ImageGeneration"],
+        service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"],
+        health_pb2.DESCRIPTOR.services_by_name["Health"],
+        reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"],
+    )
+    methods = {method.name for service in services for method in service.methods}
+    not_served = {"List"}  # of the health service
+    assert methods - not_served == PROTOCOL_OF.keys()
+    assert {m for m, p in PROTOCOL_OF.items() if p is Protocol.INFERENCE} == {
+        *("ModelInfer", "ModelStreamInfer", "Generate", "GenerateImage")
+    }

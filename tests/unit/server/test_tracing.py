@@ -1,10 +1,12 @@
 """Traces: which requests get one, what it holds, and the OpenTelemetry spans it becomes."""
 
 import asyncio
+import json
 import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from opentelemetry import trace as otel
@@ -15,6 +17,7 @@ from server import tracing
 from server.cli import parser, read_config
 from server.errors import ConfigError
 from server.frontend.telemetry import Telemetry
+from server.frontend.trace_file import append_trace
 from server.requests import Completed, Event, Image, ImageFormat, Progress, Queued, Started, Timings
 from server.settings import TelemetryConfig, TraceLevel, TraceMode, TraceSettings
 from server.statistics import RequestRecord, Spent
@@ -321,6 +324,14 @@ def test_what_grpc_would_not_take_is_refused(value: str, capsys: pytest.CaptureF
     with pytest.raises(SystemExit):
         parser().parse_args([f"--grpc-keepalive-time={value}"])
     assert f"'{value}': a whole number from 0 to 2147483647 is accepted" in capsys.readouterr().err
+
+
+def test_a_file_has_as_many_traces_as_was_asked_for(tmp_path: Path) -> None:
+    settings = replace(ON, trace_mode=TraceMode.TRITON, trace_file=str(tmp_path / "traces"), log_frequency=2)
+    for number in (1, 2, 3):
+        append_trace(Trace(id=number, model="m", version="1", request_id="", settings=settings, call=Call("m")))
+    written = {p.name: {r["id"] for r in json.loads(p.read_text())} for p in tmp_path.iterdir()}
+    assert written == {"traces.0": {1, 2}, "traces.1": {3}}
 
 
 def test_without_the_extra_the_error_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
