@@ -18,7 +18,7 @@ class Watchdog:
     """Says whether the device has hung; safe from any thread. `patience`: seconds that any work may take."""
 
     def __init__(self, clock: Callable[[], float], patience: float) -> None:
-        self._clock, self._patience = clock, patience
+        self._clock, self.patience = clock, patience
         self._due = float("inf")  # when the first of what is running counts as hung
 
     @property
@@ -35,4 +35,4 @@ class Watchdog:
         self._due = min(map(self._latest, running), default=float("inf"))
 
     def _latest(self, running: Running) -> float:
-        return running.began + self._patience + LATE * running.expected
+        return running.began + self.patience + LATE * running.expected

@@ -87,7 +87,7 @@ class FaultyLoop(WorkerLoop):
 
     def _run(self, plan: Plan) -> None:
         _, width, captions = plan.sequences[0].shape
-        self._patience = 0.2 if width == HANGS or MAX_PROMPT_TOKENS in captions else 600.0
+        self._watchdog.patience = 0.2 if width == HANGS or MAX_PROMPT_TOKENS in captions else 600.0
         super()._run(plan)
 
 
