@@ -23,6 +23,7 @@ from export.checkpoint import data_start, open_checkpoint
 from export.errors import BuildError, UnsupportedError
 from export.manifest import FILE_NAME, Backend, EngineRecord, Manifest, PlanWeights, Target, content_digest
 from export.modules import load_components
+from export.modules.image_decoder import ATTENTION_SLICES
 from export.onnx import GraphLimits, GraphSource, outline_graph
 from export.profiles import serving_profiles
 from export.repository import versions
@@ -123,6 +124,12 @@ def inputs_of(spec: ComponentSpec, folder: Path) -> BuildInputs:
         folder,
         lambda: pytest.fail("a plan needs no weights in memory"),
     )
+
+
+def test_the_image_decoder_attends_in_slices() -> None:
+    source = GraphSource(CHECKPOINT, DEMO.dimensions, Precision.BF16, LIMITS)
+    nodes = outline_graph(source, SPECS[Component.IMAGE_DECODER]).model.graph
+    assert [node.op_type for node in nodes].count("Softmax") == ATTENTION_SLICES
 
 
 def test_a_network_that_is_not_the_spec_is_refused(tmp_path: Path) -> None:
