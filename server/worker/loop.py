@@ -26,11 +26,12 @@ from export.spec import Component
 from server.engines.memory import out_of_memory_error
 from server.errors import DeadlinePassedError, NonFiniteError
 from server.requests import Progress
-from server.worker.events import Failed, FinishedImage, Listener, PreviewPixels, SequenceStarted
+from server.worker.events import Failed, FinishedImage, Listener, SequenceStarted
 from server.worker.executor import Executor
 from server.worker.images import Pixels
 from server.worker.lanes import Pending
 from server.worker.planner import Plan, Planner, Stage, Wait
+from server.worker.previews import Previews
 from server.worker.reports import Reports
 from server.worker.sequences import ImageSequence
 from server.worker.under_way import SideTask, Step, images_of
@@ -87,6 +88,7 @@ class WorkerLoop(threading.Thread):
         self._previous_step_ended = 0.0  # when the step before `_step` was seen done
         self._step_shared_device = False  # whether `_step` has shared the device with anything
         self._reports = Reports()
+        self._previews = Previews(executor, self._reports)
         self._positions_changed = False  # whether positions in the queue may have changed
         self._running = True
 
@@ -141,7 +143,10 @@ class WorkerLoop(threading.Thread):
 
     def _nearly_done(self, step: Step) -> float:
         """When the step after `step` has to be planned."""
-        return max(step.began, self._previous_step_ended) + self._planner.expected_seconds(step.plan) - AHEAD
+        return self._on_device_since(step) + self._planner.expected_seconds(step.plan) - AHEAD
+
+    def _on_device_since(self, step: Step) -> float:
+        return max(step.began, self._previous_step_ended)
 
     def _take_in(self) -> None:
         """Handles everything that has arrived; waits when there is nothing else to do."""
@@ -238,7 +243,7 @@ class WorkerLoop(threading.Thread):
             if not sequence.left:  # it is decoded when this step is done
                 self._planner.set_aside(sequence)
         self._mark_shared()
-        step = Step(plan, pending, [(s, s.step, self._begin_preview(s)) for s in sequences], began)
+        step = Step(plan, pending, [(s, s.step, self._previews.begin(s)) for s in sequences], began)
         self._settle()
         self._step, self._step_shared_device = step, bool(self._side_tasks)
         if self._is_over(pending):
@@ -270,7 +275,8 @@ class WorkerLoop(threading.Thread):
             if number == sequence.steps:
                 self._planner.take_back(sequence, self._previous_step_ended)
             self._report_step(sequence, number, 1e3 * seconds, len(step.taken), row)
-            self._report_preview(sequence, number, preview)
+            if preview is not None:
+                self._previews.report(sequence, number, preview)
         self._watch()
         self._reports.tell()
 
@@ -334,39 +340,12 @@ class WorkerLoop(threading.Thread):
         """Tells the watchdog what the device has been given: only that can hang."""
         running = [self._running_since(task.began, task.plan) for task in self._side_tasks]
         if self._step is not None:
-            began = max(self._step.began, self._previous_step_ended)
-            running.append(self._running_since(began, self._step.plan))
+            running.append(self._running_since(self._on_device_since(self._step), self._step.plan))
         self._watchdog.watch_only(running)
 
     def _report_step(self, sequence: ImageSequence, done: int, step_ms: float, batch_size: int, row: int) -> None:
         event = Progress(done, sequence.steps, sequence.image_index, step_ms, batch_size, row)
         self._reports.note(sequence.key, event)
-
-    def _begin_preview(self, sequence: ImageSequence) -> Pending[Pixels] | None:
-        """Starts a preview behind the step given to the device last, if the request wants one."""
-        done, interval = sequence.step, sequence.request.preview_interval
-        if not interval or done % interval or done == sequence.steps:
-            return None
-        try:
-            return self._executor.preview(sequence, done)
-        except Exception as error:  # noqa: BLE001 - the boundary between a preview and the images
-            self._leave_out_preview(sequence, done, error)
-            return None
-
-    def _report_preview(self, sequence: ImageSequence, done: int, preview: Pending[Pixels] | None) -> None:
-        if preview is None:
-            return
-        try:
-            pixels = preview.result()
-        except Exception as error:  # noqa: BLE001 - the boundary between a preview and the images
-            self._leave_out_preview(sequence, done, error)
-            return
-        self._reports.note(sequence.key, PreviewPixels(done, sequence.image_index, pixels))
-
-    @staticmethod
-    def _leave_out_preview(sequence: ImageSequence, done: int, error: Exception) -> None:
-        """Logs a preview that cannot be made; the image does not fail because of it."""
-        log.warning("no preview of request %s after step %d: %s", sequence.request.request_id, done, error)
 
     def _start_again(self, sequences: list[ImageSequence], error: NonFiniteError) -> None:
         """Restarts the sequences from their noise, on eager; one that has been restarted before fails."""
