@@ -13,8 +13,10 @@ from export.spec import IMAGE_PSNR, MIN_SIZE, SIZE_MULTIPLE, Precision
 from export.validity import installed_version
 
 DIFFUSERS = "diffusers"
+COMPILED = "diffusers-compile"  # the same pipeline under torch.compile
+PIPELINES = (DIFFUSERS, COMPILED)  # the rows that no server has for an engine
 FP8 = f"{Backend.AOTINDUCTOR}-{Precision.FP8}"  # a row beside the others, over the same weights
-BACKENDS = (DIFFUSERS, *(backend.value for backend in Backend), FP8)
+BACKENDS = (*PIPELINES, *(backend.value for backend in Backend), FP8)
 REPOSITORY = Path("build") / "benchmark-models"
 LARGEST = 2048
 # Of images that random weights draw, in dB, where IMAGE_PSNR is for a real model's. Seen: 45.5 in bf16 and 37.8 in FP8
@@ -51,7 +53,7 @@ class Choice:
     @property
     def compiled(self) -> tuple[str, ...]:
         """The backends that need engines."""
-        return tuple(b for b in self.backends if b not in (DIFFUSERS, Backend.EAGER))
+        return tuple(b for b in self.backends if b not in (*PIPELINES, Backend.EAGER))
 
     @property
     def max_batch(self) -> int:
@@ -112,7 +114,8 @@ def add_arguments(parser: argparse.ArgumentParser, *, only: Backend | None = Non
     if only is None:
         g.add_argument(
             "--backend", choices=BACKENDS, action="append",
-            help=f"a row; may be repeated (default: diffusers, eager and what is compiled for this device, not {FP8})",
+            help="a row; may be repeated (default: diffusers, eager and what is compiled for this device, not "
+            f"{COMPILED} or {FP8})",
         )  # fmt: skip
     else:
         parser.set_defaults(backend=[only.value])

@@ -1,27 +1,27 @@
 """What does one call of each component cost, engine by engine?
 
-Method: every engine holds the same weights and gets the same inputs: one prompt, noise, timestep 0.5.
-`diffusers` is its own pipeline's encode_prompt (which pads to 512 tokens), transformer and VAE; `eager` is this
-project's modules; the others are engines, and a call that another engine answers ends the benchmark. The first output
-and the last timed one are compared with eager's (diffusers' encoder by the velocity that its denoiser computes from the
-embeddings: it leaves out work that the denoiser repeats in every step). All rows are called in turn in each repetition,
-starting with a different one each time; on a CPU twice, of which the second call counts, because threads of the row
-before may still spin in the first.
+Method: every engine holds the same weights and gets the same inputs: one prompt, noise, timestep 0.5. `diffusers` is
+its own pipeline's encode_prompt (which pads to 512 tokens), transformer and VAE, `diffusers-compile` the latter two
+under torch.compile; `eager` is this project's modules; the others are engines, and a call that another engine answers
+ends the benchmark. The first output and the last timed one are compared with eager's (diffusers' encoder by the
+velocity that its denoiser computes from the embeddings: it leaves out work that the denoiser repeats in every step).
+All rows are called in turn in each repetition, starting with a different one each time; on a CPU twice, of which the
+second call counts, because threads of the row before may still spin in the first.
 
 Units: milliseconds per call, on the device (by CUDA events) where there is one; x is how many times as fast, repetition
 by repetition; error is the larger relative L2 distance from eager.
 """
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import choice, rows
-from benchmarks.choice import DIFFUSERS, Choice, pixels
+from benchmarks import choice, diffusers_row, rows
+from benchmarks.choice import COMPILED, DIFFUSERS, Choice, pixels
 from benchmarks.diffusers_row import DiffusersRow
 from benchmarks.record import BenchmarkError, Row, percentiles, print_table, row
 from benchmarks.subject import Subject, open_subject
@@ -47,11 +47,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measures and prints the table. A row is a case on an engine."""
     chosen = choice.read(options)
-    wanted = list(cases(chosen, options.component or list(Component)))
+    components = options.component or list(Component)
+    wanted = [case for case in cases(chosen, components) if any(_differs(b, case) for b in chosen.backends)]
     if not wanted:
-        raise BenchmarkError("the image decoder takes one image a call; give it --batch 1, or other components too")
+        raise BenchmarkError(
+            f"nothing to measure: the image decoder takes one image a call (--batch 1), and {COMPILED} encodes prompts "
+            f"like {DIFFUSERS}; give another --component too, or another --backend"
+        )
     subject, pipeline = open_subject(chosen)
-    benchmark = Components(subject, DiffusersRow(pipeline, subject.device), options)
+    benchmark = Components(subject, diffusers_row.rows(pipeline, subject.device, chosen.backends), options)
     measured = [r for case in wanted for r in benchmark.measure(case)]
     _show(measured)
     return {"settings": rows.settings(chosen, options), "rows": measured}
@@ -87,13 +91,13 @@ class Components:
     """Measures single calls."""
 
     subject: Subject
-    diffusers: DiffusersRow
+    diffusers: Mapping[str, DiffusersRow]
     options: argparse.Namespace
 
     def measure(self, case: Case) -> list[Row]:
         """One row per backend. Its first and last outputs are checked; on CUDA a recorded graph has made the last."""
         inputs = self._inputs(case)
-        calls = {b: self._call(b, case, inputs) for b in self.subject.choice.backends}
+        calls = {b: self._call(b, case, inputs) for b in self.subject.choice.backends if _differs(b, case)}
         expected = self._call(Backend.EAGER, case, inputs)()
         first = {backend: self._error(backend, case, call(), expected) for backend, call in calls.items()}
         before = {backend: self._count(backend, case.component) for backend in calls}
@@ -115,14 +119,14 @@ class Components:
         ]
 
     def _call(self, backend: str, case: Case, inputs: dict[str, Tensor]) -> Callable[[], Tensor]:
-        if backend == DIFFUSERS:
-            return self.diffusers.component(case.component, inputs, [PROMPT] * case.batch)
+        if backend in self.diffusers:
+            return self.diffusers[backend].component(case.component, inputs, [PROMPT] * case.batch)
         engine = self.subject.engines[backend][case.component]
         return lambda: engine.run(inputs)
 
     def _count(self, backend: str, component: Component) -> int:
-        if backend == DIFFUSERS:
-            return self.diffusers.calls[component]
+        if backend in self.diffusers:
+            return self.diffusers[backend].calls[component]
         return self.subject.engines[backend][component].calls
 
     def _error(self, backend: str, case: Case, got: Tensor, expected: Tensor) -> float:
@@ -145,7 +149,7 @@ class Components:
     def _velocities(self, case: Case, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """The velocity of diffusers' denoiser from its encoder's joined embeddings, and of eager's from eager's."""
         inputs = self._inputs(replace(case, component=Component.DENOISER))
-        velocity = self.diffusers.velocity(inputs, embeddings.chunk(case.batch))
+        velocity = self.diffusers[DIFFUSERS].velocity(inputs, embeddings.chunk(case.batch))
         return velocity(), self.subject.engines[Backend.EAGER][Component.DENOISER].run(inputs)
 
     def _inputs(self, case: Case) -> dict[str, Tensor]:
@@ -166,6 +170,11 @@ class Components:
 
     def _placed(self, **tensors: Tensor) -> dict[str, Tensor]:
         return {name: tensor.to(self.subject.device) for name, tensor in tensors.items()}
+
+
+def _differs(backend: str, case: Case) -> bool:
+    """Whether `backend` is a row of its own: compiled or not, diffusers encodes prompts alike."""
+    return not (backend == COMPILED and case.component is Component.PROMPT_ENCODER)
 
 
 def _show(measured: list[Row]) -> None:

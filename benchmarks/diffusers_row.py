@@ -1,20 +1,51 @@
-"""diffusers' eager pipeline as a row: called as its users call it, its forwards counted and its stages timed."""
+"""diffusers' pipeline as a row: called as its users call it, eager or compiled, forwards counted and stages timed."""
 
+import copy
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks.choice import pixels
+from benchmarks.choice import COMPILED, DIFFUSERS, pixels
 from benchmarks.timing import Stages
 from export.spec import Component
 from server.worker.images import Pixels
 
 if TYPE_CHECKING:
     from diffusers import ZImagePipeline
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def compiled(pipeline: "ZImagePipeline") -> "ZImagePipeline":
+    """The same pipeline and weights with transformer and VAE under `torch.compile`; the prompt encoder stays eager.
+
+    To be called before a row watches `pipeline`. From here on it is torch's error if it gave up compiling, having
+    compiled too many shapes, instead of going on eagerly.
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    parts = {"transformer": _compiled(pipeline.transformer, "forward"), "vae": _compiled(pipeline.vae, "decode")}
+    made = type(pipeline)(**{**pipeline.components, **parts})
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def _compiled(module: "ModuleT", method: str) -> "ModuleT":
+    """A copy that shares the weights: `module` itself stays eager."""
+    copied = copy.copy(module)
+    setattr(copied, method, torch.compile(getattr(copied, method)))
+    return copied
+
+
+def rows(pipeline: "ZImagePipeline", device: torch.device, names: Iterable[str]) -> "dict[str, DiffusersRow]":
+    """The row of `pipeline`, and if it is among `names` the compiled one, by name."""
+    faster = {COMPILED: DiffusersRow(compiled(pipeline), device)} if COMPILED in names else {}
+    return {DIFFUSERS: DiffusersRow(pipeline, device), **faster}
 
 
 class DiffusersRow:

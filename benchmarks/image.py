@@ -1,12 +1,12 @@
 """What does a whole image cost in one process, engine by engine, and where does the time go?
 
-Method: `diffusers` is its own eager pipeline called as in its documentation; the other rows are the server's own
-executor over their engines: encode, 8 steps, decode, pixels in host memory. All draw the same prompts from the same
-seeds, no prompt twice so that no cache helps, one row after the other in each repetition and each repetition starting
-with a different one. Garbage collection skips what is loaded, as in a worker. Every image is compared with diffusers'
-own, the first before anything is timed; every engine is named and the calls of every component are counted. As in a
-worker, every padded length of the prompts is warmed up before anything is timed. With --batch k, k images of k prompts
-of one padded length share every step.
+Method: `diffusers` is its own eager pipeline called as in its documentation, `diffusers-compile` the same with its
+transformer and its VAE under torch.compile; the other rows are the server's own executor over their engines: encode, 8
+steps, decode, pixels in host memory. All draw the same prompts from the same seeds, no prompt twice so that no cache
+helps, one row after the other in each repetition and each repetition starting with a different one. Garbage collection
+skips what is loaded, as in a worker. Every image is compared with diffusers' own, the first before anything is timed;
+every engine is named and the calls of every component are counted. As in a worker, every padded length of the prompts
+is warmed up before anything is timed. With --batch k, k images of k prompts of one padded length share every step.
 
 Units: milliseconds from the prompt to the pixels of all images, by the host's clock; stages on the device (CUDA events
 for diffusers; the executor waits after every step anyway); `other` is what no stage took. x is how many times as fast,
@@ -16,10 +16,11 @@ repetition by repetition. PSNR in dB.
 import argparse
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks import choice, rows
+from benchmarks import choice, diffusers_row, rows
 from benchmarks.choice import DIFFUSERS
 from benchmarks.diffusers_row import DiffusersRow
 from benchmarks.engine_row import EngineRow
@@ -45,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measures and prints the table. A row is a size, a batch and an engine."""
     subject, pipeline = open_subject(choice.read(options))
-    benchmark, chosen = Images(subject, DiffusersRow(pipeline, subject.device), options), subject.choice
+    chosen = subject.choice
+    benchmark = Images(subject, diffusers_row.rows(pipeline, subject.device, chosen.backends), options)
     measured = [r for size in chosen.sizes for batch in chosen.batches for r in benchmark.measure(size, batch)]
     header = ("size", "batch", "engine", "n", "p50 ms", "p90 ms", "p99 ms", *STAGES, "x diffusers", "x eager", "PSNR")
     print_table(header, [_line(r) for r in measured])
@@ -64,12 +66,12 @@ class Drawn:
 class Images:
     """Draws the same images through every row."""
 
-    def __init__(self, subject: Subject, diffusers: DiffusersRow, options: argparse.Namespace) -> None:
+    def __init__(self, subject: Subject, diffusers: Mapping[str, DiffusersRow], options: argparse.Namespace) -> None:
         self._least_psnr, self._options = subject.choice.least_psnr, options
-        self._diffusers = diffusers  # the reference, a row or not
+        self._diffusers = diffusers[DIFFUSERS]  # the reference, a row or not
         self._tokenizer = PromptTokenizer(subject.tokenizer)
         self._rows: dict[str, DiffusersRow | EngineRow] = {
-            backend: diffusers if backend == DIFFUSERS else EngineRow(subject, backend)
+            backend: diffusers[backend] if backend in diffusers else EngineRow(subject, backend)
             for backend in subject.choice.backends
         }
 
@@ -118,7 +120,7 @@ class Images:
     def _engines(self, name: str) -> dict[str, str]:
         drawer = self._rows[name]
         if isinstance(drawer, DiffusersRow):
-            return {component.value: DIFFUSERS for component in Component}
+            return {component.value: name for component in Component}
         return drawer.backends
 
     def _draw(self, drawer: DiffusersRow | EngineRow, prompts: list[str], size: str, seed: int) -> Drawn:

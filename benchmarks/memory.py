@@ -1,8 +1,9 @@
 """How much memory does each engine take, stage by stage?
 
 Method: for each row a process of its own draws one image, and records what is in use and its peak after every stage:
-libraries imported, model and engines loaded, then encoding, denoising and decoding. `diffusers` is its pipeline; an
-engine is loaded as in a worker, with the eager modules whose weights it borrows, if any.
+libraries imported, model and engines loaded, then encoding, denoising and decoding. `diffusers` is its pipeline,
+`diffusers-compile` the same under torch.compile, which compiles meanwhile; an engine is loaded as in a worker, with the
+eager modules whose weights it borrows, if any.
 
 Units: MiB (2**20 bytes); host: resident size of the process; device: what torch has reserved there, plus what engines
 hold outside it. A peak is the highest up to the end of that stage.
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import choice
-from benchmarks.choice import DIFFUSERS, Choice
+from benchmarks.choice import COMPILED, PIPELINES, Choice
 from benchmarks.record import Row, print_table, row
 
 MIB = 1 << 20
@@ -47,14 +48,15 @@ def stages_of(chosen: Choice, backend: str, size: str) -> dict[str, dict[str, fl
     """What is used after every stage of one image; to be called in a process of its own."""
     import diffusers.pipelines.z_image.pipeline_z_image  # noqa: F401 - what it imports is a stage of its own
 
-    from benchmarks.diffusers_row import DiffusersRow
+    from benchmarks.diffusers_row import DiffusersRow, compiled
     from benchmarks.engine_row import EngineRow
     from benchmarks.subject import load_pipeline, open_served
 
     used = {"imported": _used()}
     drawer: DiffusersRow | EngineRow
-    if backend == DIFFUSERS:
+    if backend in PIPELINES:
         pipeline = load_pipeline(chosen)
+        pipeline = compiled(pipeline) if backend == COMPILED else pipeline
         drawer = DiffusersRow(pipeline, pipeline.device)
     else:
         drawer = EngineRow(open_served(chosen, backend), backend)

@@ -17,7 +17,7 @@ import psutil
 import tritonclient.grpc as triton
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from benchmarks.choice import BACKENDS, DIFFUSERS
+from benchmarks.choice import BACKENDS, PIPELINES
 from benchmarks.record import BenchmarkError
 from demo.run import free_port
 from export.manifest import FILE_NAME, Backend, Manifest
@@ -99,10 +99,11 @@ def served_rows(backends: Iterable[str]) -> list[str]:
     Raises:
         BenchmarkError: there is none.
     """
-    if not (found := [b for b in backends if b != DIFFUSERS]):
-        others = ", ".join(b for b in BACKENDS if b != DIFFUSERS)
+    if not (found := [b for b in backends if b not in PIPELINES]):
+        others = ", ".join(b for b in BACKENDS if b not in PIPELINES)
         raise BenchmarkError(
-            f"--backend: no server has {DIFFUSERS} for an engine, so there is nothing to measure; {others} are accepted"
+            f"--backend: no server has {' or '.join(PIPELINES)} for an engine, so there is nothing to measure; "
+            f"{others} are accepted"
         )
     return found
 

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import choice, components
+from benchmarks import choice, components, diffusers_row
 from benchmarks.choice import DIFFUSERS, Choice
 from benchmarks.components import Case, Components, cases
-from benchmarks.diffusers_row import DiffusersRow
 from benchmarks.record import BenchmarkError, case_name
 from benchmarks.subject import Counted, open_subject
 from export.manifest import Backend
@@ -28,7 +27,7 @@ def test_where_there_is_nothing_to_measure_that_is_said(tmp_path: Path) -> None:
     parser = argparse.ArgumentParser()
     components.add_arguments(parser)
     given = ["--checkpoint", str(CHECKPOINT), "--device", "cpu", "--component", "image_decoder", "--batch", "4"]
-    with pytest.raises(BenchmarkError, match="takes one image a call; give it --batch 1"):
+    with pytest.raises(BenchmarkError, match="takes one image a call \\(--batch 1\\)"):
         components.run(parser.parse_args(given))
 
 
@@ -56,7 +55,7 @@ def measured() -> Components:
     chosen = Choice(CHECKPOINT, backends, models={}, repository=Path(), device="cpu", sizes=(SIZE,))
     subject, pipeline = open_subject(chosen)
     options = argparse.Namespace(warm_up=1, repetitions=2)
-    return Components(subject, DiffusersRow(pipeline, subject.device), options)
+    return Components(subject, diffusers_row.rows(pipeline, subject.device, backends), options)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -66,8 +65,9 @@ def test_diffusers_encoder_is_held_against_eager_by_its_velocity(
     row, eager = measured.measure(Case(Component.PROMPT_ENCODER, SIZE, batch))
     assert row["relative_error"] < 1e-3
     assert (row["forwards"], eager["forwards"]) == (6, 6)  # warmed up or timed, and each after another
-    embeddings = measured.diffusers._embeddings
-    monkeypatch.setattr(measured.diffusers, "_embeddings", lambda prompts: embeddings(["a dog"] * len(prompts)))
+    diffusers = measured.diffusers[DIFFUSERS]
+    embeddings = diffusers._embeddings
+    monkeypatch.setattr(diffusers, "_embeddings", lambda prompts: embeddings(["a dog"] * len(prompts)))
     with pytest.raises(BenchmarkError, match=r"prompt_encoder on diffusers is .* from eager"):
         measured.measure(Case(Component.PROMPT_ENCODER, SIZE, batch))
 

@@ -32,9 +32,9 @@ def test_attempts_to_connect_do_not_get_rarer(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_diffusers_is_no_row_of_a_server() -> None:
-    assert serving.served_rows(("diffusers", "eager", "onnxruntime")) == ["eager", "onnxruntime"]
+    assert serving.served_rows(("diffusers", "diffusers-compile", "eager", "onnxruntime")) == ["eager", "onnxruntime"]
     with pytest.raises(BenchmarkError, match="aotinductor, eager, aotinductor-fp8 are accepted"):
-        serving.served_rows(("diffusers",))
+        serving.served_rows(("diffusers", "diffusers-compile"))
 
 
 @pytest.fixture

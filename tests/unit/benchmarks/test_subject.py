@@ -1,13 +1,15 @@
 """Random weights of the published config, shrunken; and engines that are not what they should be."""
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import published
-from benchmarks.choice import DIFFUSERS, FP8, Choice, backend_of
+from benchmarks import diffusers_row, published
+from benchmarks.choice import COMPILED, DIFFUSERS, FP8, Choice, backend_of
 from benchmarks.diffusers_row import DiffusersRow
 from benchmarks.engine_row import EngineRow
 from benchmarks.engines import checked_version, version_folder
@@ -58,6 +60,34 @@ def test_a_prompt_is_encoded_for_every_image_as_diffusers_does(choice: Choice) -
     row = EngineRow(subject, Backend.EAGER)
     row.draw(["a cat"] * 2, size="64x96", steps=2, seed=5)
     assert row.calls == row.calls_of(images=2, steps=2)
+
+
+def test_compiled_diffusers_is_a_row_beside_eager_diffusers(choice: Choice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a compiler that counts instead: the transformer's and the decoder's calls are its; eager has none there."""
+    through: Counter[str] = Counter()
+
+    def count(function: Callable[..., object]) -> Callable[..., object]:
+        def counted(*arguments: object, **options: object) -> object:
+            through[function.__qualname__] += 1
+            return function(*arguments, **options)
+
+        return counted
+
+    monkeypatch.setattr(torch, "compile", count)
+    pipeline = load_pipeline(choice)
+    weights = pipeline.transformer.state_dict()
+    both = diffusers_row.rows(pipeline, torch.device("cpu"), [DIFFUSERS, COMPILED])
+    alone = diffusers_row.rows(load_pipeline(choice), torch.device("cpu"), [DIFFUSERS])
+    assert list(alone) == [DIFFUSERS]
+    expected, _ = both[DIFFUSERS].draw(["a cat"], size="64x96", steps=2, seed=5)
+    assert not through
+    images, stages = both[COMPILED].draw(["a cat"], size="64x96", steps=2, seed=5)
+    assert through == {"ZImageTransformer2DModel.forward": 2, "AutoencoderKL.decode": 1}
+    assert compare_images(images, expected, IMAGE_PSNR[Precision.FP32])["psnr_db"] is None
+    assert set(stages) == set(Component)
+    assert [row.calls for row in both.values()] == [DiffusersRow.calls_of(images=1, steps=2)] * 2
+    shared = both[COMPILED]._pipeline.transformer.state_dict()
+    assert all(shared[name].data_ptr() == value.data_ptr() for name, value in weights.items())
 
 
 def test_random_weights_are_the_same_every_time_and_make_a_whole_checkpoint(choice: Choice) -> None:
