@@ -190,6 +190,10 @@ class OpenPlan:
             raise self._failure("TensorRT cannot tell how much memory a call needs")
         return needed or SMALLEST_SCRATCH
 
+    def most_memory_needed(self, profile: int) -> int:
+        """Bytes that suffice for every shape of the profile."""
+        return int(self.engine.get_device_memory_size_for_profile_v2(profile)) or SMALLEST_SCRATCH
+
     def execute(self, context: Foreign) -> None:
         """Puts one call on the current stream.
 

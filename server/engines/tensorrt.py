@@ -56,6 +56,7 @@ class TensorRtEngine:
         self._scratch = Scratch(self._plan, device)
         self._plain: dict[int, Foreign] = {}  # one context per profile
         self._recorded: dict[tuple[tuple[int, ...], ...], RecordedCall] = {}
+        self._recorded_in: Tensor | None = None  # the memory that all of them compute in, once there is one
 
     def fits(self, shapes: Shapes) -> bool:
         return self._profile(shapes) is not None
@@ -90,6 +91,7 @@ class TensorRtEngine:
             for stream in self._streams.values():
                 stream.synchronize()
         self._recorded.clear()
+        self._recorded_in = None
         self._plain.clear()
         self._scratch.free()
 
@@ -120,51 +122,48 @@ class TensorRtEngine:
     def _call(self, inputs: Mapping[str, Tensor]) -> Tensor:
         key = tuple(tuple(tensor.shape) for tensor in inputs.values())
         if key not in self._recorded:
-            self._recorded[key] = RecordedCall(self._plan, self._scratch, self._spec, inputs)
+            self._recorded[key] = RecordedCall(self._plan, self._memory_of_recorded(), self._spec, inputs)
         return self._recorded[key](inputs)
+
+    def _memory_of_recorded(self) -> Tensor:
+        """For the profile's largest call from the start: if it moved, everything would have to be recorded again."""
+        if self._recorded_in is None:
+            self._recorded_in = _bytes(self._plan.most_memory_needed(RECORDED_PROFILE), self._device)
+        return self._recorded_in
 
 
 class RecordedCall:
     """Calls of one shape: the first runs plainly and is recorded, all others are replayed if that succeeds.
 
-    It has a context to itself, because a context may not change once a graph is recorded from it.
+    It has a context to itself, because a context may not change once a graph is recorded from it, and computes in
+    `scratch`, which has to suffice for the whole profile: recorded graphs go on using it.
     """
 
-    def __init__(
-        self, plan: TensorRtPlan, scratch: "Scratch", spec: ComponentSpec, inputs: Mapping[str, Tensor]
-    ) -> None:
+    def __init__(self, plan: TensorRtPlan, scratch: Tensor, spec: ComponentSpec, inputs: Mapping[str, Tensor]) -> None:
         self._plan, self._scratch, self._component = plan, scratch, spec.component
         self._context = plan.context_in(RECORDED_PROFILE)
         self._inputs = {name: torch.empty_like(t, memory_format=torch.contiguous_format) for name, t in inputs.items()}
         self._output = plan.bind(self._context, spec, self._inputs)
+        self._context.set_device_memory(scratch.data_ptr(), scratch.numel())
         self._graph: Graph | None = None
-        self._recordable = True  # until that is refused
-        self._generation = -1  # of the scratch memory that the context computes in
+        self._is_first = True
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         for name, tensor in inputs.items():
             self._inputs[name].copy_(tensor)
-        if self._generation != self._scratch.generation:
-            self._run_first()
-        elif self._graph is not None:
+        if self._graph is not None:
             self._graph.replay()
         else:
             self._plan.execute(self._context)
+            if self._is_first:  # not before: TensorRT's setup in a first run cannot be recorded
+                self._record()
+        self._is_first = False
         return self._output.clone()  # the next call overwrites it
-
-    def _run_first(self) -> None:
-        """Runs plainly, because TensorRT's setup in a first run cannot be recorded, then records the call."""
-        self._graph = None
-        self._generation = self._scratch.lend(self._context)
-        self._plan.execute(self._context)
-        if self._recordable:
-            self._record()
 
     def _record(self) -> None:
         try:
             self._graph = self._plan.record(self._context)
         except (PlanError, RuntimeError) as error:
-            self._recordable = False
             shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in self._inputs.items())
             log.warning(
                 "%s: calls with %s are not recorded as a CUDA graph, and start more slowly: %s",
@@ -173,26 +172,24 @@ class RecordedCall:
 
 
 class Scratch:
-    """The memory that all contexts of an engine compute in, one call at a time; it grows to the largest call.
-
-    `generation` changes whenever the memory moves.
-    """
+    """The memory that plain calls of an engine compute in, one at a time; it grows to the largest call."""
 
     def __init__(self, plan: TensorRtPlan, device: torch.device) -> None:
         self._plan, self._device = plan, device
-        self._buffer = torch.empty(0, dtype=torch.uint8, device=device)
-        self.generation = 0
+        self._buffer = _bytes(0, device)
 
-    def lend(self, context: Foreign) -> int:
-        """Lends `context` the memory that its shapes need; returns the generation."""
+    def lend(self, context: Foreign) -> None:
+        """Lends `context` the memory that its shapes need."""
         needed = self._plan.memory_needed(context)
         if needed > self._buffer.numel():
-            self.free()
-            self._buffer = torch.empty(needed, dtype=torch.uint8, device=self._device)
+            self.free()  # first: both may not fit
+            self._buffer = _bytes(needed, self._device)
         context.set_device_memory(self._buffer.data_ptr(), self._buffer.numel())
-        return self.generation
 
     def free(self) -> None:
-        """Frees the memory; graphs recorded with it must not be replayed any more."""
-        self.generation += 1
-        self._buffer = torch.empty(0, dtype=torch.uint8, device=self._device)
+        """Frees the memory until it is lent again."""
+        self._buffer = _bytes(0, self._device)
+
+
+def _bytes(count: int, device: torch.device) -> Tensor:
+    return torch.empty(count, dtype=torch.uint8, device=device)

@@ -31,6 +31,7 @@ from server.frontend.versions import folder_mark
 DIMENSIONS = ModelDimensions(latent_channels=4, caption_dim=8, vocabulary=10)
 SPEC = component_specs(DIMENSIONS)[Component.DENOISER]
 CPU = torch.device("cpu")
+SCRATCH = torch.empty(1 << 10, dtype=torch.uint8)
 
 
 @dataclass
@@ -94,6 +95,9 @@ class FakePlan(TensorRtPlan):
         self.made: list[FakeContext] = []
         self.executed = self.kept = self.tried = 0
 
+    def most_memory_needed(self, profile: int) -> int:
+        return 1 << 20
+
     def context_in(self, profile: int) -> FakeContext:
         self.made.append(FakeContext())
         return self.made[-1]
@@ -117,33 +121,20 @@ class FakePlan(TensorRtPlan):
 def test_scratch_memory_is_shared_and_moves_only_to_grow() -> None:
     scratch = Scratch(FakePlan(), CPU)
     small, large = FakeContext(100), FakeContext(1000)
-    first = scratch.lend(small)
-    assert scratch.lend(small) == first
-    grown = scratch.lend(large)
-    assert grown != first
-    assert scratch.lend(small) == grown
+    scratch.lend(small)
+    first = small.memory
+    scratch.lend(small)
+    assert small.memory == first
+    scratch.lend(large)
+    scratch.lend(small)
     assert small.memory == large.memory
     assert large.memory[1] == 1000
-
-
-def test_what_was_recorded_is_recorded_again_after_scratch_memory_could_not_grow() -> None:
-    """For what it computed in was given back first."""
-    inputs = example_inputs(SPEC, ShapePoint(1, 32, 64, 64), DIMENSIONS)
-    plan, scratch = FakePlan(FakeGraph()), Scratch(FakePlan(), CPU)
-    call = RecordedCall(plan, scratch, SPEC, inputs)
-    plan.made[0].scratch_bytes = 100
-    call(inputs)
-    with pytest.raises(RuntimeError, match="allocate"):
-        scratch.lend(FakeContext(1 << 60))
-    call(inputs)
-    assert plan.executed == 2
-    assert plan.made[0].memory[1] == 100
 
 
 def test_a_shape_keeps_its_buffers_and_gives_out_copies() -> None:
     inputs = example_inputs(SPEC, ShapePoint(1, 32, 64, 64), DIMENSIONS)
     plan = FakePlan()
-    call = RecordedCall(plan, Scratch(FakePlan(), CPU), SPEC, inputs)
+    call = RecordedCall(plan, SCRATCH, SPEC, inputs)
     (context,) = plan.made
     assert context.shapes == {name: tuple(t.shape) for name, t in inputs.items()}
     before = dict(context.addresses)
@@ -153,33 +144,41 @@ def test_a_shape_keeps_its_buffers_and_gives_out_copies() -> None:
     assert (plan.executed, plan.kept) == (2, 0), "no kernels are written while serving"
 
 
-def test_a_recorded_call_is_replayed_until_its_scratch_memory_moves() -> None:
-    inputs = example_inputs(SPEC, ShapePoint(1, 32, 64, 64), DIMENSIONS)
-    plan, scratch = FakePlan(FakeGraph()), Scratch(FakePlan(), CPU)
-    call = RecordedCall(plan, scratch, SPEC, inputs)
-    for _ in range(3):
-        call(inputs)
+def test_a_recorded_call_is_replayed_whatever_runs_beside_it() -> None:
+    """So is every other shape of its profile: all compute in memory that suffices for the largest, and never moves."""
+    engine = BrokenEngine(RuntimeError())
+    engine._plan = plan = FakePlan(FakeGraph())
+    short, long = (example_inputs(SPEC, ShapePoint(1, caption, 256, 256), DIMENSIONS) for caption in (32, 512))
+    larger = example_inputs(SPEC, ShapePoint(2, 32, 256, 256), DIMENSIONS)
+    for inputs in (short, long, larger, short, long, short):
+        engine.call(inputs)
     assert plan.graph is not None
-    assert (plan.executed, plan.graph.replayed) == (1, 2)
-    scratch.lend(FakeContext(1000))
-    call(inputs)
-    call(inputs)
-    assert (plan.executed, plan.graph.replayed) == (2, 3)
-    assert plan.made[0].memory[1] == 1000
+    assert (plan.executed, plan.tried, plan.graph.replayed) == (3, 2, 3)
+    of_short, of_long, _ = (context.memory for context in plan.made)
+    assert of_short == of_long
+    assert of_short[1] == 1 << 20  # of the profile, where one call needs 64
+    engine.free_memory()
+    engine.call(short)
+    assert (plan.executed, plan.tried) == (4, 3)
 
 
 def test_a_call_that_cannot_be_recorded_says_so_once_and_runs_plainly(caplog: pytest.LogCaptureFixture) -> None:
     inputs = example_inputs(SPEC, ShapePoint(1, 32, 64, 64), DIMENSIONS)
-    plan, scratch = FakePlan(), Scratch(FakePlan(), CPU)
-    call = RecordedCall(plan, scratch, SPEC, inputs)
-    call(inputs)
-    call(inputs)
-    scratch.lend(FakeContext(1000))
-    call(inputs)
+    plan = FakePlan()
+    call = RecordedCall(plan, SCRATCH, SPEC, inputs)
+    for _ in range(3):
+        call(inputs)
     assert (plan.executed, plan.tried) == (3, 1)
     (record,) = caplog.records
     assert "denoiser: calls with latents (1, 4, 8, 8), " in record.message
     assert record.message.endswith("not with this driver")
+
+
+def test_the_memory_of_a_profile_is_tensorrts_own_figure(trt: MagicMock, engine: MagicMock, plan_file: Path) -> None:
+    plan = OpenPlan(trt, plan_file, SPEC, Backend.TENSORRT)
+    engine.get_device_memory_size_for_profile_v2.side_effect = [1 << 30, 0]
+    assert [plan.most_memory_needed(profile) for profile in (0, 1)] == [1 << 30, plans.SMALLEST_SCRATCH]
+    assert [call.args for call in engine.get_device_memory_size_for_profile_v2.call_args_list] == [(0,), (1,)]
 
 
 def test_tensorrt_rtx_is_asked_whether_a_call_can_be_captured(
@@ -197,7 +196,7 @@ def test_tensorrt_rtx_is_asked_whether_a_call_can_be_captured(
 def test_a_refused_shape_is_named() -> None:
     inputs = example_inputs(SPEC, ShapePoint(9, 32, 64, 64), DIMENSIONS)
     with pytest.raises(PlanError, match="TensorRT refuses latents"):
-        RecordedCall(FakePlan(), Scratch(FakePlan(), CPU), SPEC, inputs)
+        RecordedCall(FakePlan(), SCRATCH, SPEC, inputs)
 
 
 def test_what_tensorrt_refuses_is_told_with_its_own_words() -> None:
@@ -431,13 +430,20 @@ class BrokenEngine(TensorRtEngine):
         self.backend = Backend.TENSORRT
         self._profiles, self._spec, self._device = serving_profiles((256, 256), 8, 1024), SPEC, CPU
         self._streams, self._recorded, self._plain = {0: MagicMock()}, {(): MagicMock()}, {0: MagicMock()}
-        self._scratch = Scratch(FakePlan(), CPU)
+        self._scratch, self._recorded_in = Scratch(FakePlan(), CPU), None
         self._error, self._held = error, 0
 
     def _call(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         raise self._error
 
-    _run_plain = MagicMock()
+    def _run_plain(self, profile: int, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        raise self._error
+
+    def call(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The call as it would be, on no stream."""
+        profile = self._profile({name: tuple(tensor.shape) for name, tensor in inputs.items()})
+        assert profile is not None
+        return super()._call(inputs) if profile == 0 else super()._run_plain(profile, inputs)
 
 
 @pytest.fixture
@@ -458,14 +464,15 @@ def test_whatever_fails_in_a_call_makes_it_eagers(error: Exception) -> None:
 def test_for_want_of_memory_the_engine_gives_back_what_it_can_and_stays() -> None:
     inputs = example_inputs(SPEC, ShapePoint(1, 32, 256, 256), DIMENSIONS)
     engine = BrokenEngine(torch.OutOfMemoryError("no more"))
+    engine._plan = FakePlan()
+    engine._memory_of_recorded()
     engine._scratch.lend(FakeContext(100))
     with pytest.raises(torch.OutOfMemoryError, match="no more"):
         engine.run(inputs)
     assert isinstance(engine, KeepsMemory)
-    before = engine._scratch.generation
     engine.free_memory()
-    assert (engine._recorded, engine._plain) == ({}, {})
-    assert engine._scratch.generation > before
+    assert (engine._recorded, engine._plain, engine._recorded_in) == ({}, {}, None)
+    assert engine._scratch._buffer.numel() == 0
 
 
 def test_what_was_compiled_is_kept_when_the_worker_says_so() -> None:
