@@ -120,7 +120,7 @@ def _measured(stage: str) -> Iterator[dict[str, Any]]:
     yield result
     result["seconds"] = round(time.perf_counter() - started, 1)
     result["cpu_seconds"] = round(time.process_time() - computed, 1)
-    result["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
+    result["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2)
     print(result, file=sys.stderr, flush=True)
 
 

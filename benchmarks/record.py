@@ -7,10 +7,10 @@ A row's `case` says what was measured; percentiles and numbers beside it are fig
 """
 
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from export.validity import installed_version
 from verify.machine import commit, cpu_name
 
 Row = dict[str, Any]
@@ -54,7 +55,8 @@ def provenance() -> dict[str, Any]:
 
     return {
         "machine": machine(),
-        "versions": {name: _version(name) for name in LIBRARIES} | {"cuda": torch.version.cuda, "driver": _driver()},
+        "versions": {name: installed_version(name) for name in LIBRARIES}
+        | {"cuda": torch.version.cuda, "driver": _driver()},
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
@@ -74,13 +76,6 @@ class Neighbours:
             "load_average": {"before": self._load, "after": os.getloadavg()},
             "cpu_stolen": round(taken.get("steal", 0.0) / max(whole, 0.01), 4),
         }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _driver() -> str | None:
@@ -183,6 +178,9 @@ def read(path: Path) -> Record:
         raise BenchmarkError(
             f"{path} is no record with rows, each with its case; give a file that `zserve bench NAME --output` wrote"
         )
+    for name, times in Counter(case_name(r["case"]) for r in record["rows"]).items():
+        if times > 1:
+            raise BenchmarkError(f"{path} has {times} rows of one case ({name}), so it is not known which is meant")
     return record
 
 

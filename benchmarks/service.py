@@ -76,6 +76,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     _check_gpus(options.gpus, chosen.device)
     versions = {backend: checked_version(chosen, backend) for backend in _served(chosen, options)}
     pipeline = load_pipeline(chosen)
+    diffusers = DiffusersRow(pipeline, pipeline.device)
     settle()
     measured: list[Row] = []
     for backend, (version, manifest) in versions.items():
@@ -84,7 +85,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             server_process(models, chosen.device) as server,
         ):
             service = Service(chosen, options, backend, manifest.precision, server.url)
-            measured += service.one_at_a_time(DiffusersRow(pipeline, pipeline.device))
+            measured += service.one_at_a_time(diffusers)
             measured += asyncio.run(service.under_load(measured[-1]))
     _show(measured)
     sizes = {
@@ -137,7 +138,7 @@ class Service:
         case: dict[str, str | int] = {"load": "one at a time", "clients": 1, "size": self.chosen.sizes[0]}
         in_process = {"precision": self.chosen.precision, "ms": percentiles(kept[DIFFUSERS])}
         return [
-            row({**case, "engine": DIFFUSERS}, **in_process, forwards=STEPS),
+            row({**case, "engine": DIFFUSERS, "beside": self.backend}, **in_process, forwards=STEPS),
             row(
                 {**case, "engine": self.backend},
                 precision=self.precision,

@@ -141,10 +141,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"zserve export: {error}{where}", file=sys.stderr)
         return NOT_POSSIBLE if is_disk_full(error) else 1
     except KeyboardInterrupt:
-        print(
-            "zserve export: interrupted, nothing was published; the same command resumes at the component it was at",
-            file=sys.stderr,
-        )
+        print("zserve export: interrupted; the same command resumes at the component it was at", file=sys.stderr)
         return 130
     return 0
 

@@ -83,8 +83,13 @@ class OutlineGraph:
     sources: dict[str, tuple[str, str]]  # of the weights, as `Outline.sources`
 
     def attach(self, source: GraphSource, weights: Path) -> None:
-        """Writes the weights to `weights` and lets the graph refer to them; it has to be saved in that folder."""
-        spans = write_weights(source.checkpoint, self.sources, source.precision, weights)
+        """Writes the weights to `weights` and lets the graph refer to them; it has to be saved in that folder.
+
+        Raises:
+            CheckpointError: the checkpoint's weights are not those that the graph was made for.
+        """
+        shapes = {name: _shape(self.model.graph.initializers[name]) for name in self.sources}
+        spans = write_weights(source.checkpoint, self.sources, shapes, source.precision, weights)
         _point_into(self.model, weights, spans)
 
 
@@ -152,6 +157,11 @@ def _optimise(model: "ir.Model", weights: Collection[str]) -> None:
             passes.OutputFixPass(),
             passes.NameFixPass(),
         )(model)
+
+
+def _shape(value: "ir.Value") -> tuple[int, ...]:
+    assert value.shape is not None
+    return tuple(value.shape.numpy())
 
 
 def _point_into(model: "ir.Model", weights: Path, spans: Mapping[str, Span]) -> None:

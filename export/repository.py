@@ -94,8 +94,11 @@ def new_version(
 
     Raises:
         VersionExistsError: the version is there and to be kept.
+        OSError: it could not be replaced.
     """
     folder, target = model / INCOMPLETE[existing], free_version(model, number, existing)
+    if os.path.lexists(replaced := _replaced(target)):
+        remove(replaced)  # raises now, not after the build, if what was replaced before cannot be deleted
     for other in set(INCOMPLETE.values()) - {folder.name}:
         shutil.rmtree(model / other, ignore_errors=True)
     folder.mkdir(exist_ok=True)
@@ -105,9 +108,14 @@ def new_version(
 
 def _publish(folder: Path, target: Path) -> None:
     if os.path.lexists(target):
-        target.rename(target.with_name(f"{REPLACED}{target.name}"))
+        target.rename(_replaced(target))
     folder.rename(target)
     _settle_replaced(target.parent)
+
+
+def _replaced(target: Path) -> Path:
+    """Where a version is put that another replaces."""
+    return target.with_name(f"{REPLACED}{target.name}")
 
 
 def _settle_replaced(model: Path) -> None:

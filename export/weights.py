@@ -39,16 +39,22 @@ class _Stored:
 
 
 def write_weights(
-    checkpoint: Path, sources: Mapping[str, tuple[str, str]], precision: Precision, path: Path
+    checkpoint: Path,
+    sources: Mapping[str, tuple[str, str]],
+    shapes: Mapping[str, tuple[int, ...]],
+    precision: Precision,
+    path: Path,
 ) -> dict[str, Span]:
     """Copies the tensors that `sources` names, one at a time, in `precision`, to `path`; returns where each lies.
 
-    `sources` maps the component's parameter to (folder of the checkpoint, name there), as `Outline.sources` does.
+    `sources` maps the component's parameter to (folder of the checkpoint, name there), as `Outline.sources` does;
+    `shapes` says what shape it has in the graph.
 
     Raises:
-        CheckpointError: the checkpoint does not hold one of them.
+        CheckpointError: the checkpoint does not hold one of them, or holds it in another shape or type.
     """
     stored = _find(checkpoint, sources)
+    _check(checkpoint, sources, stored, shapes)
     spans = _layout(stored, BYTES[precision])
     header = _header(stored, spans, precision)
     with path.open("wb") as f:
@@ -67,6 +73,23 @@ def _find(checkpoint: Path, sources: Mapping[str, tuple[str, str]]) -> dict[str,
             raise CheckpointError(f"{checkpoint / part} holds no tensor {key!r}; its config promises one")
         found[name] = match
     return found
+
+
+def _check(
+    checkpoint: Path,
+    sources: Mapping[str, tuple[str, str]],
+    stored: Mapping[str, _Stored],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> None:
+    """The graph reads the bytes as they are: a transposed weight would be taken for the right one."""
+    for name, (part, key) in sources.items():
+        tensor, shape = stored[name], shapes[name]
+        if tensor.shape != shape:
+            raise CheckpointError(
+                f"{checkpoint / part}: {key} has the shape {list(tensor.shape)}; its config promises {list(shape)}"
+            )
+        if tensor.dtype not in READABLE:
+            raise CheckpointError(f"{checkpoint / part}: {key} is {tensor.dtype}; {', '.join(READABLE)} are accepted")
 
 
 def _held(folder: Path) -> dict[str, _Stored]:

@@ -4,6 +4,7 @@ On CUDA a shape's calls are recorded as a graph and replayed (see `recorded`).
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -41,7 +42,8 @@ class AotInductorEngine:
     def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
         try:
             with torch.inference_mode(), torch_threads(self._threads):
-                return self._call(*(inputs[tensor.name] for tensor in self._spec.inputs))
+                # A package reads its inputs as if they were laid out in order, whatever their strides say.
+                return self._call(*(inputs[tensor.name].contiguous() for tensor in self._spec.inputs))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -78,4 +80,5 @@ class PackageCalls:
 def _wait() -> None:
     """Waits for calls that may still be running on the device."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.synchronize()
+        with suppress(RuntimeError):  # a device in error: there is nothing to wait for
+            torch.cuda.synchronize()

@@ -17,9 +17,8 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-# Warm-up runs 16 denoiser shapes per size (batches of 1 to 8 rows, four captions), all of which must be kept.
+# Enough for four warm-up sizes of 16 denoiser shapes each (batches of 1 to 8 rows, four captions).
 MOST = 64
-
 
 T = TypeVar("T")
 
@@ -120,6 +119,7 @@ class RecordedCalls:
     def __init__(self, call: Callable[..., Tensor], record: Recorder, most: int = MOST) -> None:
         self._call, self._record, self._most = call, record, most
         self._known: dict[_Shapes, Recording | Plainly] = {}  # the most recently used last
+        self._overflowed = False
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """What `call` returns; inputs are positional, on the device."""
@@ -154,4 +154,12 @@ class RecordedCalls:
     def _remember(self, shapes: _Shapes, known: Recording | Plainly) -> None:
         self._known[shapes] = known
         while len(self._known) > self._most:
-            del self._known[next(iter(self._known))]
+            self._forget(next(iter(self._known)))
+
+    def _forget(self, shapes: _Shapes) -> None:
+        if isinstance(self._known.pop(shapes), Recording) and not self._overflowed:
+            self._overflowed = True
+            log.warning(
+                "over %d shapes are in use, so CUDA graphs are freed and recorded anew; fewer warmup_sizes help",
+                self._most,
+            )

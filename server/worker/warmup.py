@@ -60,7 +60,8 @@ class WarmUp:
             taken = self._time(Component.PROMPT_ENCODER, ShapePoint(1, caption, *model.default_size))
         for seconds in taken:
             costs.observe(StepCost(0, 0, 1, seconds, Component.PROMPT_ENCODER))
-        for size in dict.fromkeys((model.default_size, *model.warmup_sizes)):
+        # The default size last: of more shapes than an engine keeps recordings of, it keeps the last (`recorded.MOST`).
+        for size in reversed(dict.fromkeys((model.default_size, *model.warmup_sizes))):
             self._run_size(size, rows_to_try(model), costs)
 
     def _run_size(self, size: Size, every: Sequence[int], costs: CostTable) -> None:

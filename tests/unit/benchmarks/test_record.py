@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.record import BenchmarkError, Neighbours, figures, percentiles, provenance, ratios, read, row, write
-from tests.unit.benchmarks.records import components
+from tests.unit.benchmarks.records import components, engine_row, record
 
 
 def test_percentiles_are_interpolated_and_say_how_many() -> None:
@@ -50,6 +50,13 @@ def test_what_is_no_record_is_told_so(tmp_path: Path, text: str) -> None:
         read(tmp_path / "a.json")
     with pytest.raises(BenchmarkError, match="cannot be read"):
         read(tmp_path / "missing.json")
+
+
+def test_a_record_has_no_two_rows_of_one_case(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(record("components", engine_row("eager", 1.0), engine_row("eager", 2.0))))
+    with pytest.raises(BenchmarkError, match="2 rows of one case"):
+        read(path)
 
 
 def test_a_record_says_where_it_comes_from() -> None:

@@ -114,6 +114,10 @@ def test_what_could_not_be_deleted_does_not_fail_the_export_and_goes_with_the_ne
             during.setattr(shutil, "rmtree", busy)
     assert (model / "1" / "engine").read_text() == "new"
     assert (model / ".replaced-1" / "engine").read_text() == "old"
+    with monkeypatch.context() as during:
+        during.setattr(shutil, "rmtree", busy)
+        with pytest.raises(OSError, match=r"replaced-1 is busy"), exporting(model, 1, Existing.REPLACE):
+            pytest.fail("what was built could not take the place of what is there")
     with exporting(model):
         assert not (model / ".replaced-1").exists()
 

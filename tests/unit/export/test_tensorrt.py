@@ -14,13 +14,14 @@ import onnxruntime
 import pytest
 import tensorrt_rtx
 import torch
+from safetensors.torch import load_file, save_file
 
 from export.build import BuildInputs, BuildOptions, builder_for, tensorrt
 from export.build.plan_graph import fit_for_tensorrt
 from export.build.shared_plans import find_plan
 from export.build.tensorrt import TensorRtBuilder
 from export.checkpoint import data_start, open_checkpoint
-from export.errors import BuildError, UnsupportedError
+from export.errors import BuildError, CheckpointError, UnsupportedError
 from export.manifest import FILE_NAME, Backend, EngineRecord, Manifest, PlanWeights, Target, content_digest
 from export.modules import load_components
 from export.modules.image_decoder import ATTENTION_SLICES
@@ -114,6 +115,22 @@ def test_a_graph_made_without_weights_is_the_component(component: Component, tmp
         got = torch.from_numpy(session.run(None, {name: t.numpy() for name, t in inputs.items()})[0]).double()
         expected = module(**inputs).double()
         assert (got - expected).norm() / expected.norm() <= spec.tolerance[precision]
+
+
+def test_weights_of_another_shape_or_type_are_not_taken_for_the_graphs(tmp_path: Path) -> None:
+    source = GraphSource(tmp_path, DEMO.dimensions, Precision.FP32, LIMITS)
+    outlined = outline_graph(replace(source, checkpoint=CHECKPOINT), SPECS[Component.IMAGE_DECODER])
+    shutil.copytree(CHECKPOINT / "vae", tmp_path / "vae")
+    (file,) = (tmp_path / "vae").glob("*.safetensors")
+    weights, key = load_file(file), "decoder.mid_block.attentions.0.to_q.weight"
+    weights["decoder.conv_in.weight"] = weights["decoder.conv_in.weight"].transpose(0, 1).contiguous()
+    save_file(weights, file)
+    with pytest.raises(CheckpointError, match=r"vae: decoder.conv_in.weight has the shape .*; its config promises \["):
+        outlined.attach(source, tmp_path / "weights.safetensors")
+    weights = load_file(CHECKPOINT / "vae" / file.name)
+    save_file({**weights, key: weights[key].double()}, file)
+    with pytest.raises(CheckpointError, match=rf"vae: {key} is F64; F32, BF16, F16 are accepted"):
+        outlined.attach(source, tmp_path / "weights.safetensors")
 
 
 def inputs_of(spec: ComponentSpec, folder: Path) -> BuildInputs:

@@ -268,6 +268,28 @@ def test_memory_that_was_refused_inside_a_package_is_not_its_fault(monkeypatch: 
         engine.run(INPUTS)
 
 
+def test_a_package_gets_its_inputs_laid_out_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads them so whatever their strides."""
+    given: list[torch.Tensor] = []
+    monkeypatch.setattr(aotinductor, "open_package", lambda path, module: lambda *inputs: given.extend(inputs))
+    spec = SPECS[Component.IMAGE_DECODER]
+    engine = AotInductorEngine(Path("x.pt2"), spec, PROFILE, torch.nn.Linear(1, 1), threads=1)
+    latents = torch.rand(1, 16, 8, 8).contiguous(memory_format=torch.channels_last)
+    engine.run({"latents": latents})
+    assert given[0].is_contiguous()
+    assert given[0].equal(latents)
+
+
+def test_eager_answers_when_a_package_leaves_the_device_in_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that closing it fails too."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", MagicMock(side_effect=RuntimeError("unspecified launch failure")))
+    engine = engine_on_cuda(monkeypatch, Package(), FakeRecorder())
+    component = served(engine, eager_engine())  # type: ignore[arg-type]
+    _, use = component.run(INPUTS)
+    assert (use.backend, use.fallback_reason) == (Backend.EAGER, "AOTInductor failed: run_func_(...) API call failed")
+
+
 class OnCuda(torch.nn.Module):
     """Says that its weights are on CUDA."""
 

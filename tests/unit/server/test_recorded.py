@@ -71,7 +71,7 @@ def test_all_recordings_share_their_memory_with_one_that_lives() -> None:
     assert recorder.beside[3] in recorder.graphs[1:3], "the first has been forgotten"
 
 
-def test_the_shapes_used_last_are_kept() -> None:
+def test_the_shapes_used_last_are_kept(caplog: pytest.LogCaptureFixture) -> None:
     recorder = FakeRecorder()
     calls = RecordedCalls(Plain(), recorder, most=2)
     for size in (1, 2):
@@ -82,6 +82,7 @@ def test_the_shapes_used_last_are_kept() -> None:
     assert [graph.replays for graph in recorder.graphs] == [3, 1, 1]
     calls_of(calls, 2, times=2)  # as at first: plainly, then recorded
     assert [graph.replays for graph in recorder.graphs] == [3, 1, 1, 1]
+    assert [r.getMessage()[:26] for r in caplog.records] == ["over 2 shapes are in use, "], "once"
 
 
 @pytest.mark.parametrize("fault", [torch.OutOfMemoryError("full"), RuntimeError("stream capture invalidated")])

@@ -71,6 +71,15 @@ def test_costs_are_of_calls_that_are_prepared(clock: FakeClock, preparing: int) 
     assert set(executor.calls.values()) == {preparing + REPEATS}
 
 
+def test_the_default_size_is_the_last(clock: FakeClock) -> None:
+    """An engine that keeps recordings of so many shapes keeps the last."""
+    executor = FakeExecutor(clock, slow=0)
+    model = ModelConfig(name="demo", default_size=(64, 64), warmup_sizes=((64, 64), (96, 64), (128, 64)))
+    WarmUp(executor, DIMENSIONS, lambda component: None).run(model, CostTable())
+    decoded = [shapes[0] for component, shapes in executor.calls if component is Component.IMAGE_DECODER]
+    assert [8 * width for *_, width in decoded] == [128, 96, 64]
+
+
 def test_every_length_of_prompt_is_prepared(clock: FakeClock) -> None:
     executor = FakeExecutor(clock, slow=2)
     warm_up(executor, captions=(32, 96, 128), preparing=2)
