@@ -210,7 +210,7 @@ def _header(text: str) -> tuple[str, str]:
 
 def _natural(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r}: a whole number is accepted")
+        raise argparse.ArgumentTypeError(f"{text!r}: a whole number from 0 on is accepted")
     return int(text)
 
 

@@ -3,7 +3,8 @@
 import io
 import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -27,7 +28,7 @@ UINT32, INT63 = 2**32 - 1, 2**63 - 1
 
 
 class GenerationFailedError(Exception):
-    """The server answered with an error.
+    """The call failed: refused by the server, cancelled, or never sent.
 
     Attributes:
         code: the gRPC status, for example INVALID_ARGUMENT for a value the model does not accept.
@@ -105,11 +106,15 @@ class ImageRequest:
         counts = ("width", "height", "num_inference_steps", "num_images", "quality", "preview_interval", "priority")
         for name, most in (*dict.fromkeys(counts, UINT32).items(), ("seed", INT63)):
             value = getattr(self, name)
-            if value is not None and not 0 <= value <= most:
-                raise ValueError(f"{name}: {value} is not accepted; 0 to {most} are")
+            if value is not None and not (isinstance(value, Integral) and 0 <= int(value) <= most):
+                raise ValueError(f"{name}: {value!r} is not accepted; whole numbers from 0 to {most} are")
+        if not isinstance(self.guidance_scale, Real | None):
+            raise ValueError(f"guidance_scale: {self.guidance_scale!r} is not accepted; a number is")
         for name in ("prompt", "negative_prompt", "model", "request_id"):
+            if not isinstance(text := getattr(self, name), str):
+                raise ValueError(f"{name}: {text!r} is not accepted; text is")
             try:
-                getattr(self, name).encode()
+                text.encode()
             except UnicodeEncodeError as error:
                 raise ValueError(f"{name}: not accepted, for it is no valid text: {error}") from None
 
@@ -118,7 +123,7 @@ class ImageRequest:
 class GeneratedImage:
     """A finished image; `data` is a file of `format`, or 8-bit RGB rows for "raw"."""
 
-    data: bytes
+    data: bytes = field(repr=False)
     format: str
     width: int
     height: int

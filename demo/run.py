@@ -97,7 +97,7 @@ async def serve_and_draw(url: str) -> list[Drawn]:
     """Starts a server of the demo's model alone on `url`, draws all prompts and stops it cleanly."""
     print("starting the server ...", flush=True)
     host, _, port = url.rpartition(":")
-    ports = ("--grpc-address", host, "--grpc-port", port, "--metrics-port", "0")
+    ports = ("--grpc-address", host, "--grpc-port", port, "--metrics-address", host, "--metrics-port", "0")
     only = ("--model-control-mode", "explicit", "--load-model", MODEL)  # whatever else models/ has
     process = await asyncio.create_subprocess_exec(*ZSERVE, "serve", *ports, *only, cwd=ROOT)
     try:

@@ -1,4 +1,4 @@
-"""The export's progress bar."""
+"""How far an export is: a bar in a terminal, a line a stage in a log."""
 
 import sys
 from collections.abc import Iterator
@@ -11,7 +11,13 @@ from export.exporter import SHARES, Report
 
 @contextmanager
 def progress_bar() -> Iterator[Report]:
-    """A bar on standard error with the stage's name and the time left, in shares of the whole work."""
+    """On standard error: a bar with the stage's name and the time left, in shares of the whole work.
+
+    Where that is no terminal, the name of each stage on a line of its own.
+    """
+    if not sys.stderr.isatty():
+        yield _lines()
+        return
     total = sum(SHARES.values()) + 1
     layout = "{l_bar}{bar:24}| {elapsed} elapsed, {remaining} left"
     with tqdm(total=total, bar_format=layout, file=sys.stderr, mininterval=1, miniters=0) as bar:
@@ -23,3 +29,16 @@ def progress_bar() -> Iterator[Report]:
 
         yield report
         bar.update(total - bar.n)
+
+
+def _lines() -> Report:
+    last = ""
+
+    def report(stage: str, done: int) -> None:
+        nonlocal last
+        if stage != last:
+            sys.stderr.write(f"{stage} ...\n")
+            sys.stderr.flush()
+            last = stage
+
+    return report

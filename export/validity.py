@@ -7,7 +7,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from export.checkpoint import open_checkpoint
+from export.checkpoint import Checkpoint, open_checkpoint
 from export.errors import CheckpointError, StaleEngineError
 from export.manifest import Backend, EngineRecord, Manifest, Target, content_digest
 
@@ -26,8 +26,8 @@ FLASH_ATTENTION = "fa3-fwd"
 CALLED_LIBRARIES = (FLASH_ATTENTION,)  # optional: must match too if the engine was built with them
 
 
-def check_checkpoint(manifest: Manifest) -> None:
-    """Checks that the checkpoint is still the one that the version's engines were built from; eager reads it.
+def check_checkpoint(manifest: Manifest) -> Checkpoint:
+    """The checkpoint, if it is still the one that the version's engines were built from; eager reads it.
 
     Raises:
         CheckpointError: it is not where it was, or not whole.
@@ -39,10 +39,12 @@ def check_checkpoint(manifest: Manifest) -> None:
             f"{manifest.name} was exported from the checkpoint {path}, which is read with it and is not there; put it "
             "back, or export the model again from where it is"
         )
-    if open_checkpoint(path).fingerprint != manifest.checkpoint.fingerprint:
+    checkpoint = open_checkpoint(path)
+    if checkpoint.fingerprint != manifest.checkpoint.fingerprint:
         raise StaleEngineError(
             f"the checkpoint {path} has changed since {manifest.name} was exported from it; export it again"
         )
+    return checkpoint
 
 
 def check_engine(record: EngineRecord, folder: Path, target: Target, rebuild: str) -> None:

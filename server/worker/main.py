@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from export.checkpoint import Checkpoint
 from export.devices import current_target, default_device
 from export.errors import ExportError
 from export.manifest import Manifest
@@ -27,7 +28,7 @@ from server.engines import memory
 from server.engines.eager import EagerModules
 from server.engines.load import EngineLoader
 from server.engines.served import ServedComponent
-from server.errors import EngineLoadError, ZServeError
+from server.errors import ConfigError, EngineLoadError, ZServeError
 from server.heap import keep_freed_memory, settle
 from server.launch import WorkerConfig, announce
 from server.requests import InstanceInfo, MemoryUse
@@ -87,8 +88,7 @@ def build_service(config: WorkerConfig, parts: "Parts") -> WorkerService:
     model = read_model_config(config.accepted)
     folder = config.model / config.version
     manifest = Manifest.read(folder)
-    model = _as_exported(model, manifest)
-    check_checkpoint(manifest)
+    model = _as_exported(model, manifest, check_checkpoint(manifest))
     parts.done("checkpoint")
     used = MemoryUse(host_before_load=memory.host_bytes(), device_before_load=memory.device_bytes())
     components = _load(config, folder, manifest, device)
@@ -180,8 +180,23 @@ def _load(config: WorkerConfig, folder: Path, manifest: Manifest, device: str) -
     return loader.load_all()
 
 
-def _as_exported(model: ModelConfig, manifest: Manifest) -> ModelConfig:
-    """`model` with batches no larger than its engines take: eager would have to run larger ones."""
+def _as_exported(model: ModelConfig, manifest: Manifest, checkpoint: Checkpoint) -> ModelConfig:
+    """`model` with batches no larger than its engines take: eager would have to run larger ones, as it does sizes.
+
+    Raises:
+        ConfigError: sizes are to be served that the checkpoint cannot draw.
+    """
+    if model.max_size > checkpoint.max_size:
+        raise ConfigError(
+            f"config.pbtxt allows max_size {model.max_size}, and the checkpoint draws up to {checkpoint.max_size} "
+            "pixels a side; lower it"
+        )
+    if model.max_size > manifest.max_size:
+        log.warning(
+            "config.pbtxt allows max_size %d, and the engines were exported with --max-size %d: eager draws what is "
+            "larger, slowly",
+            *(model.max_size, manifest.max_size),
+        )
     if model.max_batch_size > manifest.max_batch:
         log.warning(
             "config.pbtxt allows max_batch_size %d, and the engines were exported with --max-batch %d, which counts",

@@ -98,6 +98,11 @@ def test_raw_pixels_are_saved_in_the_format_of_the_ending(tmp_path: Path) -> Non
         image.save(tmp_path / "x.raw")
 
 
+def test_an_image_is_shown_without_its_bytes() -> None:
+    image = GeneratedImage(b"12", "raw", width=2, height=2, seed=7, index=0)
+    assert repr(image) == "GeneratedImage(format='raw', width=2, height=2, seed=7, index=0)"
+
+
 def test_a_request_sends_only_what_was_said() -> None:
     message = ImageRequest("a cat", width=512, seed=0).to_message()
     assert message.HasField("width")
@@ -116,11 +121,15 @@ def test_a_request_sends_only_what_was_said() -> None:
         {"num_inference_steps": 2**32},
         {"preview_interval": -1},
         {"negative_prompt": "caf\udce9"},
+        {"prompt": None},
+        {"seed": 1.5},
+        {"width": "512"},
+        {"guidance_scale": "2"},
     ],
 )
 def test_what_the_wire_cannot_carry_is_refused_before(bad: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=rf"^{next(iter(bad))}: .*not accepted"):
-        ImageRequest("a cat", **bad).to_message()  # type: ignore[arg-type]
+        ImageRequest(**{"prompt": "a cat", **bad}).to_message()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("client", [ZImageClient, AsyncZImageClient])

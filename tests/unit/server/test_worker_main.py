@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from server.config import ModelConfig
-from server.errors import EngineLoadError
+from server.errors import ConfigError, EngineLoadError
 from server.worker import main as worker
 from server.worker.main import _as_exported, _device, _see_only
 
@@ -98,7 +98,20 @@ def _started(monkeypatch: pytest.MonkeyPatch, build: Callable[[object, object], 
 
 def test_batches_are_no_larger_than_the_engines_take(caplog: pytest.LogCaptureFixture) -> None:
     """config.pbtxt is the operator's, and stays as it is when the model is exported anew."""
-    manifest: Any = SimpleNamespace(max_batch=2)
-    assert _as_exported(ModelConfig(name="demo", max_batch_size=4), manifest).max_batch_size == 2
+    manifest: Any = SimpleNamespace(max_batch=2, max_size=2048)
+    checkpoint: Any = SimpleNamespace(max_size=8192)
+    assert _as_exported(ModelConfig(name="demo", max_batch_size=4), manifest, checkpoint).max_batch_size == 2
     assert "exported with --max-batch 2" in caplog.text
-    assert _as_exported(ModelConfig(name="demo", max_batch_size=1), manifest).max_batch_size == 1
+    assert _as_exported(ModelConfig(name="demo", max_batch_size=1), manifest, checkpoint).max_batch_size == 1
+
+
+def test_sizes_are_no_larger_than_the_checkpoint_draws(caplog: pytest.LogCaptureFixture) -> None:
+    """Where engines do not reach, eager does, so that is only said."""
+    manifest: Any = SimpleNamespace(max_batch=4, max_size=1024)
+    checkpoint: Any = SimpleNamespace(max_size=8192)
+    assert _as_exported(ModelConfig(name="demo", max_size=1024), manifest, checkpoint).max_size == 1024
+    assert not caplog.text
+    assert _as_exported(ModelConfig(name="demo", max_size=8192), manifest, checkpoint).max_size == 8192
+    assert "exported with --max-size 1024" in caplog.text
+    with pytest.raises(ConfigError, match="max_size 8208, and the checkpoint draws up to 8192 pixels a side"):
+        _as_exported(ModelConfig(name="demo", max_size=8208), manifest, checkpoint)
