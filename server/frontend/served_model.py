@@ -157,8 +157,10 @@ class ServedModel:
             raise ConfigError("it is to be unloaded")
         self.error = ""
         self._fresh = fresh = [Version(folder) for folder in folders]
-        for version in fresh:
-            self.versions.setdefault(version.folder.version, version)
+        for version in fresh:  # shown at once, unless one of the same number still serves
+            number = version.folder.version
+            if number not in self.versions or self.versions[number].state is ModelState.UNAVAILABLE:
+                self.versions[number] = version
         async with asyncio.TaskGroup() as group:
             for version in fresh:
                 version.loading = group.create_task(self._start(version))

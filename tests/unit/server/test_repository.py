@@ -338,6 +338,26 @@ async def test_a_failed_load_is_tried_again(setup: Setup) -> None:
     assert setup.repository.find("m") is setup.backend.made[3]
 
 
+@pytest.mark.parametrize("first", ["", FAILS])
+async def test_a_model_is_seen_loading_again_after_it_was_unloaded_or_had_failed(setup: Setup, first: str) -> None:
+    setup.write(first)
+    await asyncio.gather(setup.repository.load("m"), return_exceptions=True)
+    setup.backend.loading.get_nowait()
+    if not first:
+        setup.repository.unload_soon("m")
+        await setup.until(lambda: setup.repository.index()[0].state is ModelState.UNAVAILABLE)
+    setup.write()
+    load = await setup.begin()
+    (line,) = setup.repository.index()
+    assert (line.state, line.reason) == (ModelState.LOADING, "")
+    assert not setup.ready
+    with pytest.raises(ModelNotReadyError, match="not at ready state"):
+        setup.repository.find("m")
+    setup.backend.go.set()
+    await load
+    assert setup.ready
+
+
 @pytest.mark.parametrize("override", [Override(ALL), Override(ALL, {"7/weights": b"x"})], ids=["config", "files"])
 async def test_a_plain_load_undoes_an_override_and_nothing_is_left_of_it(setup: Setup, override: Override) -> None:
     setup.write(versions=("1", "2"))
