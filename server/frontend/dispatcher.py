@@ -112,7 +112,7 @@ class Dispatcher:
             name = next(iter(self._queues))
         if name not in self._queues:
             known = ", ".join(sorted(self._queues)) or "none"
-            asked = f"no model {name!r}" if name else "no model named in the request, and there is not just one"
+            asked = f"there is no model {name!r}" if name else "the request names no model, so there has to be just one"
             raise ModelNotFoundError(f"{asked}; this server has: {known}")
         queues = self._queues[name]
         serving = [queue for queue in queues if queue.ready] or queues

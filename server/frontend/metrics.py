@@ -27,6 +27,7 @@ BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 32)
 # How a request that has reached a queue can end.
 OUTCOMES = ("ok", "cancelled", "invalid_argument", "resource_exhausted", "deadline_exceeded", "unavailable", "internal")
 LOOKUPS = ("hit", "miss")
+MOST_REASON = 240  # characters of a reason in a label: paths come before what is wrong with them
 
 
 class Metrics:
@@ -35,7 +36,9 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.requests = self._counter(
-            "zserve_requests", "Requests by how they ended: ok, cancelled, or their gRPC status", "outcome"
+            "zserve_requests",
+            "Requests that reached a queue, by how they ended: ok, cancelled, or their gRPC status",
+            "outcome",
         )
         self.duration = self._histogram(
             "zserve_request_duration_seconds", "Arrival to last event, of requests that succeeded", SECONDS
@@ -177,7 +180,7 @@ class GenerationRecord:
         metrics.prompt_cache.labels(model, "hit" if event.prompt_cached else "miss").inc()
         for use in event.engines:
             if use.fallback_reason:
-                reason = use.fallback_reason[:80]
+                reason = use.fallback_reason[:MOST_REASON]
                 metrics.fallbacks.labels(model, use.component, use.backend, reason).inc()
 
 
@@ -238,7 +241,7 @@ class _StateCollector(Collector):
                 restarts.add_metric(labels, worker.restarts)
                 if worker.info is not None:
                     for use in worker.info.engines:
-                        engines.add_metric([*labels, use.component, use.backend, use.fallback_reason[:80]], 1)
+                        engines.add_metric([*labels, use.component, use.backend, use.fallback_reason[:MOST_REASON]], 1)
                     for stage, size in vars(worker.info.memory).items():
                         memory.add_metric([*labels, stage], size)
         yield from (waiting, running, ready, restarts, engines, memory)

@@ -59,7 +59,9 @@ def bind(server: grpc.aio.Server, config: GrpcConfig) -> int:
             return server.add_insecure_port(address)
         return server.add_secure_port(address, _credentials(config.tls))
     except RuntimeError as error:
-        raise ConfigError(f"cannot listen on {address}: {error}; choose another --grpc-port") from error
+        raise ConfigError(
+            f"cannot listen on {address}: {error}; choose another --grpc-port or --grpc-address"
+        ) from error
 
 
 def _credentials(tls: TlsConfig) -> grpc.ServerCredentials:

@@ -39,13 +39,13 @@ INPUTS = (
     TensorSpec("IMAGE_FORMAT", DataType.BYTES, (1,), optional=True),
     TensorSpec("QUALITY", DataType.INT32, (1,), optional=True),
 )
-OUTPUTS = (TensorSpec("IMAGE", DataType.UINT8, (-1, -1, 3)), TensorSpec("SEED", DataType.INT64, (1,)))
+OUTPUTS = (TensorSpec("IMAGE", DataType.UINT8, (-1, -1, 3)), TensorSpec("SEED", DataType.INT64, (-1,)))  # one an image
 
 # Request parameters: the scalar inputs under their names in lower case, and what only makes sense for a stream.
 PROGRESS = "progress"
 STREAM_PARAMETERS = (PROGRESS, "preview_interval")
 OTHER_PARAMETERS = ("long_prompt", "sampler")
-WHOLE = f"a whole number from 0 to {2**32 - 1} is"
+WHOLE = "a whole number above 0 is"
 MAX_TEXT_BYTES = 4 * convert.MAX_PROMPT_CHARACTERS  # of UTF-8; longer text is not even decoded
 FORMATS = {f.value: wire for f, wire in convert.WIRE_FORMATS.items()}
 LONG_PROMPTS = {p.value: wire for p, wire in convert.WIRE_LONG_PROMPTS.items()}
@@ -139,7 +139,8 @@ def _values(request: InferRequest) -> dict[str, Parameter]:
     unknown = sorted(set(parameters) - known)
     if unknown:
         raise InvalidRequestError(
-            f"unknown request parameter {unknown[0][:64]!r}; {', '.join(sorted(known))} are known"
+            f"unknown request parameter {unknown[0][:64]!r}; {', '.join(sorted(known - {'prompt'}))} are known, and "
+            "PROMPT is an input"
         )
     tensors = {name.lower(): _scalar(tensor) for name, tensor in request.inputs.items()}
     if twice := sorted(parameters.keys() & tensors.keys()):

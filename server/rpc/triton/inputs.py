@@ -63,7 +63,9 @@ class _Inputs:
         inputs: dict[str, Tensor] = {}
         for item in self._message.inputs:
             if item.name not in self._specs:
-                raise InvalidRequestError(f"unexpected inference input '{item.name}' {self._where}")
+                raise InvalidRequestError(
+                    f"unexpected inference input '{item.name}' {self._where}; {', '.join(self._specs)} are known"
+                )
             if item.name in inputs:
                 raise self._error(f"input '{item.name}' already exists in request")
             inputs[item.name] = await self._tensor(item, self._specs[item.name])

@@ -82,10 +82,12 @@ async def decode_call(
 
 def _decode_outputs(message: pb.ModelInferRequest, spec: ModelSpec, regions: Regions) -> dict[str, Place | None]:
     outputs: dict[str, Place | None] = {}
-    known = {t.name for t in spec.outputs}
+    known = [t.name for t in spec.outputs]
     for item in message.outputs:
         if item.name not in known:
-            raise InvalidRequestError(f"unexpected inference output '{item.name}' for model '{spec.name}'")
+            raise InvalidRequestError(
+                f"unexpected inference output '{item.name}' for model '{spec.name}'; {', '.join(known)} are known"
+            )
         if item.name in outputs:
             raise InvalidRequestError(
                 f"[request id: {message.id or '<id_unknown>'}] output '{item.name}' already exists in request"
