@@ -39,7 +39,8 @@ def open_version(arguments: argparse.Namespace) -> Version:
     numbers = versions(model)
     number = arguments.version or (numbers[-1] if numbers else None)
     if number not in numbers:
-        there = f"there are {numbers}" if numbers else "give a model's folder, such as models/z-image-demo"
+        kind = "give a model's folder, such as models/z-image-demo; `zserve export` makes one"
+        there = f"there are {numbers}" if numbers else kind
         raise ManifestError(f"{arguments.model} has no version {number or 'at all'}: {there}")
     folder = model / str(number)
     return Version(folder, Manifest.read(folder))

@@ -1,16 +1,11 @@
 """The real worker with engines that fail: a request's width says how, FAULTY_WARM_UP which one fails at the start. A
-prompt that is as long as may be hangs while it is encoded, and one ends the process as soon as it is read.
-
-The gate is a file that a test makes: a request of four steps and the gated width takes three of them and the last one
-only once the file is there, on a machine of any speed.
+prompt that is as long as may be hangs while it is encoded.
 """
 
 import os
-import signal
 import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,16 +15,10 @@ from export.spec import MAX_PROMPT_TOKENS, PIXELS_PER_LATENT, Component, Compone
 from server.engines.base import Engine, Shapes
 from server.engines.load import EngineLoader
 from server.worker import main as worker
-from server.worker.events import Listener
 from server.worker.loop import WorkerLoop
 from server.worker.planner import Plan
-from server.worker.sequences import ImageSequence
 
-KILLS, HANGS, STARVES, OVERFLOWS, TOO_LARGE_TOGETHER, GATED = (80, 96, 112, 128, 144, 160)  # widths in pixels
-ENDS_AT_ONCE = "a prompt that is the end of whoever reads it"
-GATE = "FAULTY_GATE"  # the environment variable that names the file
-STEPS_BEFORE_THE_GATE = 3
-GATED_FROM = 0.4  # of the way from noise to image: the fourth step of four begins at 0.5
+HANGS, STARVES, OVERFLOWS, TOO_LARGE_TOGETHER = (96, 112, 128, 144)  # widths in pixels
 
 
 class FaultyEngine:
@@ -48,25 +37,20 @@ class FaultyEngine:
         if self._component is Component.PROMPT_ENCODER and inputs["input_ids"].shape[1] == MAX_PROMPT_TOKENS:
             time.sleep(600)
         output = self._engine.run(inputs)
-        return self._spoil(inputs, output) if self._component is Component.DENOISER else output
+        return self._spoil(output) if self._component is Component.DENOISER else output
 
     def close(self) -> None:
         self._engine.close()
 
-    def _spoil(self, inputs: Mapping[str, Tensor], output: Tensor) -> Tensor:
+    def _spoil(self, output: Tensor) -> Tensor:
         rows, width = output.shape[0], output.shape[-1] * PIXELS_PER_LATENT
         match width:
-            case _ if width == KILLS:
-                os.kill(os.getpid(), signal.SIGKILL)
             case _ if width == HANGS:
                 time.sleep(600)
             case _ if width == STARVES or (width == TOO_LARGE_TOGETHER and rows > 1):
                 raise torch.OutOfMemoryError("tried to allocate 900 GiB")
             case _ if width == OVERFLOWS:
                 return output * float("nan")
-            case _ if width == GATED:
-                while inputs["timestep"].max() > GATED_FROM and not Path(os.environ[GATE]).exists():
-                    time.sleep(0.01)
         return output
 
 
@@ -79,11 +63,6 @@ class FaultyLoader(EngineLoader):
 
 class FaultyLoop(WorkerLoop):
     """Gives up at once on what is known to hang, and on nothing else however slow the machine is."""
-
-    def submit(self, sequences: tuple[ImageSequence, ...], listener: Listener) -> None:
-        if sequences[0].request.prompt == ENDS_AT_ONCE:
-            os.kill(os.getpid(), signal.SIGKILL)
-        super().submit(sequences, listener)
 
     def _run(self, plan: Plan) -> None:
         _, width, captions = plan.sequences[0].shape

@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import demo_quality, preview, soak
+from benchmarks import demo_quality, preview, serving, soak
 from benchmarks.cli import main
 from benchmarks.diffusers_row import DiffusersRow
 from benchmarks.load import Arrival
@@ -76,7 +77,7 @@ def test_service_says_what_came_and_what_of_it_was_answered(
     told = json.loads(last)
     cases = [tuple(r["case"].values()) for r in told["rows"]]
     assert cases == [
-        ("one at a time", 1, "64x64", "diffusers"),
+        ("one at a time", 1, "64x64", "diffusers", "onnxruntime"),
         ("one at a time", 1, "64x64", "onnxruntime"),
         ("closed", 1, "64x64", "onnxruntime"),
         ("open", 0.5, "64x64", "onnxruntime"),
@@ -123,6 +124,8 @@ def test_demo_quality_scores_what_the_server_draws_and_keeps_the_pictures(
     question = demo_quality.Question(256, 256, 4)
     guided = demo_quality.Question(128, 96, 1, steps=2, guidance=1.5)
     monkeypatch.setitem(demo_quality.SUITES, "quick", (question, guided))
+    small = partial(serving.repository, sizes=["64x64"], max_batch=1)  # to be there sooner
+    monkeypatch.setattr(demo_quality, "repository", lambda version, sizes: small(version))
 
     def told() -> dict[str, Any]:
         options = ("demo_quality", "--model", str(repository / MODEL), "--device", "cpu", "--images", str(tmp_path))
@@ -159,6 +162,7 @@ def test_soak_watches_the_worker_until_its_model_is_unloaded(
 ) -> None:
     for name, count in {"REQUESTS": 12, "EVERY": 4, "ROW": 3}.items():
         monkeypatch.setattr(soak, name, count)
+    monkeypatch.setitem(soak.SIZES, "cpu", ((64, 64), (96, 64)))
     assert main(["soak", "--model", str(repository / MODEL), "--rows", "1", "--size", "64x64"]) == 0
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [held["resident"] > 0 for held in told["memory_mib"]["serving"]] == [True] * 3

@@ -24,7 +24,7 @@ CONFIG = """
 max_batch_size: 4
 instance_group { count: 2 kind: KIND_CPU }
 dynamic_batching { default_queue_policy { max_queue_size: 300 } }
-model_warmup [ { name: "96x64" }, { name: "256x256" } ]
+model_warmup { name: "96x64" }
 parameters { key: "default_size" value { string_value: "64x64" } }
 parameters { key: "default_num_inference_steps" value { string_value: "3" } }
 """

@@ -3,7 +3,7 @@
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +15,12 @@ import pytest_asyncio
 
 from client import GenerationFailedError
 from client.messages import ImageRequest
+from server.frontend import serving as module
 from server.frontend.workers import Worker
 from tests.conftest import MODEL
-from tests.integration import faulty_worker
-from tests.integration.frontend import FAULTY, Running, Seen, draw, make_repository, serving
+from tests.integration import faulty_worker, light_worker
+from tests.integration.frontend import FAULTY, Running, Seen, draw, light_repository, make_repository, serving
+from tests.integration.light_worker import LIGHT
 
 CONFIG = """
 max_batch_size: 4
@@ -26,11 +28,13 @@ instance_group { count: 2 kind: KIND_CPU }
 parameters { key: "default_size" value { string_value: "64x64" } }
 parameters { key: "default_num_inference_steps" value { string_value: "4" } }
 """
+STEPS_BEFORE_THE_GATE = 3
+ONE = CONFIG.replace("count: 2", "count: 1")
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 class Gate:
-    """Holds requests of the gated width in the middle of their steps; see `faulty_worker`."""
+    """Holds requests whose prompt is its path in the middle of their steps; see `light_worker`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -43,17 +47,22 @@ class Gate:
 
 
 @pytest.fixture(scope="module")
-def gate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gate]:
-    with pytest.MonkeyPatch.context() as patch:
-        gate = Gate(tmp_path_factory.mktemp("gate") / "open")
-        patch.setenv(faulty_worker.GATE, str(gate.path))
-        yield gate
+def gate(tmp_path_factory: pytest.TempPathFactory) -> Gate:
+    return Gate(tmp_path_factory.mktemp("gate") / "open")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def server(repository: Path, tmp_path_factory: pytest.TempPathFactory, gate: Gate) -> AsyncIterator[Running]:
-    models = make_repository(repository / MODEL, tmp_path_factory.mktemp("failures"), CONFIG)
+async def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
+    models = make_repository(repository / MODEL, tmp_path_factory.mktemp("failures"), ONE)
     async with serving(models, FAULTY) as running:
+        await all_ready(running)
+        yield running
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def light(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
+    """For what happens to processes, whatever they compute."""
+    async with serving(light_repository(tmp_path_factory.mktemp("light"), CONFIG), LIGHT) as running:
         await all_ready(running)
         yield running
 
@@ -71,57 +80,60 @@ async def interrupted(server: Running, gate: Gate) -> AsyncIterator[tuple[Worker
     """A request that is held in the middle of its steps, and the worker that has it; let go and answered in the end."""
     gate.shut()
     seen = Seen()
-    drawing = asyncio.create_task(draw(server.client, asked(width=faulty_worker.GATED), seen))
-    await server.until(lambda: len(seen.of("progress")) == faulty_worker.STEPS_BEFORE_THE_GATE)
+    drawing = asyncio.create_task(draw(server.client, asked(str(gate.path)), seen))
+    await server.until(lambda: len(seen.of("progress")) == STEPS_BEFORE_THE_GATE)
     (busy,) = [w for w in server.workers if w.config.instance == seen.of("started")[0].instance]
     yield busy, seen
     gate.open()
     await drawing
 
 
-async def test_a_killed_worker_is_replaced_and_its_request_starts_over(server: Running, gate: Gate) -> None:
-    async with interrupted(server, gate) as (busy, seen):
+async def test_a_killed_worker_is_replaced_and_its_request_starts_over(light: Running, gate: Gate) -> None:
+    async with interrupted(light, gate) as (busy, seen):
         before = busy.restarts
         os.kill(busy.pid or 0, signal.SIGKILL)
-    undisturbed = (await draw(server.client, asked(width=faulty_worker.GATED))).of("image")
+    undisturbed = (await draw(light.client, asked(str(gate.path)))).of("image")
     assert [s.attempt for s in seen.of("started")] == [1, 2]
     assert [i.data for i in seen.of("image")] == [i.data for i in undisturbed]
     assert seen.kinds.count("completed") == 1
-    await server.until(lambda: busy.restarts == before + 1)
-    await all_ready(server)
+    await light.until(lambda: busy.restarts == before + 1)
+    await all_ready(light)
 
 
-@pytest.mark.parametrize("killing", [{"width": faulty_worker.KILLS}, {"prompt": faulty_worker.ENDS_AT_ONCE}])
-async def test_a_request_that_ends_workers_is_refused_alone(server: Running, killing: dict[str, Any]) -> None:
+@pytest.mark.parametrize("killing", [light_worker.ENDS_WITH_A_STEP, light_worker.ENDS_AS_IT_IS_READ])
+async def test_a_request_that_ends_workers_is_refused_alone(light: Running, killing: str) -> None:
     """With a step, or before the worker can say that it has begun."""
-    bad = draw(server.client, asked(**killing))
-    good = [draw(server.client, asked(seed=seed, num_inference_steps=8)) for seed in range(12)]
+    bad = draw(light.client, asked(killing))
+    good = [draw(light.client, asked(seed=seed, num_inference_steps=8)) for seed in range(12)]
     refused, *drawn = await asyncio.gather(bad, *good, return_exceptions=True)
     assert isinstance(refused, GenerationFailedError)
     assert refused.code is grpc.StatusCode.INTERNAL
     assert "do not send it again" in refused.details
     assert [len(d.of("image")) for d in drawn if isinstance(d, Seen)] == [1] * 12
-    await all_ready(server)
+    await all_ready(light)
 
 
-async def test_a_stopped_process_is_replaced(server: Running, gate: Gate) -> None:
-    async with interrupted(server, gate) as (busy, seen):
+async def test_a_stopped_process_is_replaced(light: Running, gate: Gate) -> None:
+    async with interrupted(light, gate) as (busy, seen):
         heard = busy.info
-        await server.until(lambda: busy.info is not heard)  # a heartbeat that is under way would be waited for
+        await light.until(lambda: busy.info is not heard)  # a heartbeat that is under way would be waited for
         os.kill(busy.pid or 0, signal.SIGSTOP)
         patient, busy.config = busy.config, replace(busy.config, patience=0.5)
-        await server.until(lambda: busy.state.value != "ready")
+        await light.until(lambda: busy.state.value != "ready")
         busy.config = patient
     assert [s.attempt for s in seen.of("started")] == [1, 2]
     assert len(seen.of("image")) == 1
-    await all_ready(server)
+    await all_ready(light)
 
 
 @pytest.mark.parametrize(
     "hanging", [{"width": faulty_worker.HANGS}, {"prompt": "a red circle " * 200, "truncate": True}]
 )
-async def test_a_device_that_does_not_come_back_is_given_up(server: Running, hanging: dict[str, Any]) -> None:
+async def test_a_device_that_does_not_come_back_is_given_up(
+    server: Running, hanging: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From a step, or from the prompt, before which it has to be known that the request has begun."""
+    monkeypatch.setattr(module, "POISON", 1)  # each is a real worker to start
     with pytest.raises(GenerationFailedError, match="do not send it again") as failure:
         await draw(server.client, asked(**hanging))
     assert failure.value.code is grpc.StatusCode.INTERNAL
@@ -159,7 +171,7 @@ async def test_an_engine_that_ends_its_process_at_warm_up_is_turned_off(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAULTY_WARM_UP", "image_decoder")
-    models = make_repository(repository / MODEL, tmp_path, CONFIG.replace("count: 2", "count: 1"))
+    models = make_repository(repository / MODEL, tmp_path, ONE.replace("max_batch_size: 4", "max_batch_size: 1"))
     async with serving(models, FAULTY) as server:
         seen = await draw(server.client, asked())
         decoder = seen.of("completed")[0].engines[2]

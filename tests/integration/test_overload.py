@@ -1,6 +1,7 @@
 """Too much work, and the end of it: refused with advice, cached, or finished; never left without an answer."""
 
 import asyncio
+from pathlib import Path
 
 import grpc
 import pytest
@@ -9,9 +10,8 @@ from google.rpc import error_details_pb2, status_pb2
 from client import GenerationFailedError
 from client.messages import ImageRequest
 from protos.zserve.v1 import image_generation_pb2_grpc as pb_grpc
-from tests.conftest import MODEL
-from tests.integration import faulty_worker
-from tests.integration.frontend import FAULTY, Running, draw, make_repository, serving
+from tests.integration.frontend import Running, draw, light_repository, serving
+from tests.integration.light_worker import LIGHT
 
 CONFIG = """
 max_batch_size: 1
@@ -21,13 +21,13 @@ dynamic_batching {
   priority_queue_policy { key: 8 value { max_queue_size: 9 } }
 }
 parameters { key: "default_size" value { string_value: "64x64" } }
-parameters { key: "default_num_inference_steps" value { string_value: "4" } }
 """
+NEVER = "/never"  # the file that `endless` requests wait for
 
 
 def endless(seed: int, **options: object) -> ImageRequest:
     """Behind a gate that is never opened."""
-    return ImageRequest("a red circle", width=faulty_worker.GATED, seed=seed, **options)  # type: ignore[arg-type]
+    return ImageRequest(NEVER, seed=seed, **options)  # type: ignore[arg-type]
 
 
 async def refusal(server: Running, request: ImageRequest) -> tuple[grpc.aio.AioRpcError, float]:
@@ -44,10 +44,8 @@ async def refusal(server: Running, request: ImageRequest) -> tuple[grpc.aio.AioR
     return failure.value, advice.retry_delay.ToMilliseconds() / 1e3
 
 
-async def test_overload_cache_and_drain(repository, tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setenv(faulty_worker.GATE, str(tmp_path / "never"))
-    models = make_repository(repository / MODEL, tmp_path, CONFIG)
-    async with serving(models, FAULTY, exit_timeout_secs=1.0) as server:
+async def test_overload_cache_and_drain(tmp_path: Path) -> None:
+    async with serving(light_repository(tmp_path, CONFIG), LIGHT, exit_timeout_secs=1.0) as server:
         await answers_come_from_the_cache(server)
         await overload_is_refused_with_advice(server)
         await everyone_is_answered_at_the_end(server)

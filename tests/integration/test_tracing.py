@@ -11,7 +11,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from protos.zserve.v1 import image_generation_pb2 as pb
-from tests.conftest import MODEL
+from tests.conftest import MODEL, copy_model
 from tests.integration.process import ServerProcess, wait_for
 from tests.integration.triton.conftest import bytes_tensor
 
@@ -58,12 +58,15 @@ def collector() -> Iterator[Collector]:
         server.shutdown()
 
 
-def test_both_services_tell_where_the_time_of_a_request_went(repository: Path, collector: Collector) -> None:
+def test_both_services_tell_where_the_time_of_a_request_went(
+    repository: Path, tmp_path: Path, collector: Collector
+) -> None:
+    copy_model(repository, tmp_path)
     wanted = (
         "mode=opentelemetry", "level=TIMESTAMPS", "rate=0", "opentelemetry,resource=service.name=images",
         f"opentelemetry,url=http://127.0.0.1:{collector.server_port}/v1/traces", "opentelemetry,bsp_schedule_delay=100",
     )  # fmt: skip
-    with ServerProcess(repository, *(p for text in wanted for p in ("--trace-config", text))) as server:
+    with ServerProcess(tmp_path, *(p for text in wanted for p in ("--trace-config", text))) as server:
         draw(server)
         infer(server)
         generated, inferred = collector.of(GENERATE), collector.of(INFER)

@@ -15,18 +15,16 @@ from client import GenerationFailedError
 from client.messages import ImageRequest
 from server.config import ControlMode
 from server.frontend import served_model as module
-from tests.conftest import MODEL
-from tests.integration import faulty_worker
-from tests.integration.frontend import FAULTY, Running, Seen, draw, make_repository, serving
+from tests.integration.frontend import Running, Seen, draw, light_repository, serving
+from tests.integration.light_worker import LIGHT
 from tests.integration.process import PATIENCE
 
 CONFIG = """
 max_batch_size: 1
-instance_group { count: 1 kind: KIND_CPU }
-parameters { key: "default_size" value { string_value: "64x64" } }
 parameters { key: "default_num_inference_steps" value { string_value: "4" } }
 """
-HELD = ImageRequest("a red circle", width=faulty_worker.GATED, seed=7, image_format="raw")
+STEPS_BEFORE_THE_GATE = 3
+MODEL = "light"
 
 
 class Server:
@@ -34,31 +32,28 @@ class Server:
 
     def __init__(self, running: Running, control: triton.InferenceServerClient, gate: Path) -> None:
         self.running, self.control, self.gate = running, control, gate
+        self.held = ImageRequest(str(gate), width=64, height=64, seed=7, image_format="raw")
 
     async def hold(self, seen: Seen) -> "asyncio.Task[Seen]":
         """A request that is in the middle of its steps."""
-        task = asyncio.create_task(draw(self.running.client, HELD, seen))
-        held = faulty_worker.STEPS_BEFORE_THE_GATE
-        await self.running.until(lambda: len(seen.of("progress")) == held or task.done())
+        task = asyncio.create_task(draw(self.running.client, self.held, seen))
+        await self.running.until(lambda: len(seen.of("progress")) == STEPS_BEFORE_THE_GATE or task.done())
         return task
 
     async def wait_behind(self) -> list["asyncio.Task[Seen]"]:
         """Two requests more: one that the worker has not begun with, and one that it has no room for."""
-        tasks = [asyncio.create_task(draw(self.running.client, HELD)) for _ in range(2)]
+        tasks = [asyncio.create_task(draw(self.running.client, self.held)) for _ in range(2)]
         queue = self.running.queue
         await self.running.until(lambda: (queue.running, queue.waiting) == (2, 1))
         return tasks
 
 
 @asynccontextmanager
-async def server(
-    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drain: float
-) -> AsyncIterator[Server]:
+async def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drain: float) -> AsyncIterator[Server]:
     monkeypatch.setattr(module, "DRAIN_SECONDS", drain)
-    monkeypatch.setenv(faulty_worker.GATE, str(tmp_path / "gate"))
-    models = make_repository(exported / MODEL, tmp_path / "models", CONFIG)
+    models = light_repository(tmp_path / "models", CONFIG)
     control_mode = {"model_control_mode": ControlMode.EXPLICIT, "load_model": (MODEL,)}
-    async with serving(models, FAULTY, **control_mode) as running, triton.InferenceServerClient(running.url) as control:
+    async with serving(models, LIGHT, **control_mode) as running, triton.InferenceServerClient(running.url) as control:
         yield Server(running, control, tmp_path / "gate")
 
 
@@ -69,13 +64,13 @@ async def refused(request: "asyncio.Task[Seen]") -> tuple[grpc.StatusCode, str]:
 
 
 async def test_requests_under_way_outlive_an_unload_and_its_worker_and_no_more_are_taken(
-    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with server(repository, tmp_path, monkeypatch, drain=PATIENCE) as s:
+    async with server(tmp_path, monkeypatch, drain=PATIENCE) as s:
         seen = Seen()
         requests = [await s.hold(seen), *await s.wait_behind()]
         await s.control.unload_model(MODEL)
-        code, text = await refused(asyncio.create_task(draw(s.running.client, HELD)))
+        code, text = await refused(asyncio.create_task(draw(s.running.client, s.held)))
         assert (code, "this server has: none" in text) == (grpc.StatusCode.NOT_FOUND, True)
         os.kill(s.running.workers[0].pid or 0, signal.SIGKILL)
         s.gate.touch()
@@ -87,9 +82,9 @@ async def test_requests_under_way_outlive_an_unload_and_its_worker_and_no_more_a
 
 @pytest.mark.parametrize("reloaded", [False, True], ids=["unloaded", "reloaded"])
 async def test_what_does_not_finish_in_time_is_answered(
-    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reloaded: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reloaded: bool
 ) -> None:
-    async with server(repository, tmp_path, monkeypatch, drain=0.1) as s:
+    async with server(tmp_path, monkeypatch, drain=0.1) as s:
         requests = [await s.hold(Seen()), *await s.wait_behind()]
         if reloaded:
             (tmp_path / "models" / MODEL / "config.pbtxt").write_text(CONFIG + "# changed")
@@ -102,4 +97,4 @@ async def test_what_does_not_finish_in_time_is_answered(
             assert f"version 1 of model '{MODEL}' was unloaded before the request was done" in text
         s.gate.touch()
         if reloaded:
-            assert len((await draw(s.running.client, HELD)).of("image")) == 1
+            assert len((await draw(s.running.client, s.held)).of("image")) == 1

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2 as pb
 
-from tests.conftest import MODEL
+from tests.conftest import MODEL, copy_model
 from tests.integration.process import PATIENCE, ServerProcess
 from tests.integration.triton.conftest import IDENTITIES, write_model
 
@@ -234,7 +234,7 @@ def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     folder = tmp_path_factory.mktemp("fuzzed")
     models = folder / "models"
     models.mkdir()
-    (models / MODEL).symlink_to(repository / MODEL)
+    copy_model(repository, models)
     for name, config in IDENTITIES.items():
         write_model(models, name, config, ("1", "3") if name == "versions" else ("1",))
     write_model(models, "versions", IDENTITIES["identity"] + "\nversion_policy { all {} }", ("1", "3"))
