@@ -23,7 +23,14 @@ from server.requests import (
     Started,
     Timings,
 )
-from server.rpc.convert import MAX_SEED, decode_event, decode_request, encode_event, encode_request
+from server.rpc.convert import (
+    MAX_PROMPT_CHARACTERS,
+    MAX_SEED,
+    decode_event,
+    decode_request,
+    encode_event,
+    encode_request,
+)
 from tests.fakes import a_request
 
 MODEL = ModelConfig("demo", default_size=(256, 192), max_size=1024)
@@ -84,6 +91,13 @@ def test_a_bad_field_is_named(field: str, value: object, accepted: str) -> None:
         decode_request(message, MODEL, None)
     assert str(caught.value).startswith(f"{field}: ")
     assert accepted in str(caught.value)
+
+
+@pytest.mark.parametrize(("field", "value"), [("prompt", "x" * MAX_PROMPT_CHARACTERS), ("seed", MAX_SEED)])
+def test_the_most_that_is_accepted_is_accepted(field: str, value: object) -> None:
+    message = pb.GenerateRequest(prompt="a cat")
+    setattr(message, field, value)
+    assert getattr(decode_request(message, MODEL, None), field) == value
 
 
 def test_the_last_image_needs_a_seed_too() -> None:

@@ -50,6 +50,17 @@ async def test_images_that_the_client_has_taken_are_kept_for_a_response_cache_al
     await events.aclose()
 
 
+async def test_answers_go_with_their_model() -> None:
+    painter = Painter()
+    dispatcher, queue = Dispatcher(Metrics(), cache_bytes=2**20), make(painter, response_cache=True)
+    dispatcher.add(queue)
+    async for _ in dispatcher.generate_on(queue, replace(a_request(), seed=7)):
+        pass
+    assert painter.kept == 2
+    dispatcher.remove(queue)
+    assert painter.kept == 0
+
+
 @pytest.mark.parametrize("unloaded", [False, True])
 async def test_an_answer_that_outlives_its_model_is_not_kept(unloaded: bool) -> None:
     """A client may be reading what a worker drew before its model went."""

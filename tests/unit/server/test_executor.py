@@ -1,6 +1,7 @@
 """A whole image through the executor is the image of diffusers' own pipeline."""
 
 import dataclasses
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from server.worker.batching import BatchPolicy
 from server.worker.executor import Executor
 from server.worker.images import Pixels, encode_image
 from server.worker.planner import Plan, Planner
-from server.worker.prompts import PromptTokenizer
+from server.worker.prompts import PromptCache, PromptTokenizer
 from server.worker.sequences import ImageSequence, make_sequences
 from tests.conftest import CHECKPOINT
 from tests.fakes import FakeEngine, a_request
@@ -337,5 +338,8 @@ def test_when_memory_runs_out_every_engine_gives_back_what_it_can_do_without() -
     executor = Executor(served, manifest(), "cpu", prompt_cache_size=8)
     executor.forget_prompts()
     assert [e.freed for e in engines.values()] == [0, 0]
+    cached = MagicMock(spec=PromptCache)
+    executor._cache = cached
     executor.free_memory()
     assert [e.freed for e in engines.values()] == [1, 1]
+    cached.clear.assert_called_once_with()

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import pytest
 from tritonclient.grpc import service_pb2 as pb
 
 from server.errors import InvalidRequestError, NotFoundError, ZServeError
+from server.requests import Completed, Image, ImageFormat, Timings
 from server.rpc.triton import shared_memory
+from server.rpc.triton.image_model import encode_images
 from server.rpc.triton.inputs import PIECE, decode_inputs
 from server.rpc.triton.regions import REGION, REGION_SIZE, Place
 from server.rpc.triton.shared_memory import SharedMemory
@@ -177,6 +180,15 @@ async def test_texts_are_counted_across_pieces(given: int, announced: int) -> No
         return
     with pytest.raises(InvalidRequestError, match="more" if announced < 0 else f"got {given}$"):
         await decoding
+
+
+def test_the_images_of_a_request_are_in_order() -> None:
+    """They come as they are finished."""
+    images = [Image(index, 7 + index, 1, 1, ImageFormat.RAW, bytes([index] * 3)) for index in (1, 0)]
+    completed = Completed(Timings(), (), prompt_cached=False, denoiser_forwards=8)
+    pixels, seeds = encode_images(images, completed).outputs
+    assert (pixels.shape, pixels.data) == ((2, 1, 1, 3), bytes([0, 0, 0, 1, 1, 1]))
+    assert struct.unpack("<2q", seeds.data) == (7, 8)
 
 
 def test_strings_there_and_back() -> None:

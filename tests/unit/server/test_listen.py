@@ -2,6 +2,8 @@
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import AsyncMock
 
 import grpc
 import grpc.aio
@@ -13,9 +15,9 @@ from tritonclient.grpc import service_pb2
 from protos.zserve.v1 import image_generation_pb2
 from server.cli import parser, read_config
 from server.errors import ConfigError
-from server.rpc.access import PROTOCOL_OF
+from server.rpc.access import PROTOCOL_OF, AccessInterceptor
 from server.rpc.listen import bind, make_server, transport_options
-from server.settings import GrpcConfig, Protocol, TlsConfig
+from server.settings import GrpcConfig, Protocol, Restriction, TlsConfig
 
 BURST = 4000  # calls; where nobody says otherwise, gRPC keeps none beyond 3,000
 
@@ -115,3 +117,29 @@ def test_every_call_of_the_services_is_in_a_group() -> None:
     assert {m for m, p in PROTOCOL_OF.items() if p is Protocol.INFERENCE} == {
         *("ModelInfer", "ModelStreamInfer", "Generate", "GenerateImage")
     }
+
+
+RIGHT, WRONG = Restriction(frozenset({Protocol.HEALTH}), "a", "1"), Restriction(frozenset({Protocol.HEALTH}), "b", "2")
+
+
+@pytest.mark.parametrize("restrictions", [(RIGHT, WRONG), (WRONG, RIGHT)])
+@pytest.mark.parametrize(
+    ("method", "given", "passes"),
+    [
+        ("ServerLive", {"a": "1", "b": "2"}, True),
+        ("ServerLive", {"a": "1"}, False),
+        ("ServerLive", {"a": "1", "b": "3"}, False),
+        ("ModelInfer", {}, True),  # is of another group
+        ("Unheard", {}, False),  # and this of none
+        ("Unheard", {"a": "1", "b": "2"}, True),
+    ],
+)
+async def test_a_call_has_to_meet_every_restriction_of_its_group(
+    restrictions: tuple[Restriction, ...], method: str, given: dict[str, str], passes: bool
+) -> None:
+    """Whatever their order."""
+    access = AccessInterceptor(GrpcConfig(restrictions=restrictions))
+    details = SimpleNamespace(method=f"/inference.GRPCInferenceService/{method}", invocation_metadata=given.items())
+    answer = object()
+    found = await access.intercept_service(AsyncMock(return_value=answer), details)  # type: ignore[arg-type]
+    assert (found is answer) == passes

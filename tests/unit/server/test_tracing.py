@@ -95,6 +95,14 @@ def test_a_count_is_what_is_left_since_it_was_set() -> None:
     assert made(tracer, 3) == [True, True, False]
 
 
+def test_a_rate_counts_from_when_it_was_set() -> None:
+    tracer = Tracer(ON, lambda trace: None, lambda: None)
+    tracer.update("m", {"trace_rate": ["2"]})
+    assert made(tracer, 1) == [True]
+    tracer.update("m", {"trace_rate": ["3"]})
+    assert made(tracer, 4) == [True, False, False, True]
+
+
 def test_a_models_count_is_its_own_and_the_others_is_theirs() -> None:
     tracer = Tracer(replace(ON, trace_count=1), lambda trace: None, lambda: None)
     tracer.update("m", {"trace_count": ["2"]})
