@@ -193,6 +193,7 @@ class _Jobs:
             built_for=request.options.targets,
             parity=None if checker is None else self._parity(checker, spec, built.files[0]),
             plan=built.plan,
+            instructions=built.instructions,
         )
 
     def _parity(self, checker: Checker, spec: ComponentSpec, path: Path) -> Parity:

@@ -105,6 +105,7 @@ class EngineRecord:
     built_for: tuple[Target, ...]
     parity: Parity | None  # None: built for a device that the exporting machine does not have, and never run
     plan: PlanRecord | None = None
+    instructions: tuple[str, ...] = ()  # sets of them that a CPU has to have, in Linux's names
 
     def __post_init__(self) -> None:
         if not self.files:

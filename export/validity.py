@@ -25,6 +25,12 @@ BINDING_LIBRARIES = {
 FLASH_ATTENTION = "fa3-fwd"
 CALLED_LIBRARIES = (FLASH_ATTENTION,)  # optional: must match too if the engine was built with them
 
+# The beginnings of their names: other flags of a CPU say nothing of the code that it can run.
+INSTRUCTION_SETS = (
+    *("sse", "ssse", "avx", "fma", "f16c", "bmi", "abm", "popcnt", "movbe", "adx", "amx", "gfni", "vaes", "vpclmul"),
+    *("asimd", "sve", "bf16", "i8mm"),
+)
+
 
 def check_checkpoint(manifest: Manifest) -> Checkpoint:
     """The checkpoint, if it is still the one that the version's engines were built from; eager reads it.
@@ -64,6 +70,7 @@ def engine_fault(record: EngineRecord, folder: Path, target: Target) -> str:
             _wrong_size(record, folder)
             or _wrong_library(record)
             or _wrong_target(record, target)
+            or _wrong_cpu(record)
             or _wrong_content(record, folder)
         )
     except OSError as error:
@@ -98,6 +105,22 @@ def _wrong_target(record: EngineRecord, target: Target) -> str:
     if target in record.built_for:
         return ""
     return f"was built for {', '.join(map(str, record.built_for))}, this is {target}"
+
+
+def _wrong_cpu(record: EngineRecord) -> str:
+    missing = sorted(set(record.instructions) - set(cpu_instructions()))
+    return f"was compiled for a CPU with {', '.join(missing)}, which this one does not have" if missing else ""
+
+
+@cache
+def cpu_instructions() -> tuple[str, ...]:
+    """The instruction sets of this machine's CPU that compilers use, in Linux's names; none where it does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ()
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "").partition(":")[2].split()
+    return tuple(sorted(flag for flag in flags if flag.startswith(INSTRUCTION_SETS)))
 
 
 def _wrong_content(record: EngineRecord, folder: Path) -> str:

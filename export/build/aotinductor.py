@@ -22,7 +22,7 @@ from export.modules.prompt_encoder import PromptEncoder
 from export.packages import open_package
 from export.profiles import tuning_example
 from export.spec import Component, ComponentSpec, Precision
-from export.validity import FLASH_ATTENTION
+from export.validity import FLASH_ATTENTION, cpu_instructions
 
 # The weights stay outside: they are lent when the package is opened. On a CPU the server sets the number of threads
 # then; by default Inductor may bake in the number here.
@@ -68,7 +68,11 @@ class AotInductorBuilder:
             raise BuildError(f"AOTInductor could not compile {inputs.spec.component}: {error}{remedy}") from error
         finally:
             torch.compiler.reset()
-        return Built((path,), calls=called_libraries(inputs.spec.component, inputs.source.precision, device))
+        return Built(
+            (path,),
+            calls=called_libraries(inputs.spec.component, inputs.source.precision, device),
+            instructions=cpu_instructions() if device.type == "cpu" else (),  # it is compiled for this very CPU
+        )
 
     def load(self, path: Path, module: nn.Module, spec: ComponentSpec) -> Runner:
         package = open_package(path, module)

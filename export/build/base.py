@@ -46,6 +46,7 @@ class Built:
     files: tuple[Path, ...]
     plan: PlanRecord | None = None
     calls: tuple[str, ...] = ()  # libraries that it needs to run, besides its backend's
+    instructions: tuple[str, ...] = ()  # sets of them that it may use, besides those of every CPU of its kind
 
 
 class Runner(Protocol):

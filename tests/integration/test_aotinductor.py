@@ -13,6 +13,7 @@ from benchmarks import cli as bench
 from export.devices import current_target
 from export.manifest import Backend, Manifest
 from export.spec import Component, ShapePoint, component_specs, example_inputs
+from export.validity import cpu_instructions
 from server.config import FallbackPolicy
 from server.engines.eager import EagerModules
 from server.engines.load import EngineLoader
@@ -63,6 +64,11 @@ def test_the_package_agrees_with_eager(loader: EngineLoader, component: Componen
     assert use.backend is Backend.AOTINDUCTOR
     error = (got.double() - expected.double()).norm() / expected.double().norm()
     assert error <= spec.tolerance[loader.manifest.precision]
+
+
+def test_the_manifest_says_which_cpus_can_run_it(loader: EngineLoader) -> None:
+    assert cpu_instructions()
+    assert {engine.instructions for engine in loader.manifest.engines} == {cpu_instructions()}
 
 
 def test_the_engine_and_eager_share_one_copy_of_the_weights(loader: EngineLoader) -> None:

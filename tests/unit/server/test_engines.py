@@ -14,7 +14,7 @@ from export.errors import StaleEngineError
 from export.manifest import Backend, Manifest, Target
 from export.profiles import serving_profiles
 from export.spec import Component, ModelDimensions, ShapePoint, component_specs, example_inputs
-from export.validity import check_engine
+from export.validity import check_engine, cpu_instructions
 from server.config import FallbackPolicy
 from server.engines import aotinductor, memory, onnxruntime
 from server.engines.aotinductor import AotInductorEngine
@@ -183,6 +183,10 @@ def stale(manifest: Manifest, **changes: object) -> Manifest:
     [
         ({"built_with": {"onnxruntime": "0.1"}}, "was built with onnxruntime 0.1, this is"),
         ({"built_for": (Target("cuda", "9.0"),)}, r"was built for cuda \(compute capability 9.0\), this is cpu"),
+        (
+            {"instructions": ("avx4096", *cpu_instructions())},
+            "for a CPU with avx4096, which this one does not have",
+        ),
         ({"built_with": {"tensorrt_rtx": "0.1"}, "backend": Backend.TENSORRT_RTX}, "was built with tensorrt_rtx 0.1"),
         ({"built_with": {"tensorrt": "10.0"}, "backend": Backend.TENSORRT}, "tensorrt 10.0, which is not installed"),
         (
