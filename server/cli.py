@@ -5,7 +5,7 @@ import asyncio
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 from server import observation
@@ -17,8 +17,9 @@ from server.signals import stopping_signals
 
 STATUSES = """exit status: 0 told to stop, by SIGTERM, SIGHUP or Ctrl-C; 1 it could not start: options that do not fit
 together, a port that is taken, models that cannot be loaded; 2 bad arguments"""
-DEFAULTS = {f.name: f.default for f in fields(ServeConfig)}
-GRPC = {f.name: f.default for f in fields(GrpcConfig)}
+# Fields of ServeConfig with a flag of the same name, and their defaults; the others are made of several flags.
+OTHERS = {"load_model", "fallback"}
+DEFAULTS = {f.name: f.default for f in fields(ServeConfig) if f.default is not MISSING and f.name not in OTHERS}
 # Fields of GrpcConfig that are plain numbers or switches, and their help; the flag is --grpc- and the name.
 TRANSPORT = {
     "keepalive_time": "ms between pings on a quiet connection",
@@ -46,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     _add_grpc(p.add_argument_group("gRPC"))
     _add_access(p.add_argument_group("access"))
     observation.add_flags(p.add_argument_group("metrics, logs and traces"))
+    p.set_defaults(**DEFAULTS)
     return p
 
 
@@ -55,7 +57,6 @@ def _add_models(g: "argparse._ArgumentGroup") -> None:
         "--model-control-mode",
         type=ControlMode,
         choices=list(ControlMode),
-        default=ControlMode.NONE,
         help="when models are loaded",
     )
     g.add_argument(
@@ -65,29 +66,20 @@ def _add_models(g: "argparse._ArgumentGroup") -> None:
         metavar="NAME",
         help="with explicit control: load it at the start; * for all",
     )
-    g.add_argument(
-        "--repository-poll-secs", type=positive_seconds, default=15.0, help="with poll control: seconds between looks"
-    )
-    switch(g, "strict-readiness", DEFAULTS["strict_readiness"], "ready only while every model is")
-    switch(
-        g,
-        "exit-on-error",
-        DEFAULTS["exit_on_error"],
-        "end when any model cannot be loaded at the start, as Triton does by default",
-    )
+    g.add_argument("--repository-poll-secs", type=positive_seconds, help="with poll control: seconds between looks")
+    switch(g, "strict-readiness", "ready only while every model is")
+    switch(g, "exit-on-error", "end when any model cannot be loaded at the start, as Triton does by default")
     g.add_argument(
         "--exit-timeout-secs",
         type=seconds,
-        default=DEFAULTS["exit_timeout_secs"],
         help="how long requests may take to finish when the server is told to stop",
     )
     g.add_argument(
         "--response-cache-byte-size",
         type=byte_size,
-        default=DEFAULTS["response_cache_byte_size"],
         help="for models with response_cache { enable: true }",
     )
-    g.add_argument("--id", default=DEFAULTS["id"], help="the server's name in its metadata")
+    g.add_argument("--id", help="the server's name in its metadata")
 
 
 def _add_workers(g: "argparse._ArgumentGroup") -> None:
@@ -96,51 +88,46 @@ def _add_workers(g: "argparse._ArgumentGroup") -> None:
         action="store_true",
         help="no eager PyTorch in the place of an engine that cannot be loaded; implies --exit-on-error",
     )
-    g.add_argument(
-        "--device", type=device, default=DEFAULTS["device"], help="cpu, cuda, cuda:1 ...; auto: cuda where there is one"
-    )
+    g.add_argument("--device", type=device, help="cpu, cuda, cuda:1 ...; auto: cuda where there is one")
     g.add_argument(
         "--max-retries",
         type=count,
-        default=DEFAULTS["max_retries"],
         help="how often a request is started over when its worker process is lost",
     )
     g.add_argument(
         "--worker-timeout-secs",
         type=positive_seconds,
-        default=DEFAULTS["worker_timeout_secs"],
         help="how long a worker, or its device, may not answer before it is replaced",
     )
     g.add_argument(
         "--worker-start-timeout-secs",
         type=positive_seconds,
-        default=DEFAULTS["worker_start_timeout_secs"],
         help="how long a worker may take to load and warm up before it is given up",
     )
 
 
 def _add_grpc(g: "argparse._ArgumentGroup") -> None:
-    g.add_argument("--grpc-address", default=GRPC["address"], help="address to listen on")
-    g.add_argument("--grpc-port", type=port, default=GRPC["port"], help="port to listen on; 0: any free one")
-    switch(g, "reuse-grpc-port", GRPC["reuse_port"], "share the port with other servers")
+    g.add_argument("--grpc-address", default=GrpcConfig.address, help="address to listen on")
+    g.add_argument("--grpc-port", type=port, default=GrpcConfig.port, help="port to listen on; 0: any free one")
+    switch(g, "reuse-grpc-port", "share the port with other servers", default=GrpcConfig.reuse_port)
     g.add_argument(
         "--grpc-infer-response-compression-level",
         type=Compression,
         choices=list(Compression),
-        default=Compression.NONE,
+        default=GrpcConfig.compression,
         help="gzip for responses, at any level but none",
     )
     for name, text in TRANSPORT.items():
-        default = GRPC[name]
+        default = getattr(GrpcConfig, name)
         if isinstance(default, bool):
-            switch(g, f"grpc-{name.replace('_', '-')}", default, text)
+            switch(g, f"grpc-{name.replace('_', '-')}", text, default=default)
         else:
             g.add_argument(f"--grpc-{name.replace('_', '-')}", type=count, default=default, help=text)
 
 
 def _add_access(g: "argparse._ArgumentGroup") -> None:
-    switch(g, "grpc-use-ssl", False, "TLS")
-    switch(g, "grpc-use-ssl-mutual", False, "TLS, and clients need a certificate that --grpc-root-cert signed")
+    switch(g, "grpc-use-ssl", "TLS")
+    switch(g, "grpc-use-ssl-mutual", "TLS, and clients need a certificate that --grpc-root-cert signed")
     for name in ("server-cert", "server-key", "root-cert"):
         g.add_argument(f"--grpc-{name}", type=Path, help="PEM file")
     g.add_argument(
@@ -159,7 +146,7 @@ def _add_access(g: "argparse._ArgumentGroup") -> None:
         metavar="[GROUP,...:]FILE",
         help="calls of these groups (all but health) need the token in FILE as 'authorization: Bearer'",
     )
-    switch(g, "allow-client-shm", DEFAULTS["allow_client_shm"], "let clients register shared memory, of a GPU too")
+    switch(g, "allow-client-shm", "let clients register shared memory, of a GPU too")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -187,7 +174,7 @@ def read_config(arguments: argparse.Namespace) -> ServeConfig:
     a = arguments
     if a.load_model and a.model_control_mode is not ControlMode.EXPLICIT:
         raise ConfigError("--load-model needs --model-control-mode explicit")
-    same = {name: getattr(a, name) for name in DEFAULTS if hasattr(a, name)}
+    same = {name: getattr(a, name) for name in ("model_repository", *DEFAULTS)}
     return ServeConfig(
         **same
         | {

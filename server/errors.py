@@ -132,7 +132,15 @@ class QueueTimeoutError(UnavailableError):
 
 
 class WorkerLostError(UnavailableError):
-    """The worker process ended while it had the request."""
+    """The worker process ended while it had the request.
+
+    Attributes:
+        reached: whether the request had reached it, so that it may have ended because of that; None if not known.
+    """
+
+    def __init__(self, message: str, *, reached: bool | None = False) -> None:
+        super().__init__(message)
+        self.reached = reached
 
 
 class ConfigError(ZServeError):

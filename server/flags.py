@@ -3,13 +3,14 @@
 import argparse
 import math
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 MOST = 2**31 - 1
 
 
-def switch(group: "argparse._ArgumentGroup", name: str, default: Any, text: str) -> None:
+def switch(group: "argparse._ArgumentGroup", name: str, text: str, *, default: bool = False) -> None:
     """Adds a flag that may stand alone or, as in Triton, be followed by true, false, 1 or 0."""
     group.add_argument(f"--{name}", type=boolean, nargs="?", const=True, default=default, metavar="BOOL", help=text)
 
@@ -62,6 +63,18 @@ def device(text: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", text):
         raise argparse.ArgumentTypeError(f"{text!r}: auto, cpu, cuda or a GPU such as cuda:1 is accepted")
     return text
+
+
+def one_of(known: Iterable[T]) -> Callable[[str], T]:
+    """What reads one of `known`, by its text."""
+    by_text = {str(value): value for value in known}
+
+    def read(text: str) -> T:
+        if text not in by_text:
+            raise ValueError(f"{text!r} is not accepted; {', '.join(by_text)} are")
+        return by_text[text]
+
+    return read
 
 
 def reader(read: Callable[[str], Any]) -> Callable[[str], Any]:

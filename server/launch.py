@@ -6,14 +6,13 @@ that ended it, or the error that made it give up.
 
 import json
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from export.parsing import parsed
 from export.spec import Component
 from server.config import FallbackPolicy
-from server.errors import ConfigError
-from server.settings import LogFormat, LogSettings
+from server.settings import LogSettings
 
 ANNOUNCEMENT = "running the engine of "
 
@@ -30,38 +29,20 @@ class WorkerConfig:
     threads: int  # for work inside one operator, on the CPU
     fallback: FallbackPolicy
     accepted: Path  # a folder of the model's name with the config.pbtxt in effect: `model`'s may have changed since
-    patience: float = 60.0  # seconds after which a device that does not come back is given up
-    start_patience: float = 1800.0  # seconds after which a process that is not ready is given up
-    disabled: Mapping[Component, str] = field(default_factory=dict)  # engines not to be loaded, and why
+    patience: float  # seconds after which a device that does not come back is given up
+    start_patience: float  # seconds after which a process that is not ready is given up
+    disabled: dict[Component, str] = field(default_factory=dict)  # engines not to be loaded, and why
     log: LogSettings = field(default_factory=LogSettings)
 
     def arguments(self) -> list[str]:
         """As command-line arguments, which `parse` reads back."""
-        texts = {"disabled": json.dumps(self.disabled), "log": json.dumps(asdict(self.log))}
-        values = {f.name: getattr(self, f.name) for f in fields(self)} | texts
-        return [f"--{name}={value}" for name, value in values.items()]
+        return [json.dumps(asdict(self), default=str)]
 
     @classmethod
     def parse(cls, arguments: list[str]) -> "WorkerConfig":
         """The inverse of `arguments`."""
-        values = dict(a.removeprefix("--").split("=", 1) for a in arguments)
-        unknown = set(values) ^ {f.name for f in fields(cls)}
-        if unknown:
-            raise ConfigError(f"a worker takes exactly {[f.name for f in fields(cls)]}; check {sorted(unknown)}")
-        return cls(
-            model=Path(values["model"]),
-            version=values["version"],
-            instance=values["instance"],
-            socket=Path(values["socket"]),
-            device=values["device"],
-            threads=int(values["threads"]),
-            fallback=FallbackPolicy(values["fallback"]),
-            accepted=Path(values["accepted"]),
-            patience=float(values["patience"]),
-            start_patience=float(values["start_patience"]),
-            disabled={Component(name): reason for name, reason in json.loads(values["disabled"]).items()},
-            log=LogSettings(**(log := json.loads(values["log"])) | {"log_format": LogFormat(log["log_format"])}),
-        )
+        config: WorkerConfig = parsed(cls, json.loads(arguments[0]))
+        return config
 
 
 def announce(component: Component) -> None:
@@ -73,4 +54,6 @@ def announce(component: Component) -> None:
 def announced(said: str) -> Component | None:
     """The component whose engine ran last, if its announcement is the last thing the process printed."""
     last = said.strip().rpartition("\n")[2]
-    return Component(last.removeprefix(ANNOUNCEMENT)) if last.startswith(ANNOUNCEMENT) else None
+    name = last.removeprefix(ANNOUNCEMENT)
+    # A process that is ended as it prints may leave half a name.
+    return Component(name) if last.startswith(ANNOUNCEMENT) and name in set(Component) else None

@@ -1,18 +1,18 @@
 """The flags of metrics, logs and traces, and what they mean together."""
 
 import argparse
+import math
 from collections.abc import Callable, Iterable
-from dataclasses import fields
 from functools import partial
 from typing import Any
 
-from server.config import ServeConfig
 from server.errors import ConfigError
-from server.flags import boolean, port, positive, reader, switch
+from server.flags import boolean, count, one_of, port, positive, reader, switch
 from server.settings import (
     OFF,
     Latencies,
     LogFormat,
+    LogSettings,
     MetricsConfig,
     TelemetryConfig,
     TraceMode,
@@ -21,13 +21,12 @@ from server.settings import (
     whole_setting,
 )
 
-DEFAULTS = {f.name: f.default for f in fields(ServeConfig)}
 # Settings by their names in --trace-config, prefixed with their mode if they have one, and how their text is read.
 TRACE: dict[str, tuple[str, Callable[[str], Any]]] = {
     "level": ("trace_level", lambda text: next(iter(trace_levels([text.upper()])), OFF)),
     "rate": ("trace_rate", partial(whole_setting, "trace_rate")),
     "count": ("trace_count", partial(whole_setting, "trace_count")),
-    "mode": ("trace_mode", TraceMode),
+    "mode": ("trace_mode", one_of(TraceMode)),
     "triton,file": ("trace_file", str),
     "triton,log-frequency": ("log_frequency", partial(whole_setting, "log_frequency")),
 }
@@ -42,18 +41,15 @@ TRACE_NAMES = {"file": "triton,file", "log-frequency": "triton,log-frequency"}  
 
 
 def add_flags(g: "argparse._ArgumentGroup") -> None:
-    """Adds the flags to the command line."""
-    switch(g, "allow-metrics", DEFAULTS["allow_metrics"], "serve Prometheus metrics")
-    g.add_argument("--metrics-address", default=DEFAULTS["metrics_address"], help="address to listen on")
-    g.add_argument(
-        "--metrics-port", type=port, default=DEFAULTS["metrics_port"], help="port to listen on; 0: any free one"
-    )
-    switch(g, "allow-gpu-metrics", DEFAULTS["allow_gpu_metrics"], "with metrics: those of the GPUs too")
-    switch(g, "allow-cpu-metrics", DEFAULTS["allow_cpu_metrics"], "with metrics: those of the CPU and its memory too")
+    """Adds the flags to the command line; `ServeConfig` has the defaults of those that are named like its fields."""
+    switch(g, "allow-metrics", "serve Prometheus metrics")
+    g.add_argument("--metrics-address", help="address to listen on")
+    g.add_argument("--metrics-port", type=port, help="port to listen on; 0: any free one")
+    switch(g, "allow-gpu-metrics", "with metrics: those of the GPUs too")
+    switch(g, "allow-cpu-metrics", "with metrics: those of the CPU and its memory too")
     g.add_argument(
         "--metrics-interval-ms",
         type=positive,
-        default=DEFAULTS["metrics_interval_ms"],
         metavar="MS",
         help="how often the metrics of GPUs and CPU are read",
     )
@@ -66,20 +62,20 @@ def add_flags(g: "argparse._ArgumentGroup") -> None:
         help="counter_latencies, histogram_latencies or summary_latencies=BOOL, summary_quantiles=0.5:0.05,...",
     )
     for kind in ("info", "warning", "error"):
-        switch(g, f"log-{kind}", True, f"log {kind}s")
+        switch(g, f"log-{kind}", f"log {kind}s", default=getattr(LogSettings, f"log_{kind}"))
     g.add_argument(
         "--log-verbose",
-        type=int,
+        type=count,
         nargs="?",
         const=1,
-        default=0,
+        default=LogSettings.log_verbose_level,
         metavar="LEVEL",
         help="from 1 on, also log every refused request",
     )
     g.add_argument(
-        "--log-format", type=LogFormat, choices=list(LogFormat), default=LogFormat.DEFAULT, help="form of the time"
+        "--log-format", type=LogFormat, choices=list(LogFormat), default=LogSettings.log_format, help="form of the time"
     )
-    g.add_argument("--log-file", default="", help="file to log to, instead of standard error")
+    g.add_argument("--log-file", default=LogSettings.log_file, help="file to log to, instead of standard error")
     g.add_argument(
         "--trace-config",
         action="append",
@@ -125,8 +121,18 @@ def read_telemetry(pairs: Iterable[tuple[str, Any]]) -> TelemetryConfig:
 def _metrics_setting(text: str) -> tuple[str, Any]:
     name, _, value = text.partition("=")
     if name == "summary_quantiles":  # in Triton each has an error bound; ours are exact over the latest requests
-        return name, tuple(float(part.partition(":")[0]) for part in value.split(","))
-    return Latencies(name), boolean(value)
+        return name, tuple(_quantile(part.partition(":")[0]) for part in value.split(","))
+    return one_of((*Latencies, "summary_quantiles"))(name), boolean(value)
+
+
+def _quantile(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise ValueError(f"{text!r} is no quantile; a number from 0 to 1 is accepted")
+    return value
 
 
 def _trace_setting(text: str) -> tuple[str, Any]:

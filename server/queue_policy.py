@@ -31,7 +31,7 @@ class TimeoutAction(Enum):
 class LevelPolicy:
     """The queue of one priority level. Seconds."""
 
-    max_size: int = DEFAULT_MAX_QUEUE_SIZE  # 0: no bound
+    max_size: int | None = DEFAULT_MAX_QUEUE_SIZE  # None: no bound
     timeout: float | None = None
     on_timeout: TimeoutAction = TimeoutAction.REJECT
     request_may_set_timeout: bool = False
@@ -63,7 +63,7 @@ class QueuePolicy:
         return self.by_level.get(priority, self.default)
 
 
-def read_queue_policy(batching: Any, where: str, *, max_size: int = DEFAULT_MAX_QUEUE_SIZE) -> QueuePolicy:
+def read_queue_policy(batching: Any, where: str, *, max_size: int | None = DEFAULT_MAX_QUEUE_SIZE) -> QueuePolicy:
     """From the ModelDynamicBatching message of a `config.pbtxt`; `max_size` is for levels that set none.
 
     Raises:
@@ -87,7 +87,7 @@ def read_queue_policy(batching: Any, where: str, *, max_size: int = DEFAULT_MAX_
     )
 
 
-def _level_policy(policy: Any, max_size: int) -> LevelPolicy:
+def _level_policy(policy: Any, max_size: int | None) -> LevelPolicy:
     """From a ModelQueuePolicy message; there, as in Triton, 0 means no timeout."""
     return LevelPolicy(
         max_size=policy.max_queue_size or max_size,

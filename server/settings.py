@@ -1,4 +1,6 @@
-"""Settings of logging and tracing, which clients may change while the server runs, and of the gRPC transport."""
+"""Settings of logs and traces, which clients may change while the server runs; and of metrics, telemetry, access and
+the gRPC transport.
+"""
 
 import logging
 import re
@@ -123,7 +125,10 @@ def trace_levels(values: Iterable[str]) -> frozenset[TraceLevel]:
     Raises:
         ValueError: there is no such level.
     """
-    return frozenset(TraceLevel(value) for value in values if value != OFF)
+    wanted = frozenset(values) - {OFF}
+    for unknown in wanted - set(TraceLevel):
+        raise ValueError(f"{unknown!r} is not accepted; {OFF}, {' and '.join(TraceLevel)} are")
+    return frozenset(map(TraceLevel, wanted))
 
 
 def _read(name: str, values: list[str], defaults: TraceSettings) -> object:
@@ -153,8 +158,8 @@ def whole_setting(name: str, text: str) -> int:
     Raises:
         ValueError: it is not one, or too low.
     """
-    if int(text) < LOWEST[name]:
-        raise ValueError(f"a whole number from {LOWEST[name]} on is accepted")
+    if not re.fullmatch(r"[+-]?[0-9]+", text.strip()) or int(text) < LOWEST[name]:
+        raise ValueError(f"{text!r} is not accepted; a whole number from {LOWEST[name]} on is")
     return int(text)
 
 

@@ -96,7 +96,7 @@ class Model(Protocol):
         """Accepts no more requests; those under way continue."""
 
     async def unload(self) -> None:
-        """Frees everything, including what a cancelled `load` has begun; ends requests under way."""
+        """Frees everything, including what a cancelled `load` has begun; requests under way may fail."""
 
     @property
     def ready(self) -> bool:

@@ -59,7 +59,7 @@ class Batcher:
 
     def _check_room(self, request: InferRequest, priority: int) -> None:
         most = self._policy.of(priority).max_size
-        if most and sum(place.priority == priority for place in self._waiting) >= most:
+        if most is not None and sum(place.priority == priority for place in self._waiting) >= most:
             raise QueueFullError(f"max_queue_size {most} of model {request.model.name!r} is reached")
 
     async def _wait(self, request: InferRequest, priority: int) -> Spent:
@@ -78,7 +78,7 @@ class Batcher:
                 self._take_out([place])
 
     def _expire(self, place: _Waiting) -> None:
-        if place not in self._waiting:
+        if place.done.done() or place not in self._waiting:  # cancelled, it is still there until `_wait` goes on
             return
         self._take_out([place])
         if self._policy.of(place.priority).on_timeout is TimeoutAction.DELAY:
@@ -174,5 +174,5 @@ class Batcher:
         return spent
 
 
-def _row_shape(request: InferRequest) -> tuple[tuple[int, ...], ...]:
-    return tuple(t.shape[1:] for t in request.inputs.values())
+def _row_shape(request: InferRequest) -> dict[str, tuple[int, ...]]:
+    return {name: t.shape[1:] for name, t in request.inputs.items()}

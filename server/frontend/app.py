@@ -73,9 +73,8 @@ class Frontend:
         return self._dispatcher.queues()
 
     async def until_ready(self) -> None:
-        """Returns when every model that is to be loaded at the start has been."""
+        """Returns when every model that is to be loaded at the start has been, or has failed to."""
         await self._started.wait()
-        await asyncio.gather(*(queue.until_ready() for queue in self.queues))
 
     async def until_stopping(self) -> None:
         """Returns when it has been told to stop, by `stop` or a signal."""

@@ -34,7 +34,8 @@ class Place:
     steps_done: dict[int, int] = field(default_factory=dict)  # by image index; reset when the request starts over
     attempts: int = 0  # workers it was given to
     losses: int = 0  # of those workers, the ones that were lost
-    strikes: int = 0  # of those losses, the ones where the worker had started this request or held no other
+    strikes: int = 0  # of those losses, the ones where the worker had started it, or had it and held no other
+    doubts: int = 0  # those where it held no other, and is not known to have had it
 
     @property
     def suspect(self) -> bool:
@@ -100,17 +101,13 @@ class Assignment:
 
         While no worker serves, by the costs last known.
         """
-        request = place.request
-        rows = 2 if request.guided else 1
-        costs = self._costs if place.worker is None else place.worker.costs
-        image = costs.image(request.height, request.width, steps=request.num_inference_steps, rows=rows)
-        steps = request.num_inference_steps * request.num_images
-        return image * request.num_images * (1 - sum(place.steps_done.values()) / steps)
+        return _seconds(place, self._costs if place.worker is None else place.worker.costs)
 
     def forecasts(self, waiting: Sequence[Place]) -> list[float] | None:
         """Seconds until each of `waiting`, the head of the queue, starts; None while no worker serves."""
-        held = {w: [self._work(p) for p in self.held(w)] for w in self.ready()}
-        return starting_times([self._work(place) for place in waiting], held)
+        costs = self._costs
+        held = {w: [self._work(p, w.costs) for p in self.held(w)] for w in self.ready()}
+        return starting_times([self._work(place, costs) for place in waiting], held)
 
     @property
     def _costs(self) -> CostTable:
@@ -141,5 +138,13 @@ class Assignment:
         ahead = sum(self._rank(p) <= rank for p in held)
         return ahead < self._window and len(held) < MOST_WINDOWS * self._window
 
-    def _work(self, place: Place) -> Work:
-        return Work(self._rank(place), self.seconds(place))
+    def _work(self, place: Place, costs: CostTable) -> Work:
+        return Work(self._rank(place), _seconds(place, costs))
+
+
+def _seconds(place: Place, costs: CostTable) -> float:
+    request = place.request
+    rows = 2 if request.guided else 1
+    image = costs.image(request.height, request.width, steps=request.num_inference_steps, rows=rows)
+    steps = request.num_inference_steps * request.num_images
+    return image * request.num_images * (1 - sum(place.steps_done.values()) / steps)

@@ -41,7 +41,9 @@ class Metrics:
             "outcome",
         )
         self.duration = self._histogram(
-            "zserve_request_duration_seconds", "Arrival to last event, of requests that succeeded", SECONDS
+            "zserve_request_duration_seconds",
+            "Arrival until the client has taken the last event, of requests that succeeded",
+            SECONDS,
         )
         self.stages = self._histogram(
             "zserve_stage_duration_seconds",

@@ -6,7 +6,7 @@ A worker orders the requests it has step by step; the others wait here, where th
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from server.config import ModelConfig
@@ -36,7 +36,6 @@ class ModelQueue:
         self._clock = clock
         self._turns = Turns[Place](lambda place: place.claim)
         self._assignment = Assignment(self.workers, 2 * config.max_batch_size, self._rank)
-        self._changed = asyncio.Event()
         self._telling: asyncio.TimerHandle | None = None
         self._closed: ZServeError | None = None
 
@@ -104,13 +103,15 @@ class ModelQueue:
             queue_timeout_at=float("inf") if timeout is None else now + timeout,
         )
         self._turns.add(place, now)
+        standing = self._standing(place)
         try:
-            self._check_deadline(place)
+            self._check_deadline(place, standing)
         except ZServeError:
             self._turns.remove([place])
             raise
         self.change()
-        self._tell([place])
+        if place.worker is None:
+            self._tell(place, standing)
         return place
 
     def leave(self, place: Place) -> None:
@@ -118,8 +119,10 @@ class ModelQueue:
         self._take_out(place)
         self.change()
 
-    def lose(self, place: Place) -> None:
-        """Records that the place's worker was lost, perhaps because of it.
+    def lose(self, place: Place, *, reached: bool | None) -> None:
+        """Records that the place's worker was lost: if the request had `reached` it, perhaps because of that.
+
+        Where that is not known (None), it is a doubt, which counts once the request has had all its attempts.
 
         Raises:
             ZServeError: the queue is closed and its workers are being stopped, which is no request's fault.
@@ -127,11 +130,13 @@ class ModelQueue:
         if self._closed is not None:
             raise self._closed
         place.losses += 1
-        if place.started or place.alone:
+        if place.started or (place.alone and reached):
             place.strikes += 1
+        elif place.alone and reached is None:
+            place.doubts += 1
         place.queue_timeout_at = float("inf")  # it got its worker in time; the loss is not its own delay
         self._take_out(place)
-        place.started, place.steps_done = False, {}
+        place.started, place.steps_done, place.standing = False, {}, None
         self.change()
 
     def rejoin(self, place: Place) -> None:
@@ -146,9 +151,12 @@ class ModelQueue:
             DeadlinePassedError: its deadline cannot be met any more.
             QueueTimeoutError: its queue timeout has passed.
         """
+        if place.worker is not None:
+            return
         now = self._clock()
-        self._check_deadline(place)
-        if now < place.queue_timeout_at or place.worker is not None:
+        if place.claim.deadline is not None:
+            self._check_deadline(place, self._standing(place))
+        if now < place.queue_timeout_at:
             return
         policy = self.config.queue.of(place.request.priority)
         if policy.on_timeout is TimeoutAction.REJECT:
@@ -179,15 +187,8 @@ class ModelQueue:
     def change(self) -> None:
         """Reacts to a change: workers with room go to waiting requests, and these learn where they stand."""
         self._turns.remove(self._assignment.assign(self._turns.ordered(self._clock())))
-        self._changed.set()
         if self._telling is None and len(self._turns):
             self._telling = asyncio.get_running_loop().call_later(TELL_EVERY, self._tell_all)
-
-    async def until_ready(self) -> None:
-        """Returns when every worker serves."""
-        while len(self._assignment.ready()) < len(self.workers):
-            self._changed.clear()
-            await self._changed.wait()
 
     def _take_out(self, place: Place) -> None:
         self._turns.remove([place])
@@ -197,18 +198,24 @@ class ModelQueue:
         return place.claim.rank(self._clock())
 
     def _tell_all(self) -> None:
+        """Tells all that wait their position and expected start, where the position has changed."""
         self._telling = None
-        self._tell(set(self._turns.ordered(self._clock())))
-
-    def _tell(self, places: Collection[Place]) -> None:
-        """Tells those of `places` that wait their position and expected start, if the position has changed."""
         ordered = self._turns.ordered(self._clock())
-        starts = self._assignment.forecasts(ordered)
-        for ahead, place in enumerate(ordered):
-            position = ahead + self._assignment.unstarted
-            if place in places and (place.standing is None or place.standing.position != position):
-                place.standing = Queued(position, None if starts is None else 1e3 * starts[ahead])
-                place.moved.set()
+        starts, unstarted = self._assignment.forecasts(ordered), self._assignment.unstarted
+        for position, place in enumerate(ordered, unstarted):
+            if place.standing is None or place.standing.position != position:
+                self._tell(place, _queued(position, None if starts is None else starts[position - unstarted]))
+
+    def _tell(self, place: Place, standing: Queued) -> None:
+        place.standing = standing
+        place.moved.set()
+
+    def _standing(self, place: Place) -> Queued:
+        """Where a waiting place stands."""
+        ordered = self._turns.ordered(self._clock())
+        up_to_it = ordered[: ordered.index(place) + 1]
+        starts = self._assignment.forecasts(up_to_it)
+        return _queued(self._assignment.unstarted + len(up_to_it) - 1, None if starts is None else starts[-1])
 
     def _check_ready(self) -> None:
         if self.ready or any(w.state is WorkerState.RESTARTING for w in self.workers):
@@ -217,26 +224,28 @@ class ModelQueue:
             f"model {self.config.name!r} is not ready ({self.reason}); try again later", retry_after=5.0
         )
 
-    def _check_room(self, priority: int, max_size: int) -> None:
+    def _check_room(self, priority: int, max_size: int | None) -> None:
         level = [p for p in self._turns.ordered(self._clock()) if p.request.priority == priority]
-        if len(level) >= max_size:
+        if max_size is not None and len(level) >= max_size:
             raise QueueFullError(
                 f"model {self.config.name!r} has {len(level)} requests of priority {priority} waiting; max_queue_size "
                 f"{max_size} is reached. Try again later",
                 retry_after=self.retry_after,
             )
 
-    def _check_deadline(self, place: Place) -> None:
+    def _check_deadline(self, place: Place, standing: Queued) -> None:
         """Raises DeadlinePassedError if, by the measured costs, a waiting place cannot meet its deadline."""
-        if place.claim.deadline is None or place.worker is not None:
+        if place.claim.deadline is None:
             return
         now, own = self._clock(), self._assignment.seconds(place)
-        ordered = self._turns.ordered(now)
-        starts = self._assignment.forecasts(ordered[: ordered.index(place) + 1])
-        wait = 0.0 if starts is None else starts[-1]
+        wait = (standing.estimated_start_ms or 0.0) / 1e3
         if now + BATCHING_GAIN * wait + own >= place.claim.deadline:
             left = max(0.0, place.claim.deadline - now)
             raise DeadlinePassedError(
                 f"the deadline, {left:.3g} s from now, cannot be met: the request needs {own:.3g} s of the device, "
                 f"which is free for it in {wait:.3g} s. Allow more time, or ask for fewer steps or a smaller size"
             )
+
+
+def _queued(position: int, start: float | None) -> Queued:
+    return Queued(position, None if start is None else 1e3 * start)

@@ -131,15 +131,16 @@ class Serving:
             ZServeError: the request ends here.
         """
         place, request = self._place, self._request
-        self._queue.lose(place)
-        if place.strikes >= POISON:
+        self._queue.lose(place, reached=error.reached)
+        is_last = place.attempts > self._max_retries
+        if place.strikes + (place.doubts if is_last else 0) >= POISON:
             self._metrics.poisoned.labels(self._queue.config.name).inc()
             log.error("request %s is refused: %d workers ended with it; %r", request.request_id, POISON, request)
             raise PoisonRequestError(
                 f"{POISON} worker processes ended with request {request.request_id}, the last one with nothing else to "
                 "do; do not send it again as it is"
             )
-        if place.attempts > self._max_retries:
+        if is_last:
             error.retry_after = 1.0
             raise error
         self._queue.rejoin(place)

@@ -1,4 +1,6 @@
-"""One model of the repository and its versions: their states, their folders, and how changes are detected."""
+"""What a served model is made of: the state of a version, its folder and how a change of it is detected, what a load
+request brings.
+"""
 
 import asyncio
 import logging

@@ -27,7 +27,9 @@ FIRST_BACKOFF, LONGEST_BACKOFF = 0.5, 30.0  # seconds between restarts of a work
 KILL_AFTER = 5.0  # seconds from SIGTERM to SIGKILL
 HEARTBEAT_EVERY = 1.0  # seconds
 LOOK_EVERY = 0.05  # seconds between two checks whether a process has ended
-CHANNEL_GRACE = 1.0  # seconds for the calls of a worker that has ended to fail, and for the rest of its output
+# Seconds for the rest of a worker's output once it has ended, and for its calls to fail; those still open then are
+# cancelled.
+CHANNEL_GRACE = 1.0
 KEPT_BYTES = 16 * 1024  # of a worker's standard output, the end of which tells why the worker ended
 # How a process that runs bad machine code ends. SIGKILL is not among them: it means the system is short of memory.
 CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}

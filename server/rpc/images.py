@@ -1,5 +1,6 @@
 """`zserve.v1.ImageGeneration`, both sides: the servicer over any `ImageService`, and the client a frontend uses."""
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
@@ -35,6 +36,8 @@ WORKER_CHANNEL_OPTIONS = [
 # a worker heeds them.
 WAITED, DELAYED = "zserve-waited-ms", "zserve-delayed"
 MOST_DIGITS = 15
+# What a worker answers before it does anything else: only a request that has reached it can be what ends it.
+REACHED = "zserve-reached"
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -46,6 +49,8 @@ class ImageGenerationServicer(pb_grpc.ImageGenerationServicer):
         self._service = service
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncGenerator[pb.GenerateEvent, None]:
+        if WAITED in _told(context):  # by a frontend: to clients, a call that has headers is one not to be retried
+            await context.send_initial_metadata(((REACHED, ""),))
         decoded = self._decode(request, context)
         async with aclosing(self._service.generate(decoded)) as events:
             async for event in events:
@@ -71,9 +76,14 @@ class ImageGenerationServicer(pb_grpc.ImageGenerationServicer):
     def _decode(self, request: pb.GenerateRequest, context: Context) -> GenerationRequest:
         model = self._service.model(request.model)
         decoded = convert.decode_request(request, model.config, context.time_remaining())
-        told = {str(name): str(value) for name, value in context.invocation_metadata() or ()}
+        told = _told(context)
         waited = told.get(WAITED, "")[:MOST_DIGITS]
         return replace(decoded, waited=int(waited) / 1e3 if waited.isdecimal() else 0.0, delayed=DELAYED in told)
+
+
+def _told(context: Context) -> dict[str, str]:
+    """The metadata of the call."""
+    return {str(name): str(value) for name, value in context.invocation_metadata() or ()}
 
 
 def _encode_status(status: ModelStatus) -> pb.Model:
@@ -111,6 +121,7 @@ class ImageGenerationClient:
             ZServeError: what the worker raised.
         """
         told = [(WAITED, str(round(1e3 * request.waited))), *([(DELAYED, "")] if request.delayed else [])]
+        connected = self._channel.get_state() is grpc.ChannelConnectivity.READY
         call = self._stub.Generate(convert.encode_request(request), timeout=request.timeout, metadata=told)
         try:
             async for message in call:
@@ -118,18 +129,32 @@ class ImageGenerationClient:
                 if event is not None:
                     yield event
         except grpc.aio.AioRpcError as error:
-            raise _raised_by_worker(error) from None
+            raise _raised_by_worker(error, connected) from None
+        except asyncio.CancelledError:
+            if _is_being_cancelled():
+                raise
+            message = "the channel to the worker was closed while it had the request; send it again"
+            raise WorkerLostError(message, reached=None if connected else False) from None
         finally:
             call.cancel()
 
     async def close(self, grace: float | None = None) -> None:
-        """Closes the channel; calls under way are cancelled after `grace` seconds."""
+        """Closes the channel; calls still under way after `grace` seconds lose their worker."""
         await self._channel.close(grace)
 
 
-def _raised_by_worker(error: grpc.aio.AioRpcError) -> ZServeError:
+def _is_being_cancelled() -> bool:
+    """Whether the running task is; to its caller, a call that is cancelled by `close` looks the same."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _raised_by_worker(error: grpc.aio.AioRpcError, connected: bool) -> ZServeError:
     details = error.details() or ""
     # CANCELLED does not come from here: the worker cancelled the call, because it was told to stop.
     if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
-        return WorkerLostError(f"the worker process ended while it had the request ({details}); send it again")
+        message = f"the worker process ended while it had the request ({details}); send it again"
+        # Where this event loop is busy, gRPC may report the end of a call without what was received before it.
+        reached = True if REACHED in (error.initial_metadata() or ()) else None if connected else False
+        return WorkerLostError(message, reached=reached)
     return error_of_status(error.code(), details)

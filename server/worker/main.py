@@ -1,8 +1,8 @@
 """The worker process: load -> warm up -> serve on a Unix socket until told to stop.
 
-Started by the frontend as `python -m server.worker.main --model=... --socket=...` (see `WorkerConfig`). It serves only
-once it is warm, so a worker that accepts connections is ready. It ends on SIGTERM, and by itself when its standard
-input closes, which means that the frontend is gone, however it ended.
+Started by the frontend as `python -m server.worker.main` and a `WorkerConfig` as JSON. It serves only once it is warm,
+so a worker that accepts connections is ready. It ends on SIGTERM, and by itself when its standard input closes, which
+means that the frontend is gone, however it ended.
 """
 
 import asyncio

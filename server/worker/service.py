@@ -8,6 +8,7 @@ import itertools
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import ParamSpec, TypeVar
 
@@ -124,7 +125,8 @@ class WorkerService:
         events: asyncio.Queue[LoopEvent] = asyncio.Queue()
 
         def listen(event: LoopEvent) -> None:
-            here.call_soon_threadsafe(events.put_nowait, event)
+            with suppress(RuntimeError):  # the event loop is closed: the process is ending, and nobody listens
+                here.call_soon_threadsafe(events.put_nowait, event)
 
         self._loop.submit(sequences, listen)
         while True:

@@ -13,6 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import grpc
+import grpc.aio
 import numpy as np
 import psutil
 import pytest
@@ -20,6 +22,7 @@ import tritonclient.grpc.aio as triton
 
 from client import GenerationFailedError
 from client.messages import ImageRequest
+from protos.zserve.v1 import image_generation_pb2_grpc as pb_grpc
 from server.config import ControlMode, FallbackPolicy
 from server.errors import EngineLoadError, OvertakenError, WorkerLostError
 from server.frontend import workers
@@ -29,10 +32,11 @@ from server.frontend.serving import Serving
 from server.frontend.workers import KEPT_BYTES, Worker, WorkerState, _end_of
 from server.launch import WorkerConfig
 from server.requests import GenerationRequest, Started
-from server.rpc.images import ImageGenerationClient
+from server.rpc.convert import encode_request
+from server.rpc.images import REACHED, WAITED, ImageGenerationClient
 from server.settings import TraceLevel, TraceSettings
 from tests.conftest import MODEL
-from tests.fakes import a_request
+from tests.fakes import FakeImages, a_request
 from tests.integration.frontend import Running, Seen, draw, light_repository, make_repository, serving
 from tests.integration.light_worker import LIGHT
 from tests.integration.process import PATIENCE, is_gone, wait_for
@@ -55,6 +59,8 @@ class Alone:
             threads=1,
             fallback=FallbackPolicy.EAGER,
             accepted=model,
+            patience=PATIENCE,
+            start_patience=PATIENCE,
         )
         self._changed = asyncio.Event()
         self.worker = Worker(config, lambda _: self._changed.set(), command)
@@ -108,6 +114,23 @@ async def test_a_worker_that_is_slow_to_serve_is_looked_for_often(tmp_path: Path
     )  # of several, since a busy machine adds to each; gRPC's own are 2.5, 4 and 6.5 s by now
 
 
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_a_call_that_is_open_when_its_channel_closes_has_lost_its_worker(cancelled: bool) -> None:
+    """And is not taken for cancelled, which would end its request without an answer."""
+    images = FakeImages(1, None)
+    async with images.serving() as address:
+        client = ImageGenerationClient(address)
+        events = client.generate(a_request())
+        await anext(events)
+        calling = asyncio.ensure_future(anext(events))
+        await asyncio.sleep(0)
+        if cancelled:
+            calling.cancel()
+        await client.close(0.01)
+        with pytest.raises(asyncio.CancelledError if cancelled else WorkerLostError):
+            await calling
+
+
 async def test_of_what_a_worker_prints_the_end_is_kept() -> None:
     stream = asyncio.StreamReader()
     for line in range(10_000):
@@ -154,6 +177,24 @@ async def test_a_worker_that_is_stopped_amid_a_step_ends_as_it_should(repository
         assert process is not None
     assert process.process.returncode == 0
     assert "UNAVAILABLE" in str((await asyncio.gather(drawing, return_exceptions=True))[0])
+
+
+@pytest.mark.parametrize("told", [(), ((WAITED, "0"),)])
+async def test_a_worker_says_that_a_request_has_reached_it_to_a_frontend(
+    server: Running, tmp_path: Path, told: tuple[tuple[str, str], ...]
+) -> None:
+    async with grpc.aio.insecure_channel(f"unix:{server.workers[0].config.socket}") as channel:
+        stub: Any = pb_grpc.ImageGenerationStub(channel)
+        call = stub.Generate(encode_request(held(tmp_path / "never")), metadata=told)
+        assert (REACHED in await call.initial_metadata()) is bool(told)
+
+
+async def test_a_request_that_comes_upon_ended_workers_is_not_to_blame(tmp_path: Path) -> None:
+    models = light_repository(tmp_path / "models", "instance_group { count: 2 kind: KIND_CPU }")
+    async with serving(models, LIGHT) as server:
+        for worker in server.workers:
+            os.kill(worker.pid or 0, signal.SIGKILL)
+        assert (await draw(server.client, ImageRequest("x"))).kinds[-1] == "completed"
 
 
 async def test_tritons_requests_wait_too_while_the_only_worker_is_replaced(server: Running) -> None:
@@ -269,7 +310,7 @@ async def test_a_worker_that_could_never_be_started_has_failed(tmp_path: Path) -
 
 HALF = """
 import os, pathlib, sys, time
-if "--version=2" in sys.argv and "--instance=light-1" in sys.argv:
+if '"version": "2"' in sys.argv[1] and '"instance": "light-1"' in sys.argv[1]:
     gate = pathlib.Path(os.environ["GATE"])
     while not gate.exists():
         time.sleep(0.02)

@@ -31,6 +31,7 @@ SERVER_MAY_SEE = {
     "export.plans",
     "export.packages",
     "export.profiles",
+    "export.parsing",
 }
 PROJECT = ("export", "server", "verify", "client", "protos", "demo", "benchmarks", "tests")
 WIRE = ("protos", "tritonclient", "grpc_health", "grpc_reflection")

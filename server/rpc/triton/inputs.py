@@ -14,7 +14,8 @@ from tritonclient.grpc import service_pb2 as pb
 
 from server.errors import InvalidRequestError
 from server.rpc.images import MAX_MESSAGE_BYTES
-from server.rpc.triton.regions import REGION, Place, Regions, read_place
+from server.rpc.triton.regions import REGION, Place, read_place
+from server.rpc.triton.shared_memory import SharedMemory
 from server.tensors import DataType, ModelSpec, Tensor, TensorSpec, element_count, join_strings, string_places
 
 PIECE = 8192  # elements between two turns of the event loop: a few milliseconds
@@ -40,7 +41,7 @@ TYPED = {
 }
 
 
-async def decode_inputs(message: pb.ModelInferRequest, spec: ModelSpec, regions: Regions) -> dict[str, Tensor]:
+async def decode_inputs(message: pb.ModelInferRequest, spec: ModelSpec, regions: SharedMemory) -> dict[str, Tensor]:
     """The inputs by name.
 
     Raises:
@@ -52,7 +53,7 @@ async def decode_inputs(message: pb.ModelInferRequest, spec: ModelSpec, regions:
 class _Inputs:
     """Reads the inputs of one message."""
 
-    def __init__(self, message: pb.ModelInferRequest, spec: ModelSpec, regions: Regions) -> None:
+    def __init__(self, message: pb.ModelInferRequest, spec: ModelSpec, regions: SharedMemory) -> None:
         self._message, self._spec, self._regions = message, spec, regions
         self._where = f"for model '{spec.name}'"
         self._prefix = f"[request id: {message.id or '<id_unknown>'}] "

@@ -13,7 +13,6 @@ from server.queue_policy import read_queue_policy
 from server.tensors import DataType, ModelSpec, TensorSpec
 
 TYPE_PREFIX = "TYPE_"
-NO_BOUND = 0  # other backends' requests may be short, so that many can wait without an overload
 TYPE_STRING = "TYPE_STRING"  # the config's name for BYTES
 IMAGE_BACKEND = "z_image"  # reads the config itself, and takes other fields (`server.config`)
 FIELDS = {
@@ -72,7 +71,8 @@ def parse_model_file(text: str, name: str) -> ModelFile:
         decoupled=config.model_transaction_policy.decoupled,
         instances=sum(g.count or 1 for g in config.instance_group) or 1,
         versions=_version_policy(config.version_policy),
-        queue=read_queue_policy(config.dynamic_batching, f"model {name!r}", max_size=NO_BOUND),
+        # No bound: other backends' requests may be short, so that many can wait without an overload.
+        queue=read_queue_policy(config.dynamic_batching, f"model {name!r}", max_size=None),
         dynamic_batching=config.HasField("dynamic_batching"),
         parameters={key: p.string_value for key, p in config.parameters.items()},
     )

@@ -37,19 +37,6 @@ class Region(Protocol):
         """Lets go of the memory."""
 
 
-class Regions(Protocol):
-    """Shared memory by the name it was registered under; never outside what was registered."""
-
-    def check(self, place: Place) -> None:
-        """Raises what reading or writing `place` would."""
-
-    async def read(self, place: Place) -> bytes:
-        """All bytes of the range."""
-
-    async def write(self, place: Place, data: bytes) -> None:
-        """Puts `data` at the start of the range."""
-
-
 def read_place(parameters: Mapping[str, Any], what: str) -> Place:
     """The range of shared memory that an input or output names."""
     size = parameters[REGION_SIZE].int64_param if REGION_SIZE in parameters else 0

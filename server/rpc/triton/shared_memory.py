@@ -17,7 +17,7 @@ R = TypeVar("R", bound=Region)
 
 
 class SharedMemory:
-    """All registered regions."""
+    """All registered regions; nothing outside what was registered is ever read or written."""
 
     def __init__(self, *, allowed: bool, cuda: CudaMemory | None = None) -> None:
         self._allowed = allowed
@@ -40,11 +40,12 @@ class SharedMemory:
         await self._register(name, partial(self._cuda.open, name, handle, device_id, byte_size))
 
     async def unregister(self, kind: type[Region], name: str) -> None:
-        """Forgets one region, or all of the kind where `name` is empty."""
+        """Forgets one region, or all of the kind where `name` is empty.
+
+        Continues if the client goes away, as what is no more in the list must be closed.
+        """
         self.check_allowed()
-        async with self._changing:
-            for known in self._of(kind, name):
-                await self._regions.pop(known).close()
+        await asyncio.shield(self._remove(kind, name))
 
     def status(self, kind: type[R], name: str) -> dict[str, R]:
         """The regions of a kind by name: all, or the one asked for."""
@@ -60,11 +61,11 @@ class SharedMemory:
         )
 
     def check(self, place: Place) -> None:
-        """See `Regions`."""
+        """Raises what reading or writing `place` would."""
         self._region(place)
 
     async def read(self, place: Place) -> bytes:
-        """See `Regions`."""
+        """All bytes of the range."""
         pieces = []
         async for begin, end in _pieces(place.size):
             data = await self._region(place).read(place.offset + begin, end - begin)
@@ -74,7 +75,7 @@ class SharedMemory:
         return b"".join(pieces)
 
     async def write(self, place: Place, data: bytes) -> None:
-        """See `Regions`."""
+        """Puts `data` at the start of the range."""
         async for begin, end in _pieces(len(data)):
             await self._region(place).write(place.offset + begin, data[begin:end])
 
@@ -102,6 +103,11 @@ class SharedMemory:
             if name in self._regions:
                 raise AlreadyExistsError(f"shared memory region '{name}' already in manager")
             self._regions[name] = await opening()
+
+    async def _remove(self, kind: type[Region], name: str) -> None:
+        async with self._changing:
+            for known in self._of(kind, name):
+                await self._regions.pop(known).close()
 
     def _of(self, kind: type[R], name: str) -> dict[str, R]:
         return {n: r for n, r in self._regions.items() if isinstance(r, kind) and name in ("", n)}

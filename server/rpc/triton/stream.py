@@ -105,6 +105,8 @@ class InferStream:
             await self._fail(error, response, before)
         finally:
             self._end(trace)
+        if model.spec.decoupled and previous is not None:
+            await asyncio.wait({previous})  # who waits for this one waits for all before it
 
     async def _respond(
         self, model: Model, call: InferCall, trace: Trace | None, before: asyncio.Task[None] | None

@@ -8,7 +8,8 @@ from tritonclient.grpc import service_pb2 as pb
 from server.errors import InvalidRequestError, UnsupportedError, ZServeError
 from server.rpc.triton.inputs import decode_inputs
 from server.rpc.triton.parameters import RequestParameters, decode_parameters, encode_parameters
-from server.rpc.triton.regions import REGION, REGION_OFFSET, REGION_SIZE, Place, Regions, read_place
+from server.rpc.triton.regions import REGION, REGION_OFFSET, REGION_SIZE, Place, read_place
+from server.rpc.triton.shared_memory import SharedMemory
 from server.tensors import (
     Delivery,
     InferRequest,
@@ -27,7 +28,7 @@ class InferCall:
     request: InferRequest
     empty_final: bool
     outputs: Mapping[str, Place | None]  # those asked for; empty: all of them
-    regions: Regions
+    regions: SharedMemory
 
     async def encode(self, response: InferResponse, message: pb.ModelInferResponse) -> None:
         """Writes one response to this request into `message`: one built elsewhere would have to be copied."""
@@ -58,7 +59,12 @@ class InferCall:
 
 
 async def decode_call(
-    message: pb.ModelInferRequest, spec: ModelSpec, regions: Regions, *, seconds_left: float | None, delivery: Delivery
+    message: pb.ModelInferRequest,
+    spec: ModelSpec,
+    regions: SharedMemory,
+    *,
+    seconds_left: float | None,
+    delivery: Delivery,
 ) -> InferCall:
     """The request, checked against the model's signature in Triton's order: parameters, inputs, outputs.
 
@@ -80,7 +86,7 @@ async def decode_call(
     return InferCall(request, parameters.empty_final, _decode_outputs(message, spec, regions), regions)
 
 
-def _decode_outputs(message: pb.ModelInferRequest, spec: ModelSpec, regions: Regions) -> dict[str, Place | None]:
+def _decode_outputs(message: pb.ModelInferRequest, spec: ModelSpec, regions: SharedMemory) -> dict[str, Place | None]:
     outputs: dict[str, Place | None] = {}
     known = [t.name for t in spec.outputs]
     for item in message.outputs:
@@ -98,7 +104,7 @@ def _decode_outputs(message: pb.ModelInferRequest, spec: ModelSpec, regions: Reg
     return outputs
 
 
-def _decode_place(item: pb.ModelInferRequest.InferRequestedOutputTensor, regions: Regions) -> Place | None:
+def _decode_place(item: pb.ModelInferRequest.InferRequestedOutputTensor, regions: SharedMemory) -> Place | None:
     if REGION not in item.parameters:
         return None
     place = read_place(item.parameters, f"output '{item.name}'")

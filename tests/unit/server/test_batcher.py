@@ -55,6 +55,19 @@ async def test_rows_of_different_shapes_do_not_share_a_batch() -> None:
     assert runs.batches == [["a"], ["b", "c"]]
 
 
+async def test_rows_of_equal_shapes_share_a_batch_in_whatever_order_their_inputs_are() -> None:
+    def named(one: str, other: str) -> InferRequest:
+        """The first of the two inputs is one wide, the second two."""
+        tensors = (Tensor(name, DataType.UINT8, (1, width), bytes(width)) for name, width in ((one, 1), (other, 2)))
+        return InferRequest(SPEC, one + other, {tensor.name: tensor for tensor in tensors})
+
+    same = replace(named("A", "B"), inputs=dict(reversed(named("A", "B").inputs.items())))
+    runs = Runs(QueuePolicy(max_delay=0.001), rows=4)
+    runs.go.set()
+    await asyncio.gather(*runs.start(named("A", "B"), same, named("B", "A")))
+    assert runs.batches == [["AB", "AB"], ["BA"]]
+
+
 async def test_priority_goes_first_then_arrival() -> None:
     runs = Runs(QueuePolicy(levels=3, default_level=2))
     tasks = runs.start(*(a_request(name=n, priority=p) for n, p in (("x", 0), ("low", 3), ("none", 0), ("high", 1))))
@@ -143,6 +156,20 @@ async def test_a_late_request_is_refused() -> None:
     running, waiting = runs.start(a_request(), a_request())
     with pytest.raises(QueueTimeoutError, match=r"^Request timeout expired$"):
         await waiting
+    runs.go.set()
+    await running
+
+
+async def test_a_request_that_is_cancelled_as_its_time_is_up_is_cancelled() -> None:
+    runs = Runs(QueuePolicy(default=LevelPolicy(timeout=PATIENCE)))
+    running, waiting = runs.start(a_request(), a_request())
+    await asyncio.sleep(0)
+    (place,) = runs.batcher._waiting
+    waiting.cancel()
+    runs.batcher._expire(place)  # in the same turn of the event loop, before the task goes on
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert runs.statistics.pending == 0
     runs.go.set()
     await running
 

@@ -92,7 +92,7 @@ def test_the_queue_of_a_config() -> None:
     assert file.queue == QueuePolicy(
         levels=3,
         default_level=2,
-        default=LevelPolicy(0, 2.0, TimeoutAction.DELAY),
+        default=LevelPolicy(None, 2.0, TimeoutAction.DELAY),
         by_level={3: LevelPolicy(5)},
         max_delay=0.0005,
     )

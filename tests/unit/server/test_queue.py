@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -141,6 +141,21 @@ async def test_places_learn_where_they_stand() -> None:
     assert (fourth.standing.position, fourth.standing.estimated_start_ms) == (2, 2000.0)
 
 
+async def test_who_waits_again_after_a_loss_is_told_where_it_stands_now() -> None:
+    worker = StoppedWorker()
+    queue = make(worker)
+    places = enter(queue, 2)
+    events = Serving(queue, a_request(), max_retries=3, metrics=Metrics()).events()
+    assert await anext(events) == Queued(2, 2000.0)
+    for place in places:
+        queue.leave(place)
+    assert isinstance(await anext(events), Started)
+    worker.state = WorkerState.RESTARTING
+    worker.stop.set()
+    assert await anext(events) == Queued(0)
+    await events.aclose()
+
+
 async def test_who_waits_while_no_worker_serves_is_promised_no_start() -> None:
     worker = FakeWorker(state=WorkerState.RESTARTING)
     queue = make(worker)
@@ -158,6 +173,12 @@ async def test_a_full_queue_refuses_with_advice() -> None:
     enter(queue, priority=5)  # a level of its own
 
 
+async def test_without_a_bound_any_number_waits() -> None:
+    queue = make(FakeWorker(), queue=QueuePolicy(default=LevelPolicy(max_size=None)))
+    enter(queue, 200)
+    assert queue.waiting == 198
+
+
 async def test_what_cannot_meet_its_deadline_is_refused_at_once() -> None:
     queue = make(FakeWorker())
     with pytest.raises(DeadlinePassedError, match="needs 1 s of the device"):
@@ -167,6 +188,23 @@ async def test_what_cannot_meet_its_deadline_is_refused_at_once() -> None:
         enter(queue, timeout=3.5)
     (urgent,) = enter(queue, priority=2, timeout=3.5)
     assert urgent.worker is not None
+
+
+async def test_an_arrival_is_forecast_once_and_not_who_is_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A queue may be a thousand long, and all of this runs on the frontend's only event loop."""
+    queue = make(FakeWorker(), queue=QueuePolicy())
+    enter(queue, 4, priority=1)
+    enter(queue, 20, priority=5)
+    forecasts, lengths = queue._assignment.forecasts, []
+
+    def counted(waiting: Sequence[Place]) -> list[float] | None:
+        lengths.append(len(waiting))
+        return forecasts(waiting)
+
+    monkeypatch.setattr(queue._assignment, "forecasts", counted)
+    (place,) = enter(queue, priority=1, timeout=100.0)
+    assert lengths == [3]
+    assert place.standing == Queued(4, 4000.0)
 
 
 async def test_a_deadline_that_shared_steps_may_meet_is_accepted() -> None:
@@ -206,7 +244,7 @@ async def test_who_had_a_worker_in_time_is_not_timed_out_by_the_queue_after_a_lo
     (place,) = enter(queue)
     place.started = started
     worker.state = WorkerState.RESTARTING
-    queue.lose(place)
+    queue.lose(place, reached=True)
     queue.rejoin(place)
     clock.now = 6.0
     assert queue.patience(place) is None
@@ -317,9 +355,10 @@ class Reader(FakeWorker):
     `next` are the processes that take its place.
     """
 
-    def __init__(self, *, after: "Reader | None" = None) -> None:
+    def __init__(self, *, tells: bool, after: "Reader | None" = None) -> None:
         state = WorkerState.READY if after is None else WorkerState.RESTARTING
         super().__init__(state=state)
+        self.tells = tells  # that requests have reached it
         self.ended = asyncio.Event()
         self.next: Reader | None = None
         if after is not None:
@@ -334,15 +373,16 @@ class Reader(FakeWorker):
                 self.next.state = WorkerState.READY
         with suppress(TimeoutError):
             await asyncio.wait_for(self.ended.wait(), 0.05)
-            raise WorkerLostError("gone")
+            raise WorkerLostError("gone", reached=self.tells or None)
         async for event in super().generate(request):
             yield event
 
 
-async def test_a_request_that_ends_workers_as_they_read_it_is_found_and_nobody_fails_with_it() -> None:
-    workers = [Reader()]
+@pytest.mark.parametrize("tells", [True, False])
+async def test_a_request_that_ends_workers_as_they_read_it_is_found_and_nobody_fails_with_it(tells: bool) -> None:
+    workers = [Reader(tells=tells)]
     for _ in range(9):
-        workers.append(Reader(after=workers[-1]))
+        workers.append(Reader(tells=tells, after=workers[-1]))
     queue = make(*workers, max_batch_size=2, queue=QueuePolicy(levels=5))
     good = [serve(queue, priority=level) for level in (3, 3, 3)]
     bad = serve(queue, priority=5)
@@ -353,6 +393,20 @@ async def test_a_request_that_ends_workers_as_they_read_it_is_found_and_nobody_f
     assert queue.running == queue.waiting == 0
 
 
+class Gone(FakeWorker):
+    """Has ended, which is noticed when it is given a request."""
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        self.state = WorkerState.RESTARTING
+        raise WorkerLostError("nobody is there")
+        yield
+
+
+async def test_who_comes_upon_workers_that_have_ended_is_not_to_blame() -> None:
+    events = await serve(make(Gone(), Gone(), FakeWorker()))
+    assert [e.attempt for e in events if isinstance(e, Started)] == [3]
+
+
 async def test_a_suspect_gets_a_worker_for_itself() -> None:
     first, second = FakeWorker("a"), FakeWorker("b")
     queue = make(first, second)
@@ -360,7 +414,7 @@ async def test_a_suspect_gets_a_worker_for_itself() -> None:
     suspect = next(p for p in places if p.worker is first)  # type: ignore[comparison-overlap]
     suspect.started = True
     first.state = WorkerState.RESTARTING
-    queue.lose(suspect)
+    queue.lose(suspect, reached=True)
     queue.rejoin(suspect)
     others = [p for p in places if p.worker is second]  # type: ignore[comparison-overlap]
     assert suspect.worker is None

@@ -1,5 +1,6 @@
 """What a worker answers: the request's own story, timed where it happened."""
 
+import asyncio
 import dataclasses
 import time
 from contextlib import aclosing
@@ -58,6 +59,29 @@ async def test_no_time_is_counted_twice_when_the_event_loop_is_late() -> None:
     assert timings.denoise_ms == 1e3 * STAGE
     stages = timings.queue_ms + timings.encode_ms + timings.denoise_ms + timings.decode_ms + timings.image_encode_ms
     assert 1e3 * STAGE <= stages <= timings.total_ms
+
+
+class KeepingLoop(LateLoop):
+    """A device thread that is in the middle of a step when the process is told to end."""
+
+    listener: Listener
+
+    def submit(self, sequences: tuple[ImageSequence, ...], listener: Listener) -> None:
+        self.listener = listener
+        listener(SequenceStarted(time.monotonic()))
+
+
+def test_a_step_that_ends_after_the_event_loop_does_not_end_the_devices_thread() -> None:
+    """Which has yet to keep what engines have compiled."""
+    loop = KeepingLoop()
+    service = WorkerService(Named, Named, loop=loop, tokenizer=Tokenizer(), shift=3.0)  # type: ignore[arg-type]
+
+    async def begin() -> None:
+        async with aclosing(service.generate(a_request())) as events:
+            await anext(events)
+
+    asyncio.run(begin())
+    loop.listener(SequenceStarted(time.monotonic()))
 
 
 async def test_a_deadline_leaves_time_for_the_way_to_the_client(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -211,6 +211,20 @@ async def test_a_client_that_leaves_while_it_registers_leaves_nothing_open_that_
     assert len(shared.cuda.open) == 1
 
 
+async def test_a_client_that_leaves_while_it_unregisters_leaves_nothing_open(shared: Shared) -> None:
+    shared.cuda.holding.clear()
+    reading = asyncio.create_task(shared.memory.read(Place("r", 0, 1)))
+    await asyncio.sleep(0)
+    leaving = asyncio.create_task(shared.memory.unregister(CudaRegion, "r"))
+    for _ in range(3):
+        await asyncio.sleep(0)
+    leaving.cancel()
+    shared.cuda.holding.set()
+    await asyncio.gather(reading, leaving, return_exceptions=True)
+    await shared.memory.close()
+    assert not shared.cuda.open
+
+
 async def test_a_client_that_dies_fails_its_own_requests_alone(
     shared: Shared, caplog: pytest.LogCaptureFixture
 ) -> None:

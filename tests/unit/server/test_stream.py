@@ -1,5 +1,6 @@
 """A stream's answers: each request has a last one that says so, whatever has become of it."""
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
@@ -23,31 +24,63 @@ class Silent:
             yield response
 
 
-async def answers(model: Silent | None) -> list[tuple[str, str, bool]]:
-    """Error, id and whether it is the last one of each response to one request."""
+class Answering(Silent):
+    """Answers when it is let go."""
+
+    def __init__(self, *, decoupled: bool) -> None:
+        super().__init__(decoupled=decoupled)
+        self.go = asyncio.Event()
+
+    async def infer(self, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
+        await self.go.wait()
+        yield InferResponse()
+
+
+def a_stream(*models: Silent | None) -> InferStream:
+    """One whose requests go to `models`, each to the one that its id is the number of."""
 
     async def begin(request: pb.ModelInferRequest) -> tuple[Any, InferCall, None]:
+        model = models[int(request.id)]
         if model is None:
             raise ModelNotFoundError("no such model")
         asked = InferRequest(model.spec, request.id, {})
         return model, InferCall(asked, empty_final=False, outputs={}, regions=None), None  # type: ignore[arg-type]
 
-    async def requests() -> AsyncIterator[pb.ModelInferRequest]:
-        yield pb.ModelInferRequest(id="mine")
+    return InferStream(begin, lambda trace: None, fail_call=False)
 
-    stream = InferStream(begin, lambda trace: None, fail_call=False)
+
+async def requests(*ids: str) -> AsyncIterator[pb.ModelInferRequest]:
+    for one in ids:
+        yield pb.ModelInferRequest(id=one)
+
+
+async def answers(model: Silent | None) -> list[tuple[str, str, bool]]:
+    """Error, id and whether it is the last one of each response to one request."""
+
     return [
         (r.error_message, r.infer_response.id, r.infer_response.parameters[FINAL].bool_param)
-        async for r in stream.run(requests())
+        async for r in a_stream(model).run(requests("0"))
     ]
 
 
 async def test_a_request_that_cannot_begin_has_its_last_answer() -> None:
-    assert await answers(None) == [("no such model", "mine", True)]
+    assert await answers(None) == [("no such model", "0", True)]
 
 
 @pytest.mark.parametrize("decoupled", [False, True])
 async def test_only_a_decoupled_model_may_say_nothing(decoupled: bool) -> None:
     model = Silent(decoupled=decoupled)
-    nothing = [] if decoupled else [("model 'silent' gave no response", "mine", True)]
+    nothing = [] if decoupled else [("model 'silent' gave no response", "0", True)]
     assert await answers(model) == nothing
+
+
+async def test_the_order_of_requests_is_kept_around_one_of_a_decoupled_model() -> None:
+    slow, decoupled, plain = (Answering(decoupled=d) for d in (False, True, False))
+    decoupled.go.set(), plain.go.set()
+    order = []
+    async for response in a_stream(slow, decoupled, plain).run(requests("0", "1", "2")):
+        order.append(response.infer_response.id)
+        for _ in range(10):  # the others may answer before the first one
+            await asyncio.sleep(0)
+        slow.go.set()
+    assert order == ["1", "0", "2"]
