@@ -12,6 +12,7 @@ from pathlib import Path
 from export.parsing import parsed
 from export.spec import Component
 from server.config import FallbackPolicy
+from server.errors import ConfigError
 from server.settings import LogSettings
 
 ANNOUNCEMENT = "running the engine of "
@@ -40,7 +41,13 @@ class WorkerConfig:
 
     @classmethod
     def parse(cls, arguments: list[str]) -> "WorkerConfig":
-        """The inverse of `arguments`."""
+        """The inverse of `arguments`.
+
+        Raises:
+            ConfigError: there is not just one; by hand nobody starts a worker.
+        """
+        if len(arguments) != 1:
+            raise ConfigError("a worker takes its settings as one JSON argument, as `zserve serve` starts it")
         config: WorkerConfig = parsed(cls, json.loads(arguments[0]))
         return config
 

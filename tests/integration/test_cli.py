@@ -186,7 +186,7 @@ def test_what_lies_in_the_callers_folder_is_not_taken_for_modules(
         assert checker.check(check, 1e-5).cosine > 0.9999
     worker = subprocess.run(COMMAND, capture_output=True, text=True, check=False)
     assert "executed" not in worker.stderr
-    assert "a worker takes exactly" in worker.stderr, "it is this one that was started"
+    assert "a worker takes its settings as one JSON argument" in worker.stderr, "it is this one that was started"
 
 
 @pytest.fixture(scope="module")
