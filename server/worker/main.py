@@ -72,7 +72,7 @@ def main() -> int:
     settle()
     parts.done("heap")
     log.info("ready %s", parts)
-    asyncio.run(serve(service, config.socket))
+    asyncio.run(serve(service, config.socket, service.end_requests))
     service.stop()
     return 0
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc.aio
@@ -13,16 +14,20 @@ from server.rpc.images import CHANNEL_OPTIONS, ImageGenerationServicer
 from server.rpc.interceptors import ErrorInterceptor
 from server.service import ImageService
 
-STOP_GRACE = 2.0  # seconds for calls in progress; the frontend lets requests finish before it stops a worker
+STOP_GRACE = 2.0  # seconds for calls to end; the frontend lets requests finish before it stops a worker
 
 
-async def serve(service: ImageService, socket: Path) -> None:
-    """Serves on `socket` until SIGTERM, or until standard input closes."""
+async def serve(service: ImageService, socket: Path, end_requests: Callable[[], None] = lambda: None) -> None:
+    """Serves on `socket` until SIGTERM, or until standard input closes; then `end_requests` fails those under way.
+
+    Left to gRPC they would end with tracebacks in the log.
+    """
     server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=CHANNEL_OPTIONS)
     pb_grpc.add_ImageGenerationServicer_to_server(ImageGenerationServicer(service), server)
     server.add_insecure_port(f"unix:{socket}")
     await server.start()
     await _told_to_stop()
+    end_requests()
     await server.stop(STOP_GRACE)
 
 

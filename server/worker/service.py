@@ -8,13 +8,13 @@ import itertools
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import ParamSpec, TypeVar
 
 from export.spec import Component
 from server.config import ModelConfig
-from server.errors import ModelNotFoundError
+from server.errors import ModelNotFoundError, ShuttingDownError
 from server.requests import (
     Completed,
     Event,
@@ -72,6 +72,12 @@ class WorkerService:
         self._pool = ThreadPoolExecutor(max_workers=HOST_THREADS, thread_name_prefix="images")
         self._keys = itertools.count()
         self._delivery = Delivery()
+        self._listening: set[asyncio.Queue[LoopEvent]] = set()  # those of the requests under way
+
+    def end_requests(self) -> None:
+        """Fails the requests under way: the process is to end, and they are no more waited for."""
+        for events in self._listening:
+            events.put_nowait(Failed(ShuttingDownError("the worker was told to stop before the request was done")))
 
     def stop(self) -> None:
         """Ends the device's thread, which keeps what engines have compiled, unless a step keeps it busy."""
@@ -99,13 +105,14 @@ class WorkerService:
         delivery = self._delivery.seconds(request.image_format, request.width * request.height)
         sequences = make_sequences(request, prompts, key=key, shift=self._shift, now=state.arrived, delivery=delivery)
         try:
-            async for event in self._submit(sequences):
-                if isinstance(event, Failed):
-                    raise event.error
-                async for answer in self._answer(event, request, state):
-                    yield answer
-                if len(state.finished) == request.num_images:
-                    break
+            async with aclosing(self._submit(sequences)) as events:
+                async for event in events:
+                    if isinstance(event, Failed):
+                        raise event.error
+                    async for answer in self._answer(event, request, state):
+                        yield answer
+                    if len(state.finished) == request.num_images:
+                        break
         finally:
             self._loop.cancel(key)
         yield self._completed(request, state)
@@ -119,7 +126,7 @@ class WorkerService:
             ]
         )
 
-    async def _submit(self, sequences: tuple[ImageSequence, ...]) -> AsyncIterator[LoopEvent]:
+    async def _submit(self, sequences: tuple[ImageSequence, ...]) -> AsyncGenerator[LoopEvent, None]:
         """What the loop reports, carried from its thread to this event loop."""
         here = asyncio.get_running_loop()
         events: asyncio.Queue[LoopEvent] = asyncio.Queue()
@@ -129,8 +136,12 @@ class WorkerService:
                 here.call_soon_threadsafe(events.put_nowait, event)
 
         self._loop.submit(sequences, listen)
-        while True:
-            yield await events.get()
+        self._listening.add(events)
+        try:
+            while True:
+                yield await events.get()
+        finally:
+            self._listening.discard(events)
 
     async def _answer(self, event: LoopEvent, request: GenerationRequest, state: _RequestState) -> AsyncIterator[Event]:
         match event:

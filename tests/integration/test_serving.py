@@ -138,6 +138,7 @@ def test_a_full_queue_refuses_and_what_does_not_finish_in_time_is_answered(copy:
         with pytest.raises(GenerationFailedError, match=r"UNAVAILABLE.*shut down before"):
             list(first)
         assert server.ended() == 0
+        assert "Traceback" not in server.log
 
 
 def manifest_of(repository: Path) -> Path:

@@ -10,7 +10,8 @@ import pytest
 
 from export.manifest import Backend
 from export.spec import Component
-from server.requests import Completed, EngineUse, ImageFormat
+from server.errors import ShuttingDownError
+from server.requests import Completed, EngineUse, ImageFormat, Started
 from server.worker.delivery import TRANSIT, Delivery
 from server.worker.events import FinishedImage, Listener, SequenceStarted
 from server.worker.images import Pixels
@@ -59,6 +60,32 @@ async def test_no_time_is_counted_twice_when_the_event_loop_is_late() -> None:
     assert timings.denoise_ms == 1e3 * STAGE
     stages = timings.queue_ms + timings.encode_ms + timings.denoise_ms + timings.decode_ms + timings.image_encode_ms
     assert 1e3 * STAGE <= stages <= timings.total_ms
+
+
+class IdleLoop(LateLoop):
+    """Takes requests, does nothing with them, and knows which have been cancelled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cancelled: list[int] = []
+
+    def submit(self, sequences: tuple[ImageSequence, ...], listener: Listener) -> None:
+        listener(SequenceStarted(time.monotonic()))
+
+    def cancel(self, key: int) -> None:
+        self.cancelled.append(key)
+
+
+async def test_requests_under_way_fail_when_the_worker_is_told_to_stop() -> None:
+    loop = IdleLoop()
+    service = WorkerService(Named, Named, loop=loop, tokenizer=Tokenizer(), shift=3.0)  # type: ignore[arg-type]
+    async with aclosing(service.generate(a_request())) as events:
+        assert isinstance(await anext(events), Started)
+        service.end_requests()
+        with pytest.raises(ShuttingDownError, match="told to stop before the request was done"):
+            await anext(events)
+    assert len(loop.cancelled) == 1
+    assert not service._listening
 
 
 class KeepingLoop(LateLoop):

@@ -71,9 +71,9 @@ def test_what_a_worker_has_loaded_is_out_of_collections_before_it_serves(
 
     def build(config: object, parts: object) -> object:
         loaded.append([])
-        return SimpleNamespace(loaded=loaded, stop=lambda: stopped.append(served[:]))
+        return SimpleNamespace(loaded=loaded, end_requests=None, stop=lambda: stopped.append(served[:]))
 
-    async def serve(service: object, socket: object) -> None:
+    async def serve(service: object, socket: object, end_requests: object) -> None:
         served.append(any(one is loaded[0] for one in gc.get_objects()))
 
     monkeypatch.setattr(worker, "serve", serve)
