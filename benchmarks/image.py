@@ -6,7 +6,8 @@ steps, decode, pixels in host memory. All draw the same prompts from the same se
 helps, one row after the other in each repetition and each repetition starting with a different one. Garbage collection
 skips what is loaded, as in a worker. Every image is compared with diffusers' own, the first before anything is timed;
 every engine is named and the calls of every component are counted. As in a worker, every padded length of the prompts
-is warmed up before anything is timed. With --batch k, k images of k prompts of one padded length share every step.
+is warmed up before anything is timed; `diffusers-compile` draws all of them once before. With --batch k, k images of k
+prompts of one padded length share every step.
 
 Units: milliseconds from the prompt to the pixels of all images, by the host's clock; stages on the device (CUDA events
 for diffusers; the executor waits after every step anyway); `other` is what no stage took. x is how many times as fast,
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import choice, diffusers_row, rows
-from benchmarks.choice import DIFFUSERS
+from benchmarks.choice import COMPILED, DIFFUSERS
 from benchmarks.diffusers_row import DiffusersRow
 from benchmarks.engine_row import EngineRow
 from benchmarks.record import Row, percentiles, print_table, row
@@ -81,6 +82,9 @@ class Images:
         closeness: dict[str, list[dict[str, Any]]] = {name: [] for name in self._rows}
         names = list(self._rows)
         warm_up, counted = self._prompts(batch)
+        if COMPILED in self._rows:  # it may compile anew for any length before padding, by which no other row differs
+            for prompts in counted:
+                self._draw(self._rows[COMPILED], prompts, size, seed=0)
         for number, prompts in enumerate([*warm_up, *counted]):
             first, what = number % len(names), (prompts, size, number)
             made = {name: self._draw(self._rows[name], *what) for name in names[first:] + names[:first]}
