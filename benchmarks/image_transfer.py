@@ -36,7 +36,7 @@ from benchmarks.serving import wait_until
 from client import ZImageClient
 from client.messages import ImageRequest
 from protos.zserve.v1 import image_generation_pb2_grpc as pb_grpc
-from server.config import ModelConfig, ServeConfig
+from server.config import ServeConfig
 from server.frontend.app import Frontend
 from server.heap import keep_freed_memory
 from server.launch import WorkerConfig
@@ -189,7 +189,7 @@ class PictureService:
     """The `ImageService` of a worker without a model."""
 
     def __init__(self, config: WorkerConfig) -> None:
-        self._model = ModelConfig(config.model.name)
+        self._model = config.model
         self._info = InstanceInfo(config.instance, "cpu", "1", "fp32", (), MemoryUse(), ())
         self._pool = ThreadPoolExecutor(2)
         self._picture = picture()

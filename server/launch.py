@@ -11,7 +11,7 @@ from pathlib import Path
 
 from export.parsing import parsed
 from export.spec import Component
-from server.config import FallbackPolicy
+from server.config import FallbackPolicy, ModelConfig
 from server.errors import ConfigError
 from server.settings import LogSettings
 
@@ -22,14 +22,14 @@ ANNOUNCEMENT = "running the engine of "
 class WorkerConfig:
     """What one worker process is told on its command line."""
 
-    model: Path  # the model's folder in the repository
+    folder: Path  # the model's in the repository
+    model: ModelConfig  # as it was loaded: the folder's config.pbtxt may have changed since
     version: str
     instance: str
     socket: Path
     device: str
     threads: int  # for work inside one operator, on the CPU
     fallback: FallbackPolicy
-    accepted: Path  # a folder of the model's name with the config.pbtxt in effect: `model`'s may have changed since
     patience: float  # seconds after which a device that does not come back is given up
     start_patience: float  # seconds after which a process that is not ready is given up
     disabled: dict[Component, str] = field(default_factory=dict)  # engines not to be loaded, and why

@@ -1,8 +1,7 @@
 """How a model's requests wait: the `dynamic_batching` of its `config.pbtxt`, in Triton's terms."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 from server.errors import ConfigError
@@ -20,7 +19,7 @@ BATCHING_FIELDS = {
 }
 
 
-class TimeoutAction(Enum):
+class TimeoutAction(StrEnum):
     """What happens to a request that has waited past its queue timeout."""
 
     REJECT = "reject"
@@ -50,7 +49,7 @@ class QueuePolicy:
     levels: int = DEFAULT_PRIORITY_LEVELS
     default_level: int = DEFAULT_PRIORITY_LEVELS // 2
     default: LevelPolicy = field(default_factory=LevelPolicy)
-    by_level: Mapping[int, LevelPolicy] = field(default_factory=dict)
+    by_level: tuple[tuple[int, LevelPolicy], ...] = ()  # of the levels that have one of their own
     preferred_batch_sizes: tuple[int, ...] = ()
     max_delay: float = 0.0
 
@@ -60,7 +59,7 @@ class QueuePolicy:
 
     def of(self, priority: int) -> LevelPolicy:
         """The policy of a priority level."""
-        return self.by_level.get(priority, self.default)
+        return dict(self.by_level).get(priority, self.default)
 
 
 def read_queue_policy(batching: Any, where: str, *, max_size: int | None = DEFAULT_MAX_QUEUE_SIZE) -> QueuePolicy:
@@ -81,7 +80,9 @@ def read_queue_policy(batching: Any, where: str, *, max_size: int | None = DEFAU
         levels=levels,
         default_level=default_level,
         default=_level_policy(batching.default_queue_policy, max_size),
-        by_level={level: _level_policy(policy, max_size) for level, policy in batching.priority_queue_policy.items()},
+        by_level=tuple(
+            (level, _level_policy(policy, max_size)) for level, policy in batching.priority_queue_policy.items()
+        ),
         preferred_batch_sizes=tuple(batching.preferred_batch_size),
         max_delay=batching.max_queue_delay_microseconds / 1e6,
     )

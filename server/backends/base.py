@@ -32,8 +32,17 @@ class VersionPolicy:
 
 
 @dataclass(frozen=True)
+class InstanceGroup:
+    """`count` instances on each of `gpus`; without any, `count` of them."""
+
+    kind: str  # in Triton's words
+    count: int = 1
+    gpus: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class ModelFile:
-    """A model's config.pbtxt, as far as it is the same for every backend."""
+    """A model's config.pbtxt: read once; what its parameters mean is up to the backend."""
 
     name: str
     backend: str
@@ -42,11 +51,18 @@ class ModelFile:
     inputs: tuple[TensorSpec, ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
     decoupled: bool = False
-    instances: int = 1
+    groups: tuple[InstanceGroup, ...] = ()
     versions: VersionPolicy = field(default_factory=VersionPolicy)
     queue: QueuePolicy = field(default_factory=QueuePolicy)
     dynamic_batching: bool = False
     parameters: Mapping[str, str] = field(default_factory=dict)
+    response_cache: bool = False
+    warmup: tuple[str, ...] = ()  # the names of its samples
+
+    @property
+    def instances(self) -> int:
+        """How many executions run at a time, where they do not depend on the device."""
+        return sum(group.count for group in self.groups) or 1
 
     @property
     def rows_together(self) -> int:

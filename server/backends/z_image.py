@@ -2,13 +2,11 @@
 
 import asyncio
 import secrets
-import shutil
-import tempfile
-from collections.abc import AsyncGenerator, Sequence
-from pathlib import Path
+from collections.abc import AsyncGenerator
 
 from server.backends.base import Host, ModelFolder, taking
-from server.config import cpu_threads, read_model_config
+from server.backends.image_config import image_config
+from server.config import ModelConfig, cpu_threads
 from server.errors import EngineLoadError, ModelNotReadyError
 from server.frontend.queue import ModelQueue
 from server.frontend.workers import Worker, WorkerState
@@ -25,10 +23,9 @@ class ZImageModel:
     def __init__(self, folder: ModelFolder, host: Host) -> None:
         self.spec = image_model.model_spec(folder)
         self._host = host
-        self._config = read_model_config(folder.path)
+        self._config = image_config(folder.file)
         self._changed = asyncio.Event()
-        self._accepted = _accepted(folder, host)
-        configs = _worker_configs(folder, host, self._accepted, self._config.devices)
+        configs = _worker_configs(folder, host, self._config)
         workers = [Worker(c, self._worker_changed, host.worker_command) for c in configs]
         self.queue = ModelQueue(self._config, workers)
         self.statistics: Statistics = self.queue.statistics
@@ -67,7 +64,6 @@ class ZImageModel:
             )
         )
         await asyncio.gather(*(worker.stop() for worker in self.queue.workers))
-        shutil.rmtree(self._accepted.parent, ignore_errors=True)
 
     async def infer(self, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
         """See `Model`."""
@@ -92,29 +88,21 @@ class ZImageModel:
         self._host.changed()
 
 
-def _accepted(folder: ModelFolder, host: Host) -> Path:
-    """A folder with the config as it is now: a worker's replacement must not read what was written since."""
-    kept = Path(tempfile.mkdtemp(dir=host.sockets)) / folder.path.name
-    kept.mkdir()
-    shutil.copy(folder.path / "config.pbtxt", kept)
-    return kept
-
-
-def _worker_configs(folder: ModelFolder, host: Host, accepted: Path, devices: Sequence[str]) -> list[WorkerConfig]:
+def _worker_configs(folder: ModelFolder, host: Host, model: ModelConfig) -> list[WorkerConfig]:
     prefix = secrets.token_hex(3)  # two loads of one version may overlap; short, as a socket path has at most 107 bytes
     return [
         WorkerConfig(
-            model=folder.path,
+            folder=folder.path,
+            model=model,
             version=folder.version,
-            instance=f"{folder.file.name}-{number}",
+            instance=f"{model.name}-{number}",
             socket=host.sockets / f"{prefix}-{number}.sock",
             device=host.config.device if device == "auto" else device,
-            threads=cpu_threads(len(devices)),
+            threads=cpu_threads(len(model.devices)),
             fallback=host.config.fallback,
-            accepted=accepted,
             patience=host.config.worker_timeout_secs,
             start_patience=host.config.worker_start_timeout_secs,
             log=host.config.log,
         )
-        for number, device in enumerate(devices)
+        for number, device in enumerate(model.devices)
     ]

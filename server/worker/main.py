@@ -22,7 +22,7 @@ from export.errors import ExportError
 from export.manifest import Manifest
 from export.spec import Component
 from export.validity import check_checkpoint
-from server.config import ModelConfig, read_model_config
+from server.config import ModelConfig
 from server.costs import CostTable
 from server.engines import memory
 from server.engines.eager import EagerModules
@@ -85,10 +85,9 @@ def build_service(config: WorkerConfig, parts: "Parts") -> WorkerService:
     torch.set_num_threads(1)
     parts.done("imports")
     device = _device(config.device)
-    model = read_model_config(config.accepted)
-    folder = config.model / config.version
+    folder = config.folder / config.version
     manifest = Manifest.read(folder)
-    model = _as_exported(model, manifest, check_checkpoint(manifest))
+    model = _as_exported(config.model, manifest, check_checkpoint(manifest))
     parts.done("checkpoint")
     used = MemoryUse(host_before_load=memory.host_bytes(), device_before_load=memory.device_bytes())
     components = _load(config, folder, manifest, device)

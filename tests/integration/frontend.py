@@ -79,7 +79,7 @@ def make_repository(exported: Path, target: Path, config: str) -> Path:
 
 
 def light_repository(target: Path, config: str = "") -> Path:
-    """A repository at `target` with a model for `light_worker`, which reads nothing but its `config.pbtxt`."""
+    """A repository at `target` with a model for `light_worker`, which reads nothing of it."""
     (target / "light" / "1").mkdir(parents=True)
     (target / "light" / "config.pbtxt").write_text(config)
     return target

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from export.manifest import Backend
 from export.spec import Component
-from server.config import ModelConfig, read_model_config
 from server.errors import ModelNotFoundError
 from server.launch import WorkerConfig
 from server.requests import (
@@ -47,8 +46,8 @@ def is_shut(gate: str) -> bool:
 class LightService:
     """Draws at once images of one grey, which the seed decides."""
 
-    def __init__(self, config: WorkerConfig, model: ModelConfig) -> None:
-        self._config, self._model = config, model
+    def __init__(self, config: WorkerConfig) -> None:
+        self._config, self._model = config, config.model
         self._device = asyncio.Lock()  # one request has it at a time, as in a worker without batches
 
     def model(self, name: str) -> ModelStatus:
@@ -88,7 +87,7 @@ def main() -> None:
     config = WorkerConfig.parse(sys.argv[1:])
     sys.stdout.write(CHATTER)
     sys.stdout.flush()
-    asyncio.run(serve(LightService(config, read_model_config(config.accepted)), config.socket))
+    asyncio.run(serve(LightService(config), config.socket))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import tritonclient.grpc.aio as triton
 from client import GenerationFailedError
 from client.messages import ImageRequest
 from protos.zserve.v1 import image_generation_pb2_grpc as pb_grpc
-from server.config import ControlMode, FallbackPolicy
+from server.config import ControlMode, FallbackPolicy, ModelConfig
 from server.errors import EngineLoadError, OvertakenError, WorkerLostError
 from server.frontend import workers
 from server.frontend.exposition import render
@@ -54,11 +54,10 @@ class Alone:
     def __init__(self, folder: Path, *command: str) -> None:
         model = light_repository(folder / "models") / "light"
         config = WorkerConfig(
-            *(model, "1", "light-0", folder / "socket"),
+            *(model, ModelConfig("light"), "1", "light-0", folder / "socket"),
             device="cpu",
             threads=1,
             fallback=FallbackPolicy.EAGER,
-            accepted=model,
             patience=PATIENCE,
             start_patience=PATIENCE,
         )

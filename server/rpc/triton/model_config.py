@@ -1,4 +1,7 @@
-"""Triton's ModelConfig, both ways: read from config.pbtxt, and sent to clients with what the file leaves out."""
+"""Triton's ModelConfig, both ways: read from config.pbtxt, and sent to clients with what the file leaves out.
+
+Nothing else of the server reads `config.pbtxt`.
+"""
 
 from collections import Counter
 from pathlib import Path
@@ -7,17 +10,16 @@ from typing import Any
 from google.protobuf import json_format, text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from server.backends.base import ModelFile, VersionPolicy
+from server.backends.base import InstanceGroup, ModelFile, VersionPolicy
 from server.errors import ConfigError, InvalidRequestError
-from server.queue_policy import read_queue_policy
+from server.queue_policy import DEFAULT_MAX_QUEUE_SIZE, read_queue_policy
 from server.tensors import DataType, ModelSpec, TensorSpec
 
 TYPE_PREFIX = "TYPE_"
 TYPE_STRING = "TYPE_STRING"  # the config's name for BYTES
-IMAGE_BACKEND = "z_image"  # reads the config itself, and takes other fields (`server.config`)
+IMAGE_BACKEND = "z_image"
 FIELDS = {
     "name",
-    "platform",
     "backend",
     "version_policy",
     "max_batch_size",
@@ -28,10 +30,12 @@ FIELDS = {
     "parameters",
     "model_transaction_policy",
 }
+IMAGE_FIELDS = FIELDS | {"model_warmup", "response_cache"}
+OTHER_FIELDS = FIELDS | {"platform"}
 
 
 def read_model_file(folder: Path) -> ModelFile:
-    """`folder`/config.pbtxt, as far as it is the same for every backend.
+    """What `folder`/config.pbtxt says.
 
     Raises:
         ConfigError: it is missing, does not parse, or asks for something not served.
@@ -57,8 +61,8 @@ def parse_model_file(text: str, name: str) -> ModelFile:
     if config.name not in ("", name):
         raise ValueError(f"name {config.name!r} differs from its folder's; make them equal or leave it out")
     backend = config.backend or IMAGE_BACKEND
-    if backend != IMAGE_BACKEND:
-        _check_fields(config, f"model {name!r}")
+    draws = backend == IMAGE_BACKEND
+    _check_fields(config, IMAGE_FIELDS if draws else OTHER_FIELDS, f"model {name!r}")
     _check_numbers(config, f"model {name!r}")
     _check_names(config, f"model {name!r}")
     return ModelFile(
@@ -69,12 +73,16 @@ def parse_model_file(text: str, name: str) -> ModelFile:
         inputs=tuple(_decode_tensor(t) for t in config.input),
         outputs=tuple(_decode_tensor(t) for t in config.output),
         decoupled=config.model_transaction_policy.decoupled,
-        instances=sum(g.count or 1 for g in config.instance_group) or 1,
+        groups=tuple(_decode_group(g) for g in config.instance_group),
         versions=_version_policy(config.version_policy),
-        # No bound: other backends' requests may be short, so that many can wait without an overload.
-        queue=read_queue_policy(config.dynamic_batching, f"model {name!r}", max_size=None),
+        # Other backends' requests may be short, so that many can wait without an overload.
+        queue=read_queue_policy(
+            config.dynamic_batching, f"model {name!r}", max_size=DEFAULT_MAX_QUEUE_SIZE if draws else None
+        ),
         dynamic_batching=config.HasField("dynamic_batching"),
         parameters={key: p.string_value for key, p in config.parameters.items()},
+        response_cache=config.response_cache.enable,
+        warmup=tuple(sample.name for sample in config.model_warmup),
     )
 
 
@@ -107,10 +115,12 @@ def complete_config(file: ModelFile, spec: ModelSpec) -> pb.ModelConfig:
     return config
 
 
-def _check_fields(config: Any, where: str) -> None:
-    unknown = {field.name for field, _ in config.ListFields()} - FIELDS
+def _check_fields(config: Any, known: set[str], where: str) -> None:
+    unknown = {field.name for field, _ in config.ListFields()} - known
     if unknown:
-        raise ConfigError(f"{where}: {sorted(unknown)} not supported; {sorted(FIELDS)} are")
+        raise ConfigError(f"{where}: {sorted(unknown)} not supported; {sorted(known)} are")
+    if any(sample.inputs for sample in config.model_warmup):
+        raise ConfigError(f"{where}: model_warmup inputs not supported; name the sample WIDTHxHEIGHT and give none")
 
 
 def _check_numbers(config: Any, where: str) -> None:
@@ -132,6 +142,10 @@ def _check_names(config: Any, where: str) -> None:
         for name, times in Counter(t.name for t in tensors).items():
             if times > 1:
                 raise ConfigError(f"{where}: {times} {kind}s are named {name!r}; each needs a name of its own")
+
+
+def _decode_group(message: Any) -> InstanceGroup:
+    return InstanceGroup(message.Kind.Name(message.kind), message.count or 1, tuple(message.gpus))
 
 
 def _decode_tensor(message: Any) -> TensorSpec:

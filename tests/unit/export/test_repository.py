@@ -12,7 +12,8 @@ import pytest
 
 from export.errors import VersionExistsError
 from export.repository import Existing, ServingDefaults, kept_settings, locked, new_version, versions, write_config
-from server.config import read_model_config
+from server.backends.image_config import image_config
+from server.rpc.triton.model_config import read_model_file
 
 
 @contextmanager
@@ -150,7 +151,7 @@ def test_the_servers_reader_understands_the_config(tmp_path: Path) -> None:
     model = tmp_path / "m"
     model.mkdir()
     write_config(model, ServingDefaults(default_size="512x256", warmup_sizes=("256x256",), max_batch=2, max_size=1024))
-    config = read_model_config(model)
+    config = image_config(read_model_file(model))
     assert config.default_size == (512, 256)
     assert config.warmup_sizes == ((512, 256), (256, 256))
     assert (config.max_batch_size, config.max_size, config.default_num_inference_steps) == (2, 1024, 8)

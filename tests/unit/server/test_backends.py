@@ -8,9 +8,13 @@ from typing import Any
 import pytest
 
 from server.backends import registry
-from server.backends.base import ModelFile, ModelFolder
+from server.backends.base import Host, ModelFile, ModelFolder
 from server.backends.identity import IdentityModel
+from server.backends.z_image import ZImageModel
+from server.config import ModelConfig, ServeConfig
 from server.errors import ConfigError
+from server.frontend.dispatcher import Dispatcher
+from server.frontend.metrics import Metrics
 from server.rpc.triton.model_config import parse_model_file
 from server.tensors import DataType, InferRequest, Tensor, TensorSpec, join_strings
 from tests.conftest import ROOT
@@ -24,6 +28,15 @@ async def test_a_delay_that_no_request_could_have_is_refused_with_the_model(dela
     host: Any = None
     with pytest.raises(ConfigError, match=f"execute_delay_ms: '{delay}' is not accepted; a number from 0 to 3.6e"):
         await IdentityModel(ModelFolder(Path("m"), "1", file), host).load()
+
+
+async def test_an_image_model_is_made_from_what_was_read_of_its_config(tmp_path: Path) -> None:
+    """The file may have been written again since, or be gone; its workers, and those that replace them, are told."""
+    file = parse_model_file("parameters { key: 'max_num_images' value { string_value: '2' } }", "m")
+    host = Host(ServeConfig(tmp_path), Dispatcher(Metrics()), tmp_path, lambda: None)
+    queue = ZImageModel(ModelFolder(tmp_path / "m", "1", file), host).queue
+    assert queue.config == ModelConfig("m", max_num_images=2)
+    assert [worker.config.model for worker in queue.workers] == [queue.config]
 
 
 async def test_a_package_can_add_a_backend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ async def test_a_late_request_may_be_put_behind_the_others_of_its_level_instead(
 
 
 async def test_every_level_has_a_queue_of_its_own() -> None:
-    runs = Runs(QueuePolicy(levels=2, default_level=1, by_level={2: LevelPolicy(max_size=1)}))
+    runs = Runs(QueuePolicy(levels=2, default_level=1, by_level=((2, LevelPolicy(max_size=1)),)))
     tasks = runs.start(a_request(), a_request(priority=2), *(a_request(priority=1) for _ in range(3)))
     await asyncio.sleep(0)
     with pytest.raises(QueueFullError, match="max_queue_size 1 of"):
@@ -114,7 +114,7 @@ async def test_every_level_has_a_queue_of_its_own() -> None:
 
 
 async def test_without_a_bound_any_number_waits() -> None:
-    runs = Runs(parse_model_file("", "m").queue)
+    runs = Runs(parse_model_file("backend: 'identity'", "m").queue)
     tasks = runs.start(*(a_request() for _ in range(300)))
     await asyncio.sleep(0)
     assert runs.statistics.pending == 299

@@ -8,14 +8,18 @@ from pathlib import Path
 import pytest
 
 from export.spec import Component
+from server.backends.image_config import image_config
 from server.cli import parser, read_config
-from server.config import FallbackPolicy, ModelConfig, ServeConfig, read_model_config
+from server.config import FallbackPolicy, ModelConfig, ServeConfig
 from server.errors import ConfigError
 from server.launch import WorkerConfig, announce, announced
 from server.queue_policy import LevelPolicy, QueuePolicy, TimeoutAction
+from server.rpc.triton.model_config import read_model_file
 from server.settings import LogFormat, LogSettings
 
 OFF = {Component.DENOISER: "it = broken"}
+QUEUE = QueuePolicy(by_level=((3, LevelPolicy(None, 2.0, TimeoutAction.DELAY)),), preferred_batch_sizes=(2,))
+MODEL = ModelConfig("a", (512, 256), ((64, 64),), queue=QUEUE, devices=("cuda:1", "cuda:3"), response_cache=True)
 LOG = LogSettings("/var/log/z=1", log_info=False, log_format=LogFormat.ISO8601)
 
 
@@ -23,7 +27,7 @@ def read(tmp_path: Path, text: str) -> ModelConfig:
     folder = tmp_path / "demo"
     folder.mkdir()
     (folder / "config.pbtxt").write_text(text)
-    return read_model_config(folder)
+    return image_config(read_model_file(folder))
 
 
 def test_everything_has_a_default(tmp_path: Path) -> None:
@@ -60,7 +64,7 @@ def test_what_is_said_is_taken(tmp_path: Path) -> None:
         levels=3,
         default_level=2,
         default=LevelPolicy(max_size=5),
-        by_level={3: LevelPolicy(128, 2.0, TimeoutAction.DELAY, request_may_set_timeout=True)},
+        by_level=((3, LevelPolicy(128, 2.0, TimeoutAction.DELAY, request_may_set_timeout=True)),),
         preferred_batch_sizes=(2,),
         max_delay=0.005,
     )
@@ -119,7 +123,7 @@ def test_what_is_not_understood_is_refused(tmp_path: Path, text: str, message: s
 def test_a_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.pbtxt").write_bytes(b"# caf\xe9")
     with pytest.raises(ConfigError, match=r"config\.pbtxt cannot be read"):
-        read_model_config(tmp_path)
+        read_model_file(tmp_path)
 
 
 def test_without_flags_the_config_has_its_defaults() -> None:
@@ -179,20 +183,20 @@ def test_a_group_of_gpus_without_a_list_is_all_there_are(tmp_path: Path, monkeyp
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.pbtxt cannot be read"):
-        read_model_config(tmp_path)
+        read_model_file(tmp_path)
 
 
 def test_a_workers_arguments_read_back() -> None:
     config = WorkerConfig(
         *(
             Path("/m/a"),
+            MODEL,
             "3",
             "a-0",
             Path("/tmp/s"),
             "cuda:1",
             2,
             FallbackPolicy.REFUSE,
-            Path("/t/a"),
             9.0,
             90.0,
             OFF,
@@ -224,6 +228,7 @@ def test_a_request_may_only_shorten_the_queue_timeout_and_only_where_it_may() ->
 
 LOGS = r"""
 import logging, sys
+from server.rpc.triton.model_config import read_model_file
 from server.settings import LogFormat, LogSettings
 LogSettings(sys.argv[1], log_info=False, log_format=LogFormat.ISO8601).apply("100%-0")
 logging.getLogger("x").info("not this")

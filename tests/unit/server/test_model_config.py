@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from server.backends.base import ModelFolder, VersionPolicy
-from server.config import read_model_config
+from server.backends.image_config import image_config
 from server.errors import ConfigError
 from server.queue_policy import LevelPolicy, QueuePolicy, TimeoutAction
 from server.rpc.triton import image_model
@@ -43,9 +43,7 @@ def test_what_is_told_of_an_image_model_can_be_sent_back(tmp_path: Path) -> None
     told = complete_config(file, image_model.model_spec(ModelFolder(tmp_path, "1", file)))
     again = ModelFolder(tmp_path, "1", parse_model_file(str(told), "m"))
     assert image_model.model_spec(again).inputs == image_model.INPUTS
-    (tmp_path / "m").mkdir()
-    (tmp_path / "m" / "config.pbtxt").write_text(str(told))
-    assert read_model_config(tmp_path / "m").max_num_images == 2
+    assert image_config(again.file).max_num_images == 2
     told.output[0].dims[2] = 4
     with pytest.raises(ConfigError, match="an image model has inputs and outputs of its own"):
         image_model.model_spec(replace(again, file=parse_model_file(str(told), "m")))
@@ -79,6 +77,7 @@ def test_a_config_may_leave_numbers_at_what_they_are_without_it() -> None:
 
 def test_the_queue_of_a_config() -> None:
     text = """
+    backend: "identity"
     max_batch_size: 4
     dynamic_batching {
       max_queue_delay_microseconds: 500
@@ -93,7 +92,7 @@ def test_the_queue_of_a_config() -> None:
         levels=3,
         default_level=2,
         default=LevelPolicy(None, 2.0, TimeoutAction.DELAY),
-        by_level={3: LevelPolicy(5)},
+        by_level=((3, LevelPolicy(5)),),
         max_delay=0.0005,
     )
     assert parse_model_file("max_batch_size: 4", "m").rows_together == 1
