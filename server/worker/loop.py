@@ -10,7 +10,6 @@ the next step has been given to the device: the event loop that receives them ta
 device would wait.
 """
 
-import logging
 import queue
 import threading
 import time
@@ -20,14 +19,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
-
-from export.spec import Component
-from server.engines.memory import out_of_memory_error
-from server.errors import DeadlinePassedError, NonFiniteError
+from server.errors import DeadlinePassedError
 from server.requests import Progress
-from server.worker.events import Failed, FinishedImage, Listener, SequenceStarted
+from server.worker.events import FinishedImage, Listener, SequenceStarted
 from server.worker.executor import Executor
+from server.worker.failures import Failures
 from server.worker.images import Pixels
 from server.worker.lanes import Pending
 from server.worker.planner import Plan, Planner, Stage, Wait
@@ -38,8 +34,6 @@ from server.worker.under_way import SideTask, Step, images_of
 from server.worker.watchdog import Running, Watchdog
 
 T = TypeVar("T")
-
-log = logging.getLogger(__name__)
 
 # Seconds before a step's expected end at which the next one is planned. Planning it and giving it to the device takes 1
 # to 2 ms, sometimes more when other threads of this process are busy.
@@ -89,7 +83,7 @@ class WorkerLoop(threading.Thread):
         self._step_shared_device = False  # whether `_step` has shared the device with anything
         self._reports = Reports()
         self._previews = Previews(executor, self._reports)
-        self._positions_changed = False  # whether positions in the queue may have changed
+        self._failures = Failures(executor, planner, self._reports, clock)
         self._running = True
 
     def submit(self, sequences: tuple[ImageSequence, ...], listener: Listener) -> None:
@@ -117,7 +111,7 @@ class WorkerLoop(threading.Thread):
 
     def run(self) -> None:
         """The thread's body."""
-        while self._running:
+        while self._running and not self._failures.device_lost:
             self._take_in()
             self._collect()
             self._drop_hopeless()
@@ -172,12 +166,12 @@ class WorkerLoop(threading.Thread):
             return
         match message:
             case _Submit(sequences, listener):
-                self._positions_changed = True
                 self._reports.follow(sequences[0].key, listener)
                 for sequence in sequences:
                     self._planner.add(sequence, self._clock())
             case _Cancel(key):
-                self._forget(key)
+                self._reports.forget(key)
+                self._planner.remove(key, self._clock())
             case _Call(work, answer):
                 try:
                     answer.set_result(work())
@@ -193,7 +187,7 @@ class WorkerLoop(threading.Thread):
         while hopeless := self._planner.hopeless(self._clock(), free):
             sequence = hopeless[0]
             behind = "" if sequence.started else " behind what goes before it"
-            self._fail(
+            self._failures.fail(
                 sequence.key,
                 DeadlinePassedError(
                     f"the deadline cannot be met: {sequence.left} of {sequence.steps} steps were still to do{behind}; "
@@ -203,11 +197,9 @@ class WorkerLoop(threading.Thread):
 
     def _tell_positions(self) -> None:
         """Reports queue positions to requests that have not begun, whenever these may have changed."""
-        if not self._positions_changed:
-            return
-        self._positions_changed = False
-        now = self._clock()
-        self._reports.note_positions(self._planner.forecast(now), now)
+        if self._reports.positions_changed:
+            now = self._clock()
+            self._reports.note_positions(self._planner.forecast(now), now)
 
     def _run(self, plan: Plan) -> None:
         """Gives a plan to the device; a step goes behind the running one, which is then waited for."""
@@ -225,12 +217,19 @@ class WorkerLoop(threading.Thread):
         """Attributes errors in this block to the plan's own requests only; the loop goes on."""
         try:
             yield
-        except NonFiniteError as error:
-            self._start_again(images_of(plan), error)
-        except torch.OutOfMemoryError as error:
-            self._retry_smaller(images_of(plan), error)
         except Exception as error:  # noqa: BLE001 - the boundary between one request and the others
-            self._run_one_by_one(plan, error)
+            self._wait_for_all()
+            self._watchdog.watch(self._running_since(self._clock(), plan))  # checking the device may hang
+            for alone in self._failures.handle(plan, error):
+                if self._reports.follows(alone.sequences[0].key) and not self._failures.device_lost:
+                    self._run(alone)
+
+    def _wait_for_all(self) -> None:
+        """Waits until nothing runs on the device."""
+        self._settle()
+        while self._side_tasks:
+            time.sleep(LOOK_EVERY)
+            self._collect()
 
     def _denoise(self, plan: Plan, began: float) -> None:
         sequences = images_of(plan)
@@ -265,7 +264,7 @@ class WorkerLoop(threading.Thread):
         try:
             seconds = step.pending.result()
         except Exception as error:  # noqa: BLE001 - the boundary between one request and the others
-            self._give_up(step.plan, error)
+            self._failures.give_up(step.plan, error)
             self._watch()
             return
         self._previous_step_ended = self._clock()
@@ -331,7 +330,7 @@ class WorkerLoop(threading.Thread):
         if result is not None:
             self._reports.note(task.sequence.key, FinishedImage(task.sequence, result))
         self._planner.advance(task.plan)
-        self._positions_changed = True
+        self._reports.positions_changed = True
 
     def _running_since(self, began: float, plan: Plan) -> Running:
         return Running(began, self._planner.expected_seconds(plan))
@@ -346,65 +345,3 @@ class WorkerLoop(threading.Thread):
     def _report_step(self, sequence: ImageSequence, done: int, step_ms: float, batch_size: int, row: int) -> None:
         event = Progress(done, sequence.steps, sequence.image_index, step_ms, batch_size, row)
         self._reports.note(sequence.key, event)
-
-    def _start_again(self, sequences: list[ImageSequence], error: NonFiniteError) -> None:
-        """Restarts the sequences from their noise, on eager; one that has been restarted before fails."""
-        self._executor.quarantine(Component.DENOISER, str(error))
-        for sequence in sequences:
-            if sequence.restarted:
-                self._fail(sequence.key, error)
-                continue
-            with self._failing_only(Plan(Stage.DENOISE, (sequence,))):
-                self._executor.reset(sequence)
-                sequence.restarted = True
-                self._planner.restart(sequence)
-
-    def _retry_smaller(self, sequences: list[ImageSequence], error: torch.OutOfMemoryError) -> None:
-        """Frees what can be freed and halves the batch; a sequence that does not fit alone is tried once more."""
-        refusal = out_of_memory_error(error)
-        log.warning("out of memory with %d of %s: %s", len(sequences), sequences[0].shape, refusal)
-        self._settle()
-        self._wait_for_side_tasks()
-        self._executor.free_memory()
-        if len(sequences) > 1:
-            self._planner.limit_batch(sequences[0].shape, len(sequences) // 2)
-            return
-        if sequences[0].starved:
-            self._fail(sequences[0].key, refusal)
-        sequences[0].starved = True
-
-    def _wait_for_side_tasks(self) -> None:
-        """Waits until nothing runs beside the steps."""
-        while self._side_tasks:
-            time.sleep(LOOK_EVERY)
-            self._collect()
-
-    def _run_one_by_one(self, plan: Plan, error: Exception) -> None:
-        """Runs each sequence of a batch alone, so that none fails because of another."""
-        self._settle()
-        self._watchdog.watch(self._running_since(self._clock(), plan))  # checking the device may hang
-        if len(plan.sequences) == 1:
-            self._give_up(plan, error)
-            return
-        for sequence in plan.sequences:
-            if self._running and self._reports.follows(sequence.key):  # otherwise its request has failed meanwhile
-                self._run(Plan(plan.stage, (sequence,)))
-
-    def _give_up(self, plan: Plan, error: Exception) -> None:
-        """Fails the plan's requests, unless the device failed: then another worker starts them over."""
-        if not self._executor.usable():
-            log.critical("the device cannot be used any more, so this worker ends: %s", error)
-            self._running = False  # the frontend sees that it is not alive, and starts its requests over
-            return
-        for sequence in plan.sequences:
-            self._fail(sequence.key, error)
-
-    def _fail(self, key: int, error: Exception) -> None:
-        """Answers the request with `error`, once, and takes all its sequences out."""
-        self._reports.note(key, Failed(error))
-        self._forget(key)
-
-    def _forget(self, key: int) -> None:
-        self._positions_changed = True
-        self._planner.remove(key, self._clock())
-        self._reports.forget(key)

@@ -14,14 +14,17 @@ class Reports:
         self._listeners: dict[int, Listener] = {}
         self._positions: dict[int, int] = {}  # by key, the queue position that was noted last
         self._untold: list[tuple[Listener, LoopEvent]] = []
+        self.positions_changed = False  # whether some may have, since they were noted last
 
     def follow(self, key: int, listener: Listener) -> None:
         """Notes the request's events for `listener` from now on."""
         self._listeners[key] = listener
+        self.positions_changed = True
 
     def forget(self, key: int) -> None:
         """Notes nothing more of the request; what was noted is still told."""
         self._listeners.pop(key, None)
+        self.positions_changed = True
 
     def follows(self, key: int) -> bool:
         """Whether the request is still followed."""
@@ -39,6 +42,7 @@ class Reports:
             if self._positions.get(key) != forecast.position:
                 self.note(key, Queued(forecast.position, 1e3 * (forecast.starts - now)))
         self._positions = {key: forecast.position for key, forecast in forecasts.items()}
+        self.positions_changed = False
 
     def tell(self) -> None:
         """Sends the noted events to their listeners, in order."""
