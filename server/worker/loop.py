@@ -79,8 +79,6 @@ class WorkerLoop(threading.Thread):
         self._inbox: queue.SimpleQueue[_Submit | _Cancel | _Call | None] = queue.SimpleQueue()
         self._side_tasks: list[SideTask] = []
         self._step: Step | None = None
-        self._previous_step_ended = 0.0  # when the step before `_step` was seen done
-        self._step_shared_device = False  # whether `_step` has shared the device with anything
         self._reports = Reports()
         self._previews = Previews(executor, self._reports)
         self._failures = Failures(executor, planner, self._reports, clock)
@@ -137,10 +135,7 @@ class WorkerLoop(threading.Thread):
 
     def _nearly_done(self, step: Step) -> float:
         """When the step after `step` has to be planned."""
-        return self._on_device_since(step) + self._planner.expected_seconds(step.plan) - AHEAD
-
-    def _on_device_since(self, step: Step) -> float:
-        return max(step.began, self._previous_step_ended)
+        return step.began + self._planner.expected_seconds(step.plan) - AHEAD
 
     def _take_in(self) -> None:
         """Handles everything that has arrived; waits when there is nothing else to do."""
@@ -242,9 +237,11 @@ class WorkerLoop(threading.Thread):
             if not sequence.left:  # it is decoded when this step is done
                 self._planner.set_aside(sequence)
         self._mark_shared()
-        step = Step(plan, pending, [(s, s.step, self._previews.begin(s)) for s in sequences], began)
-        self._settle()
-        self._step, self._step_shared_device = step, bool(self._side_tasks)
+        taken = [(s, s.step, self._previews.begin(s)) for s in sequences]
+        if self._step is not None:
+            self._settle()
+            began = self._clock()
+        self._step = Step(plan, pending, taken, began, alone=not self._side_tasks)
         if self._is_over(pending):
             self._settle()
 
@@ -267,12 +264,12 @@ class WorkerLoop(threading.Thread):
             self._failures.give_up(step.plan, error)
             self._watch()
             return
-        self._previous_step_ended = self._clock()
-        if not self._step_shared_device:  # a step that shares the device costs more
+        ended = self._clock()
+        if step.alone:  # one that shares the device costs more
             self._planner.observe(step.plan, seconds)
         for row, (sequence, number, preview) in enumerate(step.taken):
             if number == sequence.steps:
-                self._planner.take_back(sequence, self._previous_step_ended)
+                self._planner.take_back(sequence, ended)
             self._report_step(sequence, number, 1e3 * seconds, len(step.taken), row)
             if preview is not None:
                 self._previews.report(sequence, number, preview)
@@ -298,7 +295,8 @@ class WorkerLoop(threading.Thread):
         else:
             self._planner.set_aside(sequence)
             self._side_tasks.append(task)
-            self._step_shared_device = True
+            if self._step is not None:
+                self._step.alone = False
         self._reports.tell()
 
     def _collect(self) -> None:
@@ -339,7 +337,7 @@ class WorkerLoop(threading.Thread):
         """Tells the watchdog what the device has been given: only that can hang."""
         running = [self._running_since(task.began, task.plan) for task in self._side_tasks]
         if self._step is not None:
-            running.append(self._running_since(self._on_device_since(self._step), self._step.plan))
+            running.append(self._running_since(self._step.began, self._step.plan))
         self._watchdog.watch_only(running)
 
     def _report_step(self, sequence: ImageSequence, done: int, step_ms: float, batch_size: int, row: int) -> None:

@@ -9,14 +9,15 @@ from server.worker.planner import Plan
 from server.worker.sequences import ImageSequence
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Step:
     """A step, and what to report when it is done: each sequence's step number, and its preview if any."""
 
     plan: Plan
     pending: Pending[float]
     taken: list[tuple[ImageSequence, int, Pending[Pixels] | None]]
-    began: float
+    began: float  # when it was given to the device, or the step before it was seen done
+    alone: bool  # whether it has had the device to itself
 
 
 @dataclass(eq=False)
