@@ -30,6 +30,7 @@ class CostTable:
     def __init__(self, costs: Iterable[StepCost] = ()) -> None:
         self._seconds: dict[_Key, dict[int, float]] = {}  # in order of the latest measurement
         self._recent: dict[tuple[_Key, int], deque[float]] = {}
+        self._images: dict[tuple[int, int, int, int], float] = {}  # what `image` has said since the last measurement
         for cost in costs:
             self.observe(cost)
 
@@ -43,6 +44,7 @@ class CostTable:
             self._make_room(others, cost.component)
         # Replaced as a whole: whoever is reading the table still has it as it was.
         self._seconds = {**others, key: {**self._seconds.get(key, {}), cost.rows: median_low(recent)}}
+        self._images = {}
 
     def _make_room(self, seconds: dict[_Key, dict[int, float]], component: Component) -> None:
         """Makes room for one more size."""
@@ -69,8 +71,11 @@ class CostTable:
 
     def image(self, height: int, width: int, *, steps: int, rows: int) -> float:
         """Seconds of a whole image of `rows` prompts that has the device to itself."""
-        stages = rows * self.encode() + self.decode(height, width)
-        return stages + steps * self.step(height, width, rows)
+        images, asked = self._images, (height, width, steps, rows)
+        if asked not in images:  # a forecast asks the same of every waiting request
+            stages = rows * self.encode() + self.decode(height, width)
+            images[asked] = stages + steps * self.step(height, width, rows)
+        return images[asked]
 
     def encode(self) -> float:
         """Seconds of one prompt's encoding; 0 before one was measured."""

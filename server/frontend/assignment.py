@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from server.costs import CostTable
 from server.errors import ZServeError
-from server.frontend.forecast import Work, starting_times
+from server.frontend.forecast import Forecast, Work, forecasts
 from server.frontend.workers import Worker, WorkerState
 from server.requests import GenerationRequest, Queued
 from server.turns import Claim, Rank
@@ -81,7 +81,7 @@ class Assignment:
                 self._give(place, worker)
                 given.append(place)
             elif place.suspect:
-                reserved |= set(self._by_load()[:1])  # it drains, then takes the suspect alone
+                reserved |= set(self._by_end(place)[:1])  # it drains, then takes the suspect alone
             else:
                 break
         return given
@@ -97,21 +97,18 @@ class Assignment:
         place.worker = None
 
     def seconds(self, place: Place) -> float:
-        """Device time that the request still needs: on its worker, or while it waits, on the first one that serves.
+        """Device time that the request still needs: on its worker, or while it waits, on the one that needs the least.
 
         While no worker serves, by the costs last known.
         """
-        return _seconds(place, self._costs if place.worker is None else place.worker.costs)
+        workers = (self.ready() or self._workers) if place.worker is None else [place.worker]
+        return min((_seconds(place, worker.costs) for worker in workers), default=0.0)
 
-    def forecasts(self, waiting: Sequence[Place]) -> list[float] | None:
-        """Seconds until each of `waiting`, the head of the queue, starts; None while no worker serves."""
-        costs = self._costs
-        held = {w: [self._work(p, w.costs) for p in self.held(w)] for w in self.ready()}
-        return starting_times([self._work(place, costs) for place in waiting], held)
-
-    @property
-    def _costs(self) -> CostTable:
-        return next((w.costs for w in (*self.ready(), *self._workers)), CostTable())
+    def forecasts(self, waiting: Sequence[Place]) -> list[Forecast] | None:
+        """When each of `waiting`, the head of the queue, starts, and how long it takes; None while no worker serves."""
+        ready = self.ready()
+        held = {w: [Work(self._rank(p), _seconds(p, w.costs)) for p in self.held(w)] for w in ready}
+        return forecasts([(self._rank(p), {w: _seconds(p, w.costs) for w in ready}) for p in waiting], held)
 
     def _give(self, place: Place, worker: Worker) -> None:
         held = self._held.setdefault(worker, [])
@@ -124,11 +121,15 @@ class Assignment:
         place.moved.set()
 
     def _worker_for(self, place: Place, reserved: set[Worker]) -> Worker | None:
-        """The least loaded worker that has room for `place`."""
-        return next((w for w in self._by_load() if w not in reserved and self._has_room(w, place)), None)
+        """Of the workers that have room for `place`, the one that would be done with it and all it holds first."""
+        return next((w for w in self._by_end(place) if w not in reserved and self._has_room(w, place)), None)
 
-    def _by_load(self) -> list[Worker]:
-        return sorted(self.ready(), key=lambda w: (sum(map(self.seconds, self.held(w))), len(self.held(w))))
+    def _by_end(self, place: Place) -> list[Worker]:
+        def end(worker: Worker) -> tuple[float, int]:
+            held = self.held(worker)
+            return _seconds(place, worker.costs) + sum(map(self.seconds, held)), len(held)
+
+        return sorted(self.ready(), key=end)
 
     def _has_room(self, worker: Worker, place: Place) -> bool:
         held = self.held(worker)
@@ -137,9 +138,6 @@ class Assignment:
         rank = self._rank(place)
         ahead = sum(self._rank(p) <= rank for p in held)
         return ahead < self._window and len(held) < MOST_WINDOWS * self._window
-
-    def _work(self, place: Place, costs: CostTable) -> Work:
-        return Work(self._rank(place), _seconds(place, costs))
 
 
 def _seconds(place: Place, costs: CostTable) -> float:

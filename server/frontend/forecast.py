@@ -17,21 +17,33 @@ class Work:
     seconds: float
 
 
-def starting_times(waiting: Sequence[Work], held: Mapping[W, Sequence[Work]]) -> list[float] | None:
-    """Seconds until each of `waiting`, the next one first, starts; None without workers.
+@dataclass(frozen=True)
+class Forecast:
+    """Seconds until a request starts, and those that it then takes on its worker."""
 
-    Each takes the worker that is free for it first: of what a worker holds, only what is at least as urgent goes ahead.
+    start: float
+    takes: float
+
+
+def forecasts(
+    waiting: Sequence[tuple[Rank, Mapping[W, float]]], held: Mapping[W, Sequence[Work]]
+) -> list[Forecast] | None:
+    """A forecast for each of `waiting`, the next one first, of which the seconds it needs on each worker are known.
+
+    Each takes the worker that is done with it first: of what a worker holds, only what is at least as urgent goes
+    ahead. None without workers.
     """
     if not held:
         return None
     free = dict.fromkeys(held, 0.0)
     ahead = sorted(((work, worker) for worker, works in held.items() for work in works), key=lambda entry: entry[0])
-    starts = []
-    for own in waiting:
-        while ahead and ahead[0][0].rank <= own.rank:
+    found = []
+    for rank, needed in waiting:
+        while ahead and ahead[0][0].rank <= rank:
             work, worker = ahead.pop(0)
             free[worker] += work.seconds
-        first = min(free, key=lambda worker: free[worker])
-        starts.append(free[first])
-        free[first] += own.seconds
-    return starts
+        ends = {worker: start + needed[worker] for worker, start in free.items()}
+        first = min(ends, key=ends.__getitem__)
+        found.append(Forecast(free[first], needed[first]))
+        free[first] = ends[first]
+    return found

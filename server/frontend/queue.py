@@ -12,6 +12,7 @@ from dataclasses import replace
 from server.config import ModelConfig
 from server.errors import DeadlinePassedError, ModelNotReadyError, QueueFullError, QueueTimeoutError, ZServeError
 from server.frontend.assignment import Assignment, Place
+from server.frontend.forecast import Forecast
 from server.frontend.workers import Worker, WorkerState
 from server.queue_policy import TimeoutAction
 from server.requests import GenerationRequest, Queued
@@ -74,8 +75,8 @@ class ModelQueue:
     @property
     def retry_after(self) -> float:
         """Seconds after which another place should be free: when the first in the queue starts."""
-        starts = self._assignment.forecasts(self._turns.ordered(self._clock())[:1])
-        return max(1.0, *starts) if starts else 1.0
+        forecasts = self._assignment.forecasts(self._turns.ordered(self._clock())[:1])
+        return max(1.0, *(f.start for f in forecasts)) if forecasts else 1.0
 
     def held(self, worker: Worker) -> Sequence[Place]:
         """The places that `worker` holds."""
@@ -103,15 +104,15 @@ class ModelQueue:
             queue_timeout_at=float("inf") if timeout is None else now + timeout,
         )
         self._turns.add(place, now)
-        standing = self._standing(place)
+        position, forecast = self._standing(place)
         try:
-            self._check_deadline(place, standing)
+            self._check_deadline(place, forecast)
         except ZServeError:
             self._turns.remove([place])
             raise
         self.change()
         if place.worker is None:
-            self._tell(place, standing)
+            self._tell(place, position, forecast)
         return place
 
     def leave(self, place: Place) -> None:
@@ -155,7 +156,8 @@ class ModelQueue:
             return
         now = self._clock()
         if place.claim.deadline is not None:
-            self._check_deadline(place, self._standing(place))
+            _, forecast = self._standing(place)
+            self._check_deadline(place, forecast)
         if now < place.queue_timeout_at:
             return
         policy = self.config.queue.of(place.request.priority)
@@ -201,21 +203,22 @@ class ModelQueue:
         """Tells all that wait their position and expected start, where the position has changed."""
         self._telling = None
         ordered = self._turns.ordered(self._clock())
-        starts, unstarted = self._assignment.forecasts(ordered), self._assignment.unstarted
-        for position, place in enumerate(ordered, unstarted):
+        forecasts: Sequence[Forecast | None] = self._assignment.forecasts(ordered) or [None] * len(ordered)
+        standings = zip(ordered, forecasts, strict=True)
+        for position, (place, forecast) in enumerate(standings, self._assignment.unstarted):
             if place.standing is None or place.standing.position != position:
-                self._tell(place, _queued(position, None if starts is None else starts[position - unstarted]))
+                self._tell(place, position, forecast)
 
-    def _tell(self, place: Place, standing: Queued) -> None:
-        place.standing = standing
+    def _tell(self, place: Place, position: int, forecast: Forecast | None) -> None:
+        place.standing = Queued(position, None if forecast is None else 1e3 * forecast.start)
         place.moved.set()
 
-    def _standing(self, place: Place) -> Queued:
-        """Where a waiting place stands."""
+    def _standing(self, place: Place) -> tuple[int, Forecast | None]:
+        """A waiting place's position, and its forecast while a worker serves."""
         ordered = self._turns.ordered(self._clock())
         up_to_it = ordered[: ordered.index(place) + 1]
-        starts = self._assignment.forecasts(up_to_it)
-        return _queued(self._assignment.unstarted + len(up_to_it) - 1, None if starts is None else starts[-1])
+        forecasts = self._assignment.forecasts(up_to_it)
+        return self._assignment.unstarted + len(up_to_it) - 1, None if forecasts is None else forecasts[-1]
 
     def _check_ready(self) -> None:
         if self.ready or any(w.state is WorkerState.RESTARTING for w in self.workers):
@@ -233,19 +236,15 @@ class ModelQueue:
                 retry_after=self.retry_after,
             )
 
-    def _check_deadline(self, place: Place, standing: Queued) -> None:
+    def _check_deadline(self, place: Place, forecast: Forecast | None) -> None:
         """Raises DeadlinePassedError if, by the measured costs, a waiting place cannot meet its deadline."""
         if place.claim.deadline is None:
             return
-        now, own = self._clock(), self._assignment.seconds(place)
-        wait = (standing.estimated_start_ms or 0.0) / 1e3
+        now, forecast = self._clock(), forecast or Forecast(0.0, self._assignment.seconds(place))
+        wait, own = forecast.start, forecast.takes
         if now + BATCHING_GAIN * wait + own >= place.claim.deadline:
             left = max(0.0, place.claim.deadline - now)
             raise DeadlinePassedError(
                 f"the deadline, {left:.3g} s from now, cannot be met: the request needs {own:.3g} s of the device, "
                 f"which is free for it in {wait:.3g} s. Allow more time, or ask for fewer steps or a smaller size"
             )
-
-
-def _queued(position: int, start: float | None) -> Queued:
-    return Queued(position, None if start is None else 1e3 * start)

@@ -21,6 +21,7 @@ from server.errors import (
     ZServeError,
 )
 from server.frontend.assignment import Place
+from server.frontend.forecast import Forecast
 from server.frontend.metrics import Metrics
 from server.frontend.queue import ModelQueue
 from server.frontend.serving import Serving
@@ -127,6 +128,34 @@ async def test_the_worker_with_the_least_to_do_is_chosen() -> None:
     assert large.worker is not small[0].worker is small[1].worker
 
 
+FOUR_SECONDS = CostTable([StepCost(64, 64, 1, 2.0)])
+
+
+async def test_each_worker_is_forecast_by_its_own_costs() -> None:
+    queue = make(FakeWorker("slow", costs=FOUR_SECONDS), FakeWorker("fast"), queue=QueuePolicy())
+    waiting = enter(queue, 7)[4:]
+    assert [p.standing.estimated_start_ms for p in waiting if p.standing] == [2000.0, 3000.0, 4000.0]
+
+
+async def test_the_worker_that_is_done_first_is_chosen() -> None:
+    slow, fast = FakeWorker("slow", costs=FOUR_SECONDS), FakeWorker("fast")
+    queue = make(slow, fast)
+    (place,) = enter(queue, timeout=2.0)
+    assert place.worker is fast
+    (large,) = enter(queue, num_inference_steps=20)
+    assert large.worker is fast
+
+
+async def test_what_only_a_slower_worker_is_free_for_is_refused_where_that_takes_too_long() -> None:
+    queue = make(FakeWorker("fast"), FakeWorker("slow", costs=FOUR_SECONDS))
+    for place in enter(queue, 2, num_inference_steps=20, priority=1):
+        assert place.worker is queue.workers[0]
+    with pytest.raises(DeadlinePassedError, match="needs 4 s of the device, which is free for it in 0 s"):
+        enter(queue, timeout=3.0)
+    (late,) = enter(queue, timeout=5.0)
+    assert late.worker is queue.workers[1]
+
+
 async def test_places_learn_where_they_stand() -> None:
     queue = make(FakeWorker())
     (*_, third, fourth) = enter(queue, 4)
@@ -197,7 +226,7 @@ async def test_an_arrival_is_forecast_once_and_not_who_is_behind_it(monkeypatch:
     enter(queue, 20, priority=5)
     forecasts, lengths = queue._assignment.forecasts, []
 
-    def counted(waiting: Sequence[Place]) -> list[float] | None:
+    def counted(waiting: Sequence[Place]) -> list[Forecast] | None:
         lengths.append(len(waiting))
         return forecasts(waiting)
 
@@ -313,11 +342,11 @@ async def test_steps_that_are_taken_again_are_not_counted_twice() -> None:
 
 
 async def test_what_a_worker_has_to_do_is_reckoned_with_its_own_costs() -> None:
-    slow = FakeWorker("slow", costs=CostTable([StepCost(64, 64, 1, 5.0)]))
+    slow = FakeWorker("slow", costs=CostTable([StepCost(64, 64, 1, 1.0)]))
     fast = FakeWorker("fast")
     queue = make(slow, fast, max_batch_size=2)
     places = enter(queue, 4)
-    assert [p.worker for p in places] == [slow, fast, fast, fast]  # type: ignore[comparison-overlap]
+    assert [p.worker for p in places] == [fast, slow, fast, fast]  # type: ignore[comparison-overlap]
 
 
 async def test_a_request_that_loses_two_workers_once_begun_is_poison() -> None:
