@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from server.config import ServeConfig
+from server.errors import ModelNotReadyError
 from server.frontend.dispatcher import Dispatcher
 from server.frontend.workers import COMMAND
 from server.queue_policy import QueuePolicy
@@ -112,7 +113,7 @@ class Model(Protocol):
         """Accepts no more requests; those under way continue."""
 
     async def unload(self) -> None:
-        """Frees everything, including what a cancelled `load` has begun; requests under way may fail."""
+        """Frees everything, including what a cancelled `load` has begun; requests under way end as `unloaded`."""
 
     @property
     def ready(self) -> bool:
@@ -138,6 +139,15 @@ async def taking(items: AsyncGenerator[Item, None]) -> AsyncIterator[AsyncGenera
         except Exception as error:
             await items.athrow(error)
             raise
+
+
+def unloaded(spec: ModelSpec) -> ModelNotReadyError:
+    """What requests get that are still under way when their model is unloaded."""
+    return ModelNotReadyError(
+        f"version {spec.version} of model {spec.name!r} was unloaded before the request was done; send it again where "
+        "another version serves",
+        retry_after=1.0,
+    )
 
 
 Backend = Callable[[ModelFolder, Host], Model]

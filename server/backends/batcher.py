@@ -6,8 +6,9 @@ import itertools
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from server.errors import QueueFullError, QueueTimeoutError
+from server.errors import QueueFullError, QueueTimeoutError, ZServeError
 from server.queue_policy import QueuePolicy, TimeoutAction
 from server.statistics import Spent, Statistics
 from server.tensors import InferRequest
@@ -42,6 +43,8 @@ class Batcher:
         self._numbers = itertools.count()
         self._alarm: asyncio.TimerHandle | None = None
         self._running: set[asyncio.Task[None]] = set()
+        self._executing: set[asyncio.Task[Any]] = set()  # those of `_running` that have begun, and requests' own
+        self._closed: ZServeError | None = None
 
     async def run(self, request: InferRequest) -> Spent:
         """Returns when the request's batch has run.
@@ -49,13 +52,27 @@ class Batcher:
         Raises:
             QueueFullError: as many of its priority wait as the policy allows.
             QueueTimeoutError: it waited for too long.
+            ZServeError: the batcher is closed, with the error of `close`.
         """
+        if self._closed is not None:
+            raise self._closed
         if self._free and not self._waiting and not self._policy.max_delay:
             self._free -= 1
             return await self._run_batch([request], queued=0)
         priority = self._policy.level_of(request.priority)
         self._check_room(request, priority)
         return await self._wait(request, priority)
+
+    def close(self, error: ZServeError) -> None:
+        """Ends every request with `error`: those that wait, those that are executed, and those to come."""
+        self._closed = error
+        waiting = list(self._waiting)
+        self._take_out(waiting)
+        for place in waiting:
+            if not place.done.done():
+                place.done.set_exception(error)
+        for task in self._executing:
+            task.cancel()
 
     def _check_room(self, request: InferRequest, priority: int) -> None:
         most = self._policy.of(priority).max_size
@@ -162,10 +179,20 @@ class Batcher:
 
     async def _run_batch(self, requests: list[InferRequest], queued: int) -> Spent:
         """Runs on the instance that the caller has taken, and gives it back."""
-        began = time.monotonic_ns()
+        began, task = time.monotonic_ns(), asyncio.current_task()
+        assert task is not None, "it runs in a task"
+        self._executing.add(task)
         try:
+            if self._closed is not None:  # since this batch was put together
+                raise self._closed
             await self._execute(requests)
+        except asyncio.CancelledError:
+            if self._closed is None:
+                raise
+            task.uncancel()
+            raise self._closed from None
         finally:
+            self._executing.discard(task)
             self._free += 1
             if self._waiting:
                 self._dispatch()

@@ -9,7 +9,7 @@ import math
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 
-from server.backends.base import Host, ModelFolder
+from server.backends.base import Host, ModelFolder, unloaded
 from server.backends.batcher import Batcher
 from server.errors import ConfigError, InvalidRequestError
 from server.statistics import Statistics
@@ -51,6 +51,7 @@ class IdentityModel:
     async def unload(self) -> None:
         """See `Model`."""
         self.ready = False
+        self._batcher.close(unloaded(self.spec))
 
     async def infer(self, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
         """See `Model`."""

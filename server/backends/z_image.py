@@ -4,10 +4,10 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator
 
-from server.backends.base import Host, ModelFolder, taking
+from server.backends.base import Host, ModelFolder, taking, unloaded
 from server.backends.image_config import image_config
 from server.config import ModelConfig, cpu_threads
-from server.errors import EngineLoadError, ModelNotReadyError
+from server.errors import EngineLoadError
 from server.frontend.queue import ModelQueue
 from server.frontend.workers import Worker, WorkerState
 from server.launch import WorkerConfig
@@ -54,15 +54,8 @@ class ZImageModel:
     async def unload(self) -> None:
         """See `Model`."""
         self.retire()
-        name, version = self.spec.name, self.spec.version
         # First, so that requests that lose their worker from now on do not wait for another.
-        self.queue.close(
-            ModelNotReadyError(
-                f"version {version} of model {name!r} was unloaded before the request was done; send it again where "
-                "another version serves",
-                retry_after=1.0,
-            )
-        )
+        self.queue.close(unloaded(self.spec))
         await asyncio.gather(*(worker.stop() for worker in self.queue.workers))
 
     async def infer(self, request: InferRequest) -> AsyncGenerator[InferResponse, None]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import grpc
 import pytest
 import tritonclient.grpc.aio as triton
+from tritonclient.utils import InferenceServerException
 
 from client import GenerationFailedError
 from client.messages import ImageRequest
@@ -18,6 +19,7 @@ from server.frontend import served_model as module
 from tests.integration.frontend import Running, Seen, draw, light_repository, serving
 from tests.integration.light_worker import LIGHT
 from tests.integration.process import PATIENCE
+from tests.integration.triton.conftest import ENDLESS, IDENTITIES, some_bytes, write_model
 
 CONFIG = """
 max_batch_size: 1
@@ -98,3 +100,28 @@ async def test_what_does_not_finish_in_time_is_answered(
         s.gate.touch()
         if reloaded:
             assert len((await draw(s.running.client, s.held)).of("image")) == 1
+
+
+@pytest.mark.parametrize("how", ["unloaded", "stopped"])
+async def test_a_tensor_models_requests_that_do_not_finish_in_time_are_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """One is executed, the other waits for it."""
+    monkeypatch.setattr(module, "DRAIN_SECONDS", 0.1)
+    models = light_repository(tmp_path / "models", CONFIG)
+    write_model(models, "identity", IDENTITIES["identity"])
+    options = {"model_control_mode": ControlMode.EXPLICIT, "load_model": (MODEL, "identity"), "exit_timeout_secs": 0.1}
+    async with serving(models, LIGHT, **options) as running, triton.InferenceServerClient(running.url) as client:
+        requests = [asyncio.create_task(client.infer("identity", [some_bytes()], parameters=ENDLESS)) for _ in range(2)]
+        model = running.frontend._repository.find("identity")
+        await running.until(lambda: (model.statistics.under_way, model.statistics.pending) == (2, 1))
+        if how == "unloaded":
+            await client.unload_model("identity")
+        else:
+            running.frontend.stop()
+        for request in requests:
+            with pytest.raises(InferenceServerException, match="model 'identity' was unloaded before the request was"):
+                await asyncio.wait_for(request, PATIENCE)
+            assert isinstance(cause := request.exception(), InferenceServerException)
+            assert cause.status() == "StatusCode.UNAVAILABLE"
+        assert model.statistics.under_way == 0

@@ -6,12 +6,13 @@ from dataclasses import replace
 import pytest
 
 from server.backends.batcher import Batcher
-from server.errors import QueueFullError, QueueTimeoutError
+from server.errors import ModelNotReadyError, QueueFullError, QueueTimeoutError
 from server.queue_policy import LevelPolicy, QueuePolicy, TimeoutAction
 from server.rpc.triton.model_config import parse_model_file
 from server.statistics import Statistics
 from server.tensors import DataType, InferRequest, ModelSpec, Tensor, TensorSpec
 
+GONE = ModelNotReadyError("gone")
 PATIENCE = 300.0  # seconds that nothing here takes
 SPEC = ModelSpec("m", "1", "identity", (TensorSpec("A", DataType.UINT8, (-1,)),), (), max_batch_size=4)
 
@@ -120,6 +121,30 @@ async def test_without_a_bound_any_number_waits() -> None:
     assert runs.statistics.pending == 299
     runs.go.set()
     await asyncio.gather(*tasks)
+
+
+async def test_closing_ends_what_is_executed_and_what_waits_and_what_comes() -> None:
+    runs = Runs(QueuePolicy(), rows=2)
+    first, *others = runs.start(*(a_request() for _ in range(4)))
+    await asyncio.sleep(0)
+    let_go, runs.go = runs.go, asyncio.Event()
+    let_go.set()
+    await first
+    assert list(map(len, runs.batches)) == [1, 2]
+    runs.batcher.close(GONE)
+    late = runs.start(a_request())
+    assert await asyncio.gather(*others, *late, return_exceptions=True) == [GONE] * 4
+    assert runs.statistics.pending == 0
+
+
+@pytest.mark.parametrize(("delay", "begun"), [(0.0, 1), (1.0, 0)], ids=["by itself", "not begun"])
+async def test_closing_ends_a_batch_of_one(delay: float, begun: int) -> None:
+    runs = Runs(QueuePolicy(max_delay=delay))
+    (task,) = runs.start(a_request())
+    await asyncio.sleep(0)
+    runs.batcher.close(GONE)
+    assert await asyncio.gather(task, return_exceptions=True) == [GONE]
+    assert len(runs.batches) == begun
 
 
 async def test_a_preferred_size_is_not_waited_beyond() -> None:
