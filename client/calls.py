@@ -17,6 +17,7 @@ from protos.zserve.v1 import image_generation_pb2_grpc as pb_grpc
 DEFAULT_URL = "localhost:8001"
 OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 LONGEST_TIMEOUT = 1e8  # seconds; gRPC turns much more into a deadline that has passed
+CLOSED = "the client is closed; make another"
 
 OnEvent = Callable[[pb.GenerateEvent], None]
 Metadata = Sequence[tuple[str, str]]
@@ -29,8 +30,8 @@ def _ignore(event: pb.GenerateEvent) -> None:
 class ZImageClient:
     """Calls a zserve server. Usable from several threads.
 
-    Every method raises `GenerationFailedError` when the server answers with an error, or when the client is closed
-    meanwhile (CANCELLED).
+    Every method raises `GenerationFailedError` when the server answers with an error, or when the client is closed,
+    before or meanwhile (CANCELLED).
 
     Args:
         url: HOST:PORT.
@@ -50,7 +51,7 @@ class ZImageClient:
         credentials: grpc.ChannelCredentials | None = None,
         metadata: Metadata = (),
     ) -> None:
-        self._with = _with(timeout, metadata)
+        self._with, self._closed = _with(timeout, metadata), False
         if credentials is None:
             self._channel = grpc.insecure_channel(url, options=OPTIONS)
         else:
@@ -59,12 +60,13 @@ class ZImageClient:
 
     def generate(self, request: ImageRequest) -> Iterator[pb.GenerateEvent]:
         """Events as they happen. Closing the iterator cancels the request."""
-        call = self._stub.Generate(request.to_message(), **self._with)
-        try:
-            with _failures():
+        message = request.to_message()
+        with _failures(self):
+            call = self._stub.Generate(message, **self._with)
+            try:
                 yield from call
-        finally:
-            call.cancel()
+            finally:
+                call.cancel()
 
     def draw(self, prompt: str, *, on_event: OnEvent = _ignore, **options: Any) -> Drawing:
         """Draws and waits; `options` are those of `ImageRequest`, `on_event` sees every event as it comes."""
@@ -76,16 +78,17 @@ class ZImageClient:
 
     def model(self, name: str = "") -> pb.Model:
         """What a model accepts and runs on."""
-        with _failures():
+        with _failures(self):
             return self._stub.GetModel(pb.GetModelRequest(model=name), **self._with)  # type: ignore[no-any-return]
 
     def models(self) -> list[pb.Model]:
         """All models."""
-        with _failures():
+        with _failures(self):
             return list(self._stub.ListModels(pb.ListModelsRequest(), **self._with).models)
 
     def close(self) -> None:
         """Closes the connection."""
+        self._closed = True
         self._channel.close()
 
     def __enter__(self) -> Self:
@@ -108,7 +111,7 @@ class AsyncZImageClient:
         credentials: grpc.ChannelCredentials | None = None,
         metadata: Metadata = (),
     ) -> None:
-        self._with = _with(timeout, metadata)
+        self._with, self._closed = _with(timeout, metadata), False
         self._url, self._credentials = url, credentials
 
     @cached_property
@@ -124,13 +127,14 @@ class AsyncZImageClient:
 
     async def generate(self, request: ImageRequest) -> AsyncIterator[pb.GenerateEvent]:
         """Events as they happen. Closing the iterator cancels the request."""
-        call = self._stub.Generate(request.to_message(), **self._with)
-        try:
-            with _failures():
+        message = request.to_message()
+        with _failures(self):
+            call = self._stub.Generate(message, **self._with)
+            try:
                 async for event in call:
                     yield event
-        finally:
-            call.cancel()
+            finally:
+                call.cancel()
 
     async def draw(self, prompt: str, *, on_event: OnEvent = _ignore, **options: Any) -> Drawing:
         """Draws and waits; `options` are those of `ImageRequest`, `on_event` sees every event as it comes."""
@@ -142,16 +146,17 @@ class AsyncZImageClient:
 
     async def model(self, name: str = "") -> pb.Model:
         """What a model accepts and runs on."""
-        with _failures():
+        with _failures(self):
             return await self._stub.GetModel(pb.GetModelRequest(model=name), **self._with)  # type: ignore[no-any-return]
 
     async def models(self) -> list[pb.Model]:
         """All models."""
-        with _failures():
+        with _failures(self):
             return list((await self._stub.ListModels(pb.ListModelsRequest(), **self._with)).models)
 
     async def close(self) -> None:
         """Closes the connection."""
+        self._closed = True
         await self._channel.close()
 
     async def __aenter__(self) -> Self:
@@ -173,15 +178,19 @@ def _with(timeout: float | None, metadata: Metadata) -> dict[str, Any]:
 
 
 @contextmanager
-def _failures() -> Iterator[None]:
+def _failures(client: ZImageClient | AsyncZImageClient) -> Iterator[None]:
     """Raises gRPC's errors as `GenerationFailedError`."""
     try:
         yield
     except grpc.RpcError as error:
         raise GenerationFailedError.of(error) from None
+    except (ValueError, grpc.aio.UsageError):
+        if not client._closed:
+            raise
+        raise GenerationFailedError(grpc.StatusCode.CANCELLED, CLOSED) from None  # it was before the call began
     except asyncio.CancelledError:
         task = asyncio.current_task()
         if task is None or task.cancelling():
             raise
         # This is how gRPC tells a call that its channel was closed; the task itself was not cancelled.
-        raise GenerationFailedError(grpc.StatusCode.CANCELLED, "the client was closed") from None
+        raise GenerationFailedError(grpc.StatusCode.CANCELLED, CLOSED) from None

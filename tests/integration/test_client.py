@@ -84,6 +84,26 @@ async def test_closing_a_client_ends_its_calls_as_cancelled() -> None:
             await waiting
 
 
+def test_a_closed_client_says_so() -> None:
+    client = ZImageClient("127.0.0.1:9")
+    client.close()
+    for call in (client.model, client.models, lambda: client.draw("a cat")):
+        with pytest.raises(GenerationFailedError, match="CANCELLED: the client is closed"):
+            call()
+
+
+@pytest.mark.parametrize("used", [False, True])
+async def test_a_closed_asyncio_client_says_so(used: bool) -> None:
+    client = AsyncZImageClient("127.0.0.1:9")
+    if used:
+        with pytest.raises(GenerationFailedError, match="UNAVAILABLE"):
+            await client.models()
+    await client.close()
+    for call in (client.model, client.models, lambda: client.draw("a cat")):
+        with pytest.raises(GenerationFailedError, match="CANCELLED: the client is closed"):
+            await call()
+
+
 async def test_a_task_that_is_cancelled_stays_so() -> None:
     images = FakeImages(1, None)
     async with images.serving() as url, AsyncZImageClient(url) as client:
