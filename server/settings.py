@@ -11,6 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from server.errors import InvalidRequestError, UnsupportedError
+from server.log_file import LogFile
 
 REQUEST_LOGGER = "server.rpc.interceptors"  # logs every refused request, at INFO
 
@@ -35,7 +36,7 @@ class LogSettings:
 
     def apply(self, who: str = "") -> None:
         """Applies the settings to this process; `who` tells apart processes that log to one place."""
-        handler = self._file() if self.log_file else logging.StreamHandler(sys.stderr)
+        handler = LogFile(self.log_file) if self.log_file else logging.StreamHandler(sys.stderr)
         dates = "%Y-%m-%dT%H:%M:%S%z" if self.log_format is LogFormat.ISO8601 else None
         form = "%(asctime)s %(levelname)s " + (who and who.replace("%", "%%") + " ") + "%(name)s: %(message)s"
         handler.setFormatter(logging.Formatter(form, dates))
@@ -43,10 +44,6 @@ class LogSettings:
         logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
         verbose = logging.INFO if self.log_verbose_level else logging.WARNING
         logging.getLogger(REQUEST_LOGGER).setLevel(verbose)
-
-    def _file(self) -> logging.Handler:
-        """Escapes what UTF-8 cannot encode: file names in messages may be anything."""
-        return logging.FileHandler(self.log_file, encoding="utf-8", errors="backslashreplace")
 
     def _wanted(self, record: logging.LogRecord) -> bool:
         if record.levelno >= logging.ERROR:
