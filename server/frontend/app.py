@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import tempfile
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +18,7 @@ from server.frontend.gpus import open_gpus
 from server.frontend.metrics import Metrics
 from server.frontend.queue import ModelQueue
 from server.frontend.repository import Repository
+from server.frontend.scratch import scratch_folder
 from server.frontend.telemetry import Telemetry
 from server.frontend.trace_file import append_trace
 from server.frontend.triton_metrics import TritonCollector
@@ -239,8 +239,8 @@ async def serve(config: ServeConfig) -> int:
     """Runs the frontend; returns the exit status."""
     keep_freed_memory(arenas=1)
     settle()
-    with tempfile.TemporaryDirectory(prefix="zserve-") as sockets:
-        return await Frontend(config, Path(sockets)).run()
+    with scratch_folder() as sockets:
+        return await Frontend(config, sockets).run()
 
 
 def _start_gauges(config: ServeConfig) -> Gauges:
