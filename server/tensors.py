@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from typing import Any
 
+from server.errors import InvalidRequestError
+
 
 class DataType(StrEnum):
     """Triton's names of element types."""
@@ -114,6 +116,7 @@ class InferRequest:
     queue_timeout: float | None = None  # seconds it may wait
     timeout: float | None = None  # seconds left of the call
     delivery: Delivery = Delivery.ONE
+    room: Mapping[str, int] = field(default_factory=dict)  # bytes for an output, where the caller's memory limits them
 
     @property
     def batch_size(self) -> int:
@@ -121,6 +124,19 @@ class InferRequest:
         if not self.model.max_batch_size:
             return 1
         return next((t.shape[0] for t in self.inputs.values()), 1)
+
+    def check_room(self, output: str, size: int) -> None:
+        """To be called before computing by models that know the size of an output by then.
+
+        Raises:
+            InvalidRequestError: the caller has no room for `size` bytes of it.
+        """
+        room = self.room.get(output, size)
+        if size > room:
+            raise InvalidRequestError(
+                f"shared memory size specified with the request for output '{output}' ({room} bytes) should be at "
+                f"least {size} bytes to hold the results"
+            )
 
 
 @dataclass(frozen=True)

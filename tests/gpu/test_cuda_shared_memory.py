@@ -205,7 +205,7 @@ def test_nothing_outside_what_was_registered(client: triton.InferenceServerClien
         ),
         "output too small": (
             lambda: client.infer("identity", [some_bytes(8)], outputs=[wanted("OUTPUT0", "region", 4)]),
-            "INTERNAL",
+            "INVALID_ARGUMENT",
             "should be at least 8 bytes",
         ),
         "more than was allocated": (

@@ -79,7 +79,8 @@ def decode_request(request: InferRequest, model: ModelConfig) -> WantedImages:
     """What is asked for.
 
     Raises:
-        InvalidRequestError: naming the tensor or parameter, its value and what is accepted.
+        InvalidRequestError: naming the tensor or parameter, its value and what is accepted; or the caller's memory is
+            too small for the images.
     """
     values = _values(request)
     progress = _truth(values.pop(PROGRESS, False))
@@ -92,7 +93,18 @@ def decode_request(request: InferRequest, model: ModelConfig) -> WantedImages:
     progress = progress or generation.preview_interval > 0
     if progress and request.delivery is Delivery.ONE:
         raise InvalidRequestError("progress and preview_interval need ModelStreamInfer; ModelInfer has one response")
-    return WantedImages(generation, progress, one_by_one=progress or request.model.decoupled)
+    wanted = WantedImages(generation, progress, one_by_one=progress or request.model.decoupled)
+    _check_room(request, wanted)
+    return wanted
+
+
+def _check_room(request: InferRequest, wanted: WantedImages) -> None:
+    """Nothing is drawn that has no place to go; the size of an encoded image is only known when there is one."""
+    generation = wanted.generation
+    images = 1 if wanted.one_by_one else generation.num_images
+    request.check_room("SEED", images * DataType.INT64.size)
+    if generation.image_format is ImageFormat.RAW:
+        request.check_room("IMAGE", images * generation.height * generation.width * 3)
 
 
 def encode_progress(event: Progress | Preview) -> InferResponse:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from tritonclient.grpc import service_pb2 as pb
 
-from server.errors import InvalidRequestError, UnsupportedError, ZServeError
+from server.errors import InvalidRequestError, UnsupportedError
 from server.rpc.triton.inputs import decode_inputs
 from server.rpc.triton.parameters import RequestParameters, decode_parameters, encode_parameters
 from server.rpc.triton.regions import REGION, REGION_OFFSET, REGION_SIZE, Place, read_place
@@ -48,11 +48,7 @@ class InferCall:
             message.raw_output_contents.append(tensor.data)
             return
         size = len(tensor.data)
-        if size > place.size:
-            raise ZServeError(
-                f"shared memory size specified with the request for output '{tensor.name}' ({place.size} bytes) should "
-                f"be at least {size} bytes to hold the results"
-            )
+        self.request.check_room(tensor.name, size)
         await self.regions.write(place, tensor.data)
         encode_parameters({REGION: place.region, REGION_SIZE: size, REGION_OFFSET: place.offset}, output.parameters)
         message.raw_output_contents.append(b"")
@@ -73,6 +69,7 @@ async def decode_call(
     """
     parameters: RequestParameters = decode_parameters(message.parameters)
     inputs = await decode_inputs(message, spec, regions)
+    outputs = _decode_outputs(message, spec, regions)
     request = InferRequest(
         model=spec,
         id=message.id,
@@ -82,8 +79,9 @@ async def decode_call(
         queue_timeout=parameters.queue_timeout,
         timeout=seconds_left,
         delivery=delivery,
+        room={name: place.size for name, place in outputs.items() if place is not None},
     )
-    return InferCall(request, parameters.empty_final, _decode_outputs(message, spec, regions), regions)
+    return InferCall(request, parameters.empty_final, outputs, regions)
 
 
 def _decode_outputs(message: pb.ModelInferRequest, spec: ModelSpec, regions: SharedMemory) -> dict[str, Place | None]:

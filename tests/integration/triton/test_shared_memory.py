@@ -127,8 +127,31 @@ def test_cuda_shared_memory_says_what_it_needs(triton_client: triton.InferenceSe
 
 def test_an_output_that_does_not_fit(triton_client: triton.InferenceServerClient, region: object) -> None:
     found = status_of(lambda: triton_client.infer("identity", [some_bytes(8)], outputs=[result_in(4)]))
-    assert found[0] == "INTERNAL"
+    assert found[0] == "INVALID_ARGUMENT"
     assert "should be at least 8 bytes" in found[1]
+
+
+@pytest.mark.parametrize(("output", "needed"), [("IMAGE", 2 * 64 * 80 * 3), ("SEED", 2 * 8)])
+def test_nothing_is_drawn_where_the_output_is_known_not_to_fit(
+    triton_client: triton.InferenceServerClient, output: str, needed: int
+) -> None:
+    before, room = ends(triton_client, MODEL), needed - 1
+    parameters = {"width": 64, "height": 80, "num_images": 2, "num_inference_steps": 1}
+    handle = shm.create_shared_memory_region("outputs", f"{KEY}_outputs", needed)
+    triton_client.register_system_shared_memory("outputs", f"{KEY}_outputs", needed)
+    try:
+        wanted = triton.InferRequestedOutput(output)
+        wanted.set_shared_memory("outputs", room)
+        prompt = [bytes_tensor("PROMPT", "a star")]
+        found = status_of(lambda: triton_client.infer(MODEL, prompt, outputs=[wanted], parameters=parameters))
+        assert found[0] == "INVALID_ARGUMENT"
+        assert f"'{output}' ({room} bytes) should be at least {needed} bytes" in found[1]
+        assert ends(triton_client, MODEL) == before  # it has reached no queue
+        wanted.set_shared_memory("outputs", needed)
+        triton_client.infer(MODEL, prompt, outputs=[wanted], parameters=parameters)
+    finally:
+        triton_client.unregister_system_shared_memory("outputs")
+        shm.destroy_shared_memory_region(handle)
 
 
 def ends(client: triton.InferenceServerClient, model: str) -> tuple[int, int]:
@@ -151,7 +174,7 @@ def stream(client: triton.InferenceServerClient, model: str, inputs: list, **opt
     return str(error)
 
 
-SMALL = {"width": 64, "height": 64, "num_inference_steps": 1}
+SMALL = {"width": 64, "height": 64, "num_inference_steps": 1, "image_format": "png"}  # of a size not known before
 ASKED = {
     "identity": ([some_bytes(8)], "OUTPUT0", {}),
     MODEL: ([bytes_tensor("PROMPT", "a star")], "IMAGE", {"parameters": SMALL}),
@@ -170,13 +193,13 @@ def test_a_request_whose_answer_cannot_be_written_has_failed(
     """Whatever the model has made of it: its client has got an error."""
     inputs, output, options = ASKED[model]
     succeeded, failed = ends(triton_client, model)
-    internal = triton_server.metric("zserve_requests_total", model=model, outcome="internal")
+    refused = triton_server.metric("zserve_requests_total", model=model, outcome="invalid_argument")
     small = triton.InferRequestedOutput(output)
     small.set_shared_memory("region", 4)
     assert "should be at least" in ask(triton_client, model, inputs, outputs=[small], **options)
     assert ends(triton_client, model) == (succeeded, failed + 1)
     if model == MODEL:
-        assert triton_server.metric("zserve_requests_total", model=model, outcome="internal") == internal + 1
+        assert triton_server.metric("zserve_requests_total", model=model, outcome="invalid_argument") == refused + 1
 
 
 def test_memory_that_has_shrunk_is_an_error(triton_client: triton.InferenceServerClient, region: object) -> None:
