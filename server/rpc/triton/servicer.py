@@ -13,6 +13,7 @@ from server.config import ControlMode, ServeConfig
 from server.errors import (
     EngineRunError,
     InvalidRequestError,
+    ModelNotFoundError,
     ModelNotReadyError,
     ShuttingDownError,
     UnavailableError,
@@ -95,7 +96,7 @@ class TritonServicer(pb_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc
     async def ModelReady(self, request: pb.ModelReadyRequest, context: Context) -> pb.ModelReadyResponse:
         try:
             model = self._repository.find(request.name, request.version)
-        except ModelNotReadyError:
+        except (ModelNotFoundError, ModelNotReadyError):  # Triton, too, answers false where there is no such model
             return pb.ModelReadyResponse(ready=False)
         return pb.ModelReadyResponse(ready=model.ready)
 

@@ -190,9 +190,16 @@ def status_of(call: Callable[[], object]) -> tuple[str, str]:
     return caught.value.status().removeprefix("StatusCode."), caught.value.message()
 
 
+def test_what_is_not_there_is_not_ready(triton_client: triton.InferenceServerClient) -> None:
+    """As in Triton: scripts ask until it is."""
+    assert triton_client.is_model_ready("identity", "1")
+    assert not triton_client.is_model_ready("x")
+    assert not triton_client.is_model_ready("identity", "9")
+    assert status_of(lambda: triton_client.is_model_ready("identity", "x"))[0] == INVALID
+
+
 def test_other_calls_name_what_is_unknown(triton_client: triton.InferenceServerClient) -> None:
     client = triton_client
-    assert status_of(lambda: client.is_model_ready("x"))[0] == NOT_FOUND
     assert status_of(lambda: client.get_model_metadata("x"))[0] == NOT_FOUND
     assert status_of(lambda: client.get_model_config("x"))[0] == NOT_FOUND
     assert status_of(lambda: client.get_trace_settings("x"))[0] == NOT_FOUND
