@@ -119,6 +119,16 @@ def test_only_the_outputs_asked_for(triton_client: triton.InferenceServerClient)
     assert len(result.get_response().raw_output_contents) == 1
 
 
+@pytest.mark.parametrize("number", [7, "seven"])
+def test_requests_of_a_sequence_are_answered_like_any_other(
+    triton_client: triton.InferenceServerClient, number: int | str
+) -> None:
+    """As in Triton, where a model has no sequence batching: no start, or two ends, is no error either."""
+    for flags in ({}, {"sequence_start": True}, {"sequence_end": True}, {"sequence_end": True}):
+        result = triton_client.infer("identity", [some_bytes()], sequence_id=number, **flags)
+        assert result.as_numpy("OUTPUT0").size == 5
+
+
 def test_large_and_empty_payloads(triton_client: triton.InferenceServerClient) -> None:
     for count in (0, 20_000_000):
         result = triton_client.infer("identity", [some_bytes(count)])
