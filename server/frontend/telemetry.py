@@ -3,12 +3,13 @@
 The only module that knows OpenTelemetry, which is an optional extra.
 """
 
+import threading
 import time
 from typing import Any
 
 from server.errors import ConfigError
 from server.settings import TelemetryConfig
-from server.tracing import Stage, Trace
+from server.tracing import CLOSE_WITHIN, Stage, Trace
 
 INSTALL = "pip install 'zserve[tracing]'"
 
@@ -29,8 +30,9 @@ class Telemetry:
             ) from None
         self._api, self._extract = trace, propagate.extract
         self._provider = TracerProvider(resource=Resource.create(dict(config.resource)), shutdown_on_exit=False)
+        self._exporter = exporter or OTLPSpanExporter(endpoint=config.url)
         processor = BatchSpanProcessor(
-            exporter or OTLPSpanExporter(endpoint=config.url),
+            self._exporter,
             max_queue_size=config.max_queue_size,
             schedule_delay_millis=config.schedule_delay,
             max_export_batch_size=config.max_export_batch_size,
@@ -60,8 +62,14 @@ class Telemetry:
         call.end(trace.ended + shift)
 
     def close(self) -> None:
-        """Exports the remaining spans and shuts down."""
-        self._provider.shutdown()
+        """Exports the remaining spans and shuts down; gives up after `CLOSE_WITHIN`."""
+        # By itself OpenTelemetry tries for 30 s to reach a collector that is not there, and the process waits for it.
+        giving_up = threading.Timer(CLOSE_WITHIN, self._exporter.shutdown)
+        giving_up.start()
+        try:
+            self._provider.shutdown()
+        finally:
+            giving_up.cancel()
 
 
 def stages(trace: Trace) -> list[Stage]:

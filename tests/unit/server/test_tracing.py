@@ -5,18 +5,20 @@ import json
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from opentelemetry import trace as otel
 from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from server import tracing
 from server.cli import parser, read_config
 from server.errors import ConfigError
-from server.frontend.telemetry import Telemetry
+from server.frontend import telemetry
 from server.frontend.trace_file import append_trace
 from server.requests import Completed, Event, Image, ImageFormat, Progress, Queued, Started, Timings
 from server.settings import TelemetryConfig, TraceLevel, TraceMode, TraceSettings
@@ -254,10 +256,10 @@ def test_who_brings_a_trace_context_is_traced_at_any_rate_by_opentelemetry_alone
 def spans(trace: Trace) -> dict[str, ReadableSpan]:
     """What a collector gets to see of `trace`."""
     memory = InMemorySpanExporter()
-    telemetry = Telemetry(TelemetryConfig(resource=(("service.name", "test"),)), memory)
+    opened = telemetry.Telemetry(TelemetryConfig(resource=(("service.name", "test"),)), memory)
     trace.end()
-    telemetry.write(trace)
-    telemetry.close()
+    opened.write(trace)
+    opened.close()
     return {s.name: s for s in memory.get_finished_spans()}
 
 
@@ -291,6 +293,30 @@ def test_a_model_without_events_has_the_stages_of_its_statistics() -> None:
     found = spans(trace)
     lengths = {name: ((s.end_time or 0) - (s.start_time or 0)) / 1e6 for name, s in found.items()}
     assert (lengths["queue"], lengths["compute"]) == (4.0, 3.0)
+
+
+class NoCollector:
+    """An exporter that tries until it is told to stop."""
+
+    def __init__(self) -> None:
+        self.told = threading.Event()
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        self.told.wait(PATIENCE)
+        return SpanExportResult.FAILURE
+
+    def shutdown(self) -> None:
+        self.told.set()
+
+
+def test_a_collector_that_is_not_there_does_not_hold_up_the_servers_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(telemetry, "CLOSE_WITHIN", 0.01, raising=False)
+    opened = telemetry.Telemetry(TelemetryConfig(), NoCollector())
+    (trace := a_trace()).end()
+    opened.write(trace)
+    began = time.monotonic()
+    opened.close()
+    assert time.monotonic() - began < 15  # OpenTelemetry itself would wait for twice as long
 
 
 def test_the_flags() -> None:
@@ -356,7 +382,7 @@ def test_a_file_has_as_many_traces_as_was_asked_for(tmp_path: Path) -> None:
 def test_without_the_extra_the_error_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry", None)
     with pytest.raises(ConfigError, match=r"pip install 'zserve\[tracing\]'"):
-        Telemetry(TelemetryConfig())
+        telemetry.Telemetry(TelemetryConfig())
 
 
 @pytest.mark.parametrize(
