@@ -222,7 +222,7 @@ class Frontend:
 def _tracer(config: ServeConfig, metrics: Metrics) -> Tracer:
     if config.trace.trace_mode is TraceMode.TRITON:
         return Tracer(config.trace, append_trace, lambda: None, metrics.traces_lost.inc)
-    telemetry = Telemetry(config.telemetry)
+    telemetry = Telemetry(config.telemetry, lost=metrics.traces_lost.inc)
     return Tracer(config.trace, telemetry.write, telemetry.close, metrics.traces_lost.inc)
 
 

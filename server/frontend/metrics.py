@@ -73,7 +73,7 @@ class Metrics:
 
         self.traces_lost = Counter(
             "zserve_traces_lost",
-            "Traces that could not be written, or were dropped as they came faster than that",
+            "Traces that could not be written or sent, or were dropped as they came faster than that",
             registry=self.registry,
         )
 

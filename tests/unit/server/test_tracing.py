@@ -2,9 +2,12 @@
 
 import asyncio
 import json
+import logging
+import queue
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -317,6 +320,50 @@ def test_a_collector_that_is_not_there_does_not_hold_up_the_servers_end(monkeypa
     began = time.monotonic()
     opened.close()
     assert time.monotonic() - began < 15  # OpenTelemetry itself would wait for twice as long
+
+
+class Collector:
+    """An exporter that fails or succeeds as it is told, once it may."""
+
+    def __init__(self) -> None:
+        self.answers: queue.Queue[SpanExportResult] = queue.Queue()
+        self.asked = threading.Semaphore(0)
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        self.asked.release()
+        telemetry.LIBRARY_LOG.getChild("exporter").warning("no connection")
+        return self.answers.get(timeout=PATIENCE)
+
+    def shutdown(self) -> None:
+        pass
+
+
+def test_traces_that_are_not_sent_are_counted_and_logged_once_until_they_are(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    collector, lost = Collector(), Counter[str]()
+    config = TelemetryConfig(max_queue_size=2, max_export_batch_size=1)
+    opened = telemetry.Telemetry(config, collector, lambda number: lost.update(lost=number))
+
+    def write(traces: int) -> None:
+        for _ in range(traces):
+            (trace := a_trace()).end()
+            opened.write(trace)
+
+    write(1)
+    assert collector.asked.acquire(timeout=PATIENCE)
+    write(4)  # the first is on its way, the last two wait, and the two before them are dropped
+    for answer in (SpanExportResult.FAILURE, SpanExportResult.FAILURE, SpanExportResult.SUCCESS):
+        collector.answers.put(answer)
+    opened.close()
+    assert lost["lost"] == 4
+    said = [(record.levelname, record.getMessage()) for record in caplog.records if "Queue full" not in record.msg]
+    assert said == [
+        ("WARNING", "no connection"),
+        ("ERROR", "traces cannot be sent, and are lost until they can be: the lines before say why"),
+        ("INFO", "traces can be sent again"),
+    ]
 
 
 def test_the_flags() -> None:
