@@ -1,15 +1,13 @@
 """How alike two sets of pictures are."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-import numpy as np
 from skimage.metrics import structural_similarity
 
 from server.worker.images import Pixels
-from verify.images import psnr
+from verify.distance import finite, largest_difference, psnr, worst_psnr
 
 
 @dataclass(frozen=True)
@@ -26,14 +24,13 @@ class Likeness:
 def likeness(pictures: Sequence[Pixels], expected: Sequence[Pixels]) -> Likeness:
     """Compares each picture, uint8 [H, W, 3], with the one expected."""
     pairs = list(zip(pictures, expected, strict=True))
-    decibels = [psnr(a, b) for a, b in pairs]
     ssims = [ssim(a, b) for a, b in pairs]
     return Likeness(
-        worst_psnr=_finite(min(decibels)),
-        median_psnr=_finite(median(decibels)),
+        worst_psnr=worst_psnr(pictures, expected),
+        median_psnr=finite(median(psnr(a, b) for a, b in pairs)),
         worst_ssim=min(ssims),
         median_ssim=median(ssims),
-        largest_difference=max(int(np.abs(a.astype(int) - b).max()) for a, b in pairs),
+        largest_difference=largest_difference(pictures, expected),
     )
 
 
@@ -44,7 +41,3 @@ def ssim(a: Pixels, b: Pixels) -> float:
             a, b, data_range=255, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
         )
     )
-
-
-def _finite(decibels: float) -> float | None:
-    return decibels if math.isfinite(decibels) else None

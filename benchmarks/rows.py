@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-import numpy as np
-
 from benchmarks import choice
 from benchmarks.choice import DIFFUSERS, Choice
 from benchmarks.record import BenchmarkError, ratios
 from demo.scenes import sample_scenes
 from export.manifest import Backend
 from server.worker.images import Pixels
+from verify.distance import largest_difference, worst_psnr
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, repetitions: int) -> None:
@@ -85,13 +84,11 @@ def compare_images(images: Sequence[Pixels], expected: Sequence[Pixels], least_p
     """Least PSNR in dB (None: all are equal) and largest difference in grey levels.
 
     Raises:
-        BenchmarkError: one is under `least_psnr`, or not a number.
+        BenchmarkError: one is under `least_psnr`.
     """
-    a, b = np.stack(images).astype(float), np.stack(expected).astype(float)
-    error = ((a - b) ** 2).mean(axis=(1, 2, 3)).max()
-    psnr = float(10 * np.log10(255**2 / error)) if error else None
-    if psnr is not None and not psnr >= least_psnr:
+    psnr = worst_psnr(images, expected)
+    if psnr is not None and psnr < least_psnr:
         raise BenchmarkError(
             f"the image is another one: {psnr:.1f} dB from the reference, {least_psnr:.0f} are accepted"
         )
-    return {"psnr_db": psnr, "largest_difference": int(np.abs(a - b).max())}
+    return {"psnr_db": psnr, "largest_difference": largest_difference(images, expected)}

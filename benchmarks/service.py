@@ -47,6 +47,7 @@ from client import Drawing, ZImageClient
 from export.manifest import Backend
 from export.spec import Component
 from server.heap import settle
+from verify.distance import finite
 
 STEPS = 8
 WARM_UP = 2
@@ -154,7 +155,7 @@ class Service:
                 },
                 jpeg_device_ms=percentiles([ms - _overhead(ms, drawing) for ms, drawing in jpegs[WARM_UP:]]),
                 speedup={DIFFUSERS: ratios(kept[DIFFUSERS], kept["server"])},
-                psnr_db=None if (worst := min(pair["psnr"] for pair in pairs)) == math.inf else worst,
+                psnr_db=finite(min(pair["psnr"] for pair in pairs)),
                 largest_difference=int(max(pair["difference"] for pair in pairs)),
                 forwards=STEPS,
             ),

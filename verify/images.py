@@ -1,10 +1,7 @@
 """Whole images from engines and from eager, for the same prompts and noise, and how far they are apart."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from demo.scenes import Scene, sample_scenes
 from demo.score import score
@@ -13,6 +10,7 @@ from export.errors import CheckpointError
 from export.manifest import Manifest
 from server.worker.executor import Components
 from server.worker.images import Pixels
+from verify.distance import largest_difference, worst_psnr
 from verify.painter import Painted, Painter
 
 STEPS = 8
@@ -54,12 +52,10 @@ def draw(manifest: Manifest, components: Components, device: str, count: int) ->
 def compare_images(manifest: Manifest, compiled: list[Pixels], expected: list[Pixels]) -> ImageParity:
     """Compares the images that `draw` made with engines and with eager."""
     scenes = _scenes(manifest, len(compiled))
-    pairs = list(zip(compiled, expected, strict=True))
-    worst = min(psnr(a, b) for a, b in pairs)
     return ImageParity(
         images=len(compiled),
-        worst_psnr=None if math.isinf(worst) else worst,
-        largest_difference=max(int(np.abs(a.astype(int) - b).max()) for a, b in pairs),
+        worst_psnr=worst_psnr(compiled, expected),
+        largest_difference=largest_difference(compiled, expected),
         score=None if scenes is None else share_correct(compiled, scenes),
         eager_score=None if scenes is None else share_correct(expected, scenes),
     )
@@ -73,12 +69,6 @@ def _scenes(manifest: Manifest, count: int) -> list[Scene] | None:
 def psnr_text(worst: float | None, least: float) -> str:
     """The smallest PSNR and its tolerance, for people."""
     return "equal to eager's" if worst is None else f"PSNR at least {worst:.1f} dB (tolerance {least:.0f})"
-
-
-def psnr(a: Pixels, b: Pixels) -> float:
-    """Peak signal to noise ratio in dB; infinite for equal images."""
-    error = float(np.mean((a.astype(np.float64) - b) ** 2))
-    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
 def share_correct(images: list[Pixels], scenes: list[Scene]) -> float:

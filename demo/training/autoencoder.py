@@ -136,6 +136,7 @@ def _fix_scale(autoencoder: Any, scenes: SceneArrays, device: torch.device) -> N
 
 
 def _psnr(autoencoder: Any, scenes: SceneArrays, size: Size, device: torch.device) -> float:
+    """In dB, of all scenes as one picture and before rounding; that of pictures is above, in `verify.distance`."""
     part = scenes.part(np.arange(min(32, len(scenes))))
     truth = (draw(part, size, device).permute(0, 2, 3, 1) * 127.5 + 127.5).cpu().numpy()
     again = decode(autoencoder, encode(autoencoder, part, size, device).float())

@@ -7,14 +7,16 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+from skimage.metrics import peak_signal_noise_ratio
 
 from benchmarks.demo_quality import Share, chosen
 from benchmarks.likeness import likeness, ssim
 from benchmarks.quality import Row, faults, losses, variants
 from benchmarks.quality_sheet import TITLE, contact_sheet, magnified
 from benchmarks.record import BenchmarkError
+from benchmarks.rows import compare_images
 from server.worker.images import Pixels
-from verify.images import psnr
+from verify.distance import psnr
 
 
 def flat(level: int, size: int = 32) -> Pixels:
@@ -34,6 +36,14 @@ def test_psnr_of_one_pixel() -> None:
     other = flat(100)
     other[3, 4, 1] = 110
     assert psnr(flat(100), other) == pytest.approx(10 * math.log10(255**2 / (10**2 / (32 * 32 * 3))))
+
+
+def test_every_comparison_has_scikit_images_psnr() -> None:
+    pictures, expected = [noise(0), noise(2)], [noise(1), noise(3)]
+    worst = min(peak_signal_noise_ratio(b, a, data_range=255) for a, b in zip(pictures, expected, strict=True))
+    compared = compare_images(pictures, expected, 0.0)
+    assert (compared["psnr_db"], compared["largest_difference"]) == (pytest.approx(worst), 254)
+    assert likeness(pictures, expected).worst_psnr == compared["psnr_db"]
 
 
 @pytest.mark.parametrize(("a", "b"), [(100, 100), (100, 110), (0, 255), (20, 60)])
