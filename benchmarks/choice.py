@@ -9,7 +9,7 @@ from benchmarks import published
 from benchmarks.record import BenchmarkError
 from export.manifest import Backend, Manifest
 from export.repository import versions
-from export.spec import IMAGE_PSNR, MIN_SIZE, SIZE_MULTIPLE, Precision
+from export.spec import IMAGE_PSNR, MIN_SIZE, SIZE_MULTIPLE, Precision, pixels
 from export.validity import installed_version
 
 DIFFUSERS = "diffusers"
@@ -200,12 +200,6 @@ def _newest(model: Path, precision: Precision) -> tuple[str, Path]:
     if manifest.precision is not precision:
         raise BenchmarkError(f"--model {model}: its engines are {manifest.precision}; {precision} is measured here")
     return (backends or [Backend.EAGER.value])[0], folder
-
-
-def pixels(text: str) -> tuple[int, int]:
-    """Width and height of a size."""
-    width, height = text.split("x")
-    return int(width), int(height)
 
 
 def size(text: str) -> str:

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from benchmarks import choice, diffusers_row, rows
-from benchmarks.choice import COMPILED, DIFFUSERS, Choice, pixels
+from benchmarks.choice import COMPILED, DIFFUSERS, Choice
 from benchmarks.diffusers_row import DiffusersRow
 from benchmarks.record import BenchmarkError, Row, percentiles, print_table, row
 from benchmarks.subject import Subject, open_subject
 from benchmarks.timing import calls_a_turn, side_by_side
 from export.manifest import Backend
-from export.spec import Component
+from export.spec import Component, pixels
 from server.requests import LongPrompt
 from server.worker.prompts import PromptTokenizer, padded_length
 from server.worker.sampler import initial_noise

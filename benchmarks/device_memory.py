@@ -4,7 +4,7 @@ import subprocess
 
 import torch
 
-MIB = 1 << 20
+from server.engines.memory import MIB
 
 
 def used_mib(device: str) -> float | None:

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.choice import COMPILED, DIFFUSERS, pixels
+from benchmarks.choice import COMPILED, DIFFUSERS
 from benchmarks.timing import Stages
-from export.spec import Component
+from export.spec import Component, pixels
 from server.worker.images import Pixels
 
 if TYPE_CHECKING:

@@ -2,9 +2,8 @@
 
 from collections.abc import Callable
 
-from benchmarks.choice import pixels
 from benchmarks.subject import Subject
-from export.spec import Component
+from export.spec import Component, pixels
 from server.worker.images import Pixels
 from verify.painter import Painter
 

@@ -19,7 +19,6 @@ from benchmarks import choice
 from benchmarks.choice import COMPILED, PIPELINES, Choice
 from benchmarks.record import Row, print_table, row
 
-MIB = 1 << 20
 STEPS = 8
 COLUMNS = ("host_mib", "host_peak_mib", "device_mib", "device_peak_mib")
 
@@ -72,4 +71,4 @@ def _used() -> dict[str, float]:
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
     host = {fields[0]: int(fields[1]) << 10 for fields in lines if fields[0] in ("VmRSS:", "VmHWM:")}
     sizes = (host["VmRSS:"], host["VmHWM:"], memory.device_bytes(), memory.device_peak_bytes())
-    return {column: round(size / MIB, 1) for column, size in zip(COLUMNS, sizes, strict=True)}
+    return {column: round(size / memory.MIB, 1) for column, size in zip(COLUMNS, sizes, strict=True)}

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import choice
-from benchmarks.choice import Choice, pixels
-from benchmarks.device_memory import MIB, used_mib
+from benchmarks.choice import Choice
+from benchmarks.device_memory import used_mib
 from benchmarks.engines import version_folder
 from benchmarks.record import Row, print_table, row
 from export.devices import current_target
@@ -33,7 +33,7 @@ from export.memory import free_memory
 from export.modules import load_components
 from export.parity import closeness
 from export.profiles import TYPICAL_CAPTION
-from export.spec import Component, ComponentSpec, Precision, ShapePoint, component_specs, example_inputs
+from export.spec import Component, ComponentSpec, Precision, ShapePoint, component_specs, example_inputs, pixels
 from export.validity import check_engine
 from server.config import cpu_threads
 from server.engines import memory
@@ -57,9 +57,9 @@ class Used:
         """Once the device is done, without what torch only caches."""
         free_memory()
         if device.type != "cuda":
-            return cls(0.0, round(memory.host_bytes() / MIB, 1))
+            return cls(0.0, round(memory.host_bytes() / memory.MIB, 1))
         torch.cuda.synchronize(device)
-        return cls(round(torch.cuda.memory_allocated(device) / MIB, 1), used_mib(str(device)) or 0.0)
+        return cls(round(torch.cuda.memory_allocated(device) / memory.MIB, 1), used_mib(str(device)) or 0.0)
 
     def since(self, start: "Used") -> "Used":
         """What came on top of `start`."""
@@ -120,7 +120,7 @@ class Packages:
         start, began = Used.now(self.device), time.perf_counter()
         module = self._module(component)
         read = time.perf_counter() - began
-        weights = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers())) / MIB
+        weights = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers())) / memory.MIB
         inputs = self._inputs(spec)
         reference = _widened(module, inputs)
         eager = _outputs(module, inputs)
@@ -158,8 +158,7 @@ class Packages:
         for size in sizes:
             width, height = pixels(size)
             point = ShapePoint(1, TYPICAL_CAPTION, height, width)
-            given = example_inputs(spec, point, self.manifest.checkpoint.dimensions)
-            made[size] = {name: tensor.to(self.device) for name, tensor in given.items()}
+            made[size] = example_inputs(spec, point, self.manifest.checkpoint.dimensions, device=self.device)
         return made
 
     def _open(self, spec: ComponentSpec, module: nn.Module) -> tuple[AotInductorEngine, float]:

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 
 from benchmarks import choice, rows
-from benchmarks.choice import DIFFUSERS, Choice, backend_of, pixels
+from benchmarks.choice import DIFFUSERS, Choice, backend_of
 from benchmarks.diffusers_row import DiffusersRow
 from benchmarks.engines import checked_version
 from benchmarks.load import METHOD, Mix, Size, above_zero, closed_summary, open_summary, poisson
@@ -45,7 +45,7 @@ from benchmarks.subject import load_pipeline
 from benchmarks.traffic import Manners, Traffic, check_answer
 from client import Drawing, ZImageClient
 from export.manifest import Backend
-from export.spec import Component
+from export.spec import Component, pixels
 from server.heap import settle
 from verify.distance import finite
 

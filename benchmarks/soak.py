@@ -26,15 +26,16 @@ import psutil
 import tritonclient.grpc.aio as triton
 
 from benchmarks import choice
-from benchmarks.choice import pixels
-from benchmarks.device_memory import MIB, process_mib, used_mib
+from benchmarks.device_memory import process_mib, used_mib
 from benchmarks.record import BenchmarkError, percentiles, print_table, row
 from benchmarks.serving import NAME, add_model, backend_of, frontend, repository
 from benchmarks.traffic import check_engines
 from client import AsyncZImageClient
 from client.messages import ImageRequest
 from export.devices import checked_device
+from export.spec import pixels
 from server.config import ControlMode
+from server.engines.memory import MIB
 from server.frontend.workers import Worker
 
 SIZES = {

@@ -46,8 +46,7 @@ def export_program(
 
     `example` has no special sizes, like `EXPORT_EXAMPLE`.
     """
-    device = next(module.parameters()).device
-    inputs = tuple(t.to(device) for t in example_inputs(spec, example, dimensions).values())
+    inputs = tuple(example_inputs(spec, example, dimensions, device=next(module.parameters()).device).values())
     return _trace(module, inputs, spec, limits, nullcontext())
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Self
 from export.errors import BuildError, ParityError, ResourcesError
 from export.manifest import Backend, Parity
 from export.parsing import parsed
-from export.spec import Component, ComponentSpec, ModelDimensions, Precision, ShapePoint, example_inputs
+from export.spec import Component, ModelDimensions, Precision, ShapePoint, example_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -144,7 +144,10 @@ def measure_parity(check: ParityCheck) -> Parity:
     builder = builder_for(check.backend, BuildOptions())
     assert builder is not None
     with torch.inference_mode():
-        inputs = [_inputs(spec, point, check.dimensions, check.device, seed) for seed, point in enumerate(check.points)]
+        inputs = [
+            example_inputs(spec, point, check.dimensions, seed=seed, device=check.device)
+            for seed, point in enumerate(check.points)
+        ]
         expected = [module(**given).cpu() for given in inputs]
         if check.backend is not Backend.AOTINDUCTOR:
             # The others have weights of their own, and there may not be room for both.
@@ -163,13 +166,6 @@ def closeness(got: "Sequence[Tensor]", expected: "Sequence[Tensor]") -> Parity:
     cosines = [torch.cosine_similarity(g, e, dim=0) for g, e in pairs]
     # Python's max() would let a NaN through, depending on where it stands; torch's does not.
     return Parity(float(torch.stack(errors).max()), float(torch.stack(cosines).min()), len(pairs))
-
-
-def _inputs(
-    spec: ComponentSpec, point: ShapePoint, dimensions: ModelDimensions, device: str, seed: int
-) -> "dict[str, Tensor]":
-    made = example_inputs(spec, point, dimensions, seed=seed)
-    return {name: tensor.to(device) for name, tensor in made.items()}
 
 
 def _hint(backend: Backend) -> str:

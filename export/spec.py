@@ -199,11 +199,17 @@ def component_specs(dimensions: ModelDimensions) -> dict[Component, ComponentSpe
 
 
 def example_inputs(
-    spec: ComponentSpec, point: ShapePoint, dimensions: ModelDimensions, *, seed: int = 0
+    spec: ComponentSpec,
+    point: ShapePoint,
+    dimensions: ModelDimensions,
+    *,
+    seed: int = 0,
+    device: "torch.device | str" = "cpu",
 ) -> dict[str, "torch.Tensor"]:
     """Random inputs of the right kind for `spec` at `point`: normal latents, uniform timesteps, real token ids.
 
-    Used as export examples, parity inputs and warm-up inputs alike. CPU tensors, the same for the same seed.
+    Used as export examples, parity inputs and warm-up inputs alike. Drawn on the CPU, so the same for the same seed on
+    every device.
     """
     import torch
 
@@ -222,4 +228,4 @@ def example_inputs(
                 made[tensor.name] = torch.rand(shape, generator=generator)
             case _:
                 made[tensor.name] = torch.randn(shape, generator=generator)
-    return made
+    return {name: tensor.to(device) for name, tensor in made.items()}

@@ -224,8 +224,7 @@ def _inputs(
     manifest: Manifest, component: Component, point: ShapePoint, device: torch.device, seed: int = 0
 ) -> dict[str, Tensor]:
     dimensions = manifest.checkpoint.dimensions
-    made = example_inputs(component_specs(dimensions)[component], point, dimensions, seed=seed)
-    return {name: tensor.to(device) for name, tensor in made.items()}
+    return example_inputs(component_specs(dimensions)[component], point, dimensions, seed=seed, device=device)
 
 
 def _milliseconds(manifest: Manifest, component: Component, served: ServedComponent, device: torch.device) -> float:
