@@ -24,10 +24,10 @@ import numpy as np
 from PIL import Image as Pillow
 
 from benchmarks.choice import version_settings
-from benchmarks.load import above_zero
 from benchmarks.record import BenchmarkError, Row, row
-from benchmarks.serving import add_model, backend_of, repository, server_process
+from benchmarks.serving import add_model, only_backend, repository, server_process
 from benchmarks.traffic import check_answer
+from benchmarks.workload import above_zero
 from client import ZImageClient
 from demo.scenes import Image, Scene, sample_scenes
 from demo.score import Score, score
@@ -116,7 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Draws, scores and prints a line per question. A row is a question."""
-    backend, questions = backend_of(options.model), chosen(options)
+    backend, questions = only_backend(options.model), chosen(options)
     with (
         repository(options.model, ["256x256"]) as models,
         server_process(models, options.device) as server,

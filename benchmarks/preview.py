@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.choice import version_settings
 from benchmarks.record import BenchmarkError, percentiles, print_table, row
-from benchmarks.serving import add_model, backend_of
+from benchmarks.serving import add_model, only_backend
 from export.devices import default_device
 from export.manifest import Backend, Manifest
 from export.spec import Component
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         BenchmarkError: the version is eager, or of several backends, or eager answered in the engine's place.
         EngineLoadError: an engine cannot be used here.
     """
-    device, backend = default_device(), Backend(backend_of(options.model))
+    device, backend = default_device(), Backend(only_backend(options.model))
     if backend is Backend.EAGER:
         raise BenchmarkError(f"--model {options.model} has no engines; a compiled version is measured")
     executor = load(options.model, device)

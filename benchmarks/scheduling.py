@@ -24,10 +24,10 @@ from typing import Any
 import psutil
 
 from benchmarks.choice import version_settings
-from benchmarks.load import CLIENTS, METHOD, Mix, above_zero, closed_summary, open_summary, poisson
 from benchmarks.record import Row, print_table, row
-from benchmarks.serving import add_model, backend_of, frontend, repository
+from benchmarks.serving import add_model, frontend, only_backend, repository
 from benchmarks.traffic import Manners, Traffic
+from benchmarks.workload import CLIENTS, METHOD, Mix, above_zero, closed_summary, open_summary, poisson
 from server.frontend.app import Frontend
 from server.frontend.workers import COMMAND
 
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     print_table(("policy", "load", "goodput/s", *kinds, "workers' CPU ms"), [_line(r) for r in rows])
     overload = planned[-1]["goodput"] / planned[1]["goodput"]
     print(f"goodput at {LOADS[-1]:g}x over goodput at 1x: {overload:.2f}")
-    version = {"engine": backend_of(options.model), **version_settings(options.model, "cpu")}
+    version = {"engine": only_backend(options.model), **version_settings(options.model, "cpu")}
     settings = {**version, **METHOD, "seconds": options.seconds, "closed_loop_rate": rate}
     return {"settings": settings, "overload_goodput": overload, "rows": rows}
 
@@ -71,7 +71,7 @@ async def measure(engines: Path, policy: str, seconds: float, rate: float | None
     points = []
     with repository(engines, ["256x256", "128x128"], workers=2) as models:
         async with frontend(models, POLICIES[policy]) as (url, server):
-            traffic = Traffic(url, backend_of(engines), ["a red circle"])
+            traffic = Traffic(url, only_backend(engines), ["a red circle"])
             if rate is None:
                 closed = await traffic.closed_loop(CLOSED_LOOP, seconds / 2, list(SIZES))
                 rate = closed_summary(closed, seconds / 2)["throughput"]

@@ -17,7 +17,7 @@ for the device, encoding the image, and the rest of the worker. Requests a secon
 what the GPUs would do at the median time of the components in the JPEG requests, which come one right after the other
 (over 1 where shared steps pay off); x is how many times as fast as diffusers, pair by pair.
 
-In an open loop (`benchmarks.load`): percentiles are of all requests, from the time planned for them; one that falls
+In an open loop (`benchmarks.workload`): percentiles are of all requests, from the time planned for them; one that falls
 among those without an answer is None, in the table "over" the deadline. `requests` says how many came, were answered,
 and were answered in time; `rate` is the requests that came a second; `throughput` and `goodput` are the answers, and
 those in time, given while requests came, over that time.
@@ -38,11 +38,11 @@ from benchmarks import choice, rows
 from benchmarks.choice import DIFFUSERS, Choice, backend_of
 from benchmarks.diffusers_row import DiffusersRow
 from benchmarks.engines import checked_version
-from benchmarks.load import METHOD, Mix, Size, above_zero, closed_summary, open_summary, poisson
 from benchmarks.record import BenchmarkError, Row, percentiles, print_table, ratios, row
 from benchmarks.serving import repository, served_rows, server_process
 from benchmarks.subject import load_pipeline
 from benchmarks.traffic import Manners, Traffic, check_answer
+from benchmarks.workload import METHOD, Mix, Size, above_zero, closed_summary, open_summary, poisson
 from client import Drawing, ZImageClient
 from export.manifest import Backend
 from export.spec import Component, pixels

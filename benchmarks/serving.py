@@ -78,7 +78,7 @@ def newest_version(text: str) -> Path:
     return folder / str(found[-1])
 
 
-def backend_of(version: Path) -> str:
+def only_backend(version: Path) -> str:
     """The one backend of a version's engines.
 
     Raises:

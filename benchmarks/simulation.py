@@ -21,8 +21,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from benchmarks.fifo import FifoPlanner
-from benchmarks.load import METHOD, Arrival, Mix, Outcome, open_summary, poisson
 from benchmarks.record import Row, row
+from benchmarks.workload import METHOD, Arrival, Mix, Outcome, open_summary, poisson
 from export.spec import Component
 from server.config import ModelConfig
 from server.costs import CostTable

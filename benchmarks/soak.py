@@ -28,7 +28,7 @@ import tritonclient.grpc.aio as triton
 from benchmarks import choice
 from benchmarks.device_memory import process_mib, used_mib
 from benchmarks.record import BenchmarkError, percentiles, print_table, row
-from benchmarks.serving import NAME, add_model, backend_of, frontend, repository
+from benchmarks.serving import NAME, add_model, frontend, only_backend, repository
 from benchmarks.traffic import check_engines
 from client import AsyncZImageClient
 from client.messages import ImageRequest
@@ -214,7 +214,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         UnsupportedError: there is no such device.
     """
     checked_device(options.device)
-    backend = backend_of(options.model)
+    backend = only_backend(options.model)
     life = asyncio.run(soak(options, backend))
     failed = too_much(life)
     latencies = asyncio.run(rows_of_equals(options, backend))

@@ -1,4 +1,4 @@
-"""Sends the load of `benchmarks.load` to a server, and notes how each request went."""
+"""Sends the requests of `benchmarks.workload` to a server, and notes how each went."""
 
 import asyncio
 import itertools
@@ -9,8 +9,8 @@ from enum import Enum
 
 import grpc
 
-from benchmarks.load import Arrival, Outcome, Size
 from benchmarks.record import BenchmarkError
+from benchmarks.workload import Arrival, Outcome, Size
 from client import AsyncZImageClient, GenerationFailedError
 from client.messages import ImageRequest
 from protos.zserve.v1 import image_generation_pb2 as pb

@@ -90,7 +90,7 @@ def described(trt: Foreign, tensor: TensorSpec) -> tuple[str, Foreign, tuple[int
     return tensor.name, getattr(trt.DataType, _DTYPES[tensor.dtype]), tensor.served_shape()
 
 
-def ways_to_run(trt: Foreign, engine: Foreign, backend: Backend) -> tuple[Foreign, Foreign]:
+def context_configs(trt: Foreign, engine: Foreign, backend: Backend) -> tuple[Foreign, Foreign]:
     """What contexts in the first profile and in the others are made with; both leave their memory to the caller."""
     user_managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
     if backend is Backend.TENSORRT:
@@ -124,7 +124,7 @@ class OpenPlan:
         if self.engine.refittable:  # only plans without weights are
             self._refit(trt, path.with_suffix(".onnx"))
         self._check_tensors(trt, path, spec)
-        self.configs = ways_to_run(trt, self.engine, backend)
+        self.configs = context_configs(trt, self.engine, backend)
 
     def _refit(self, trt: Foreign, graph: Path) -> None:
         refitter = trt.Refitter(self.engine, self.log)

@@ -11,9 +11,9 @@ import pytest
 from benchmarks import demo_quality, preview, serving, soak
 from benchmarks.cli import main
 from benchmarks.diffusers_row import DiffusersRow
-from benchmarks.load import Arrival
 from benchmarks.record import BenchmarkError
 from benchmarks.traffic import Manners, Traffic
+from benchmarks.workload import Arrival
 from export.spec import Component
 from tests.conftest import CHECKPOINT, MODEL
 from tests.integration.process import ServerProcess

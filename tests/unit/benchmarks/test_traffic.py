@@ -8,8 +8,8 @@ import grpc
 import pytest
 
 from benchmarks import traffic
-from benchmarks.load import Arrival
 from benchmarks.traffic import Manners, Traffic
+from benchmarks.workload import Arrival
 from client import GenerationFailedError
 
 TAKES = 0.25  # seconds that the clients' event loop is busy with an answer

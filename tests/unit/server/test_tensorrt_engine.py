@@ -17,7 +17,7 @@ from export import plans
 from export.build.plan_runner import PlanRunner
 from export.errors import PlanError
 from export.manifest import Backend, EngineRecord, FileRecord, PlanRecord, PlanWeights, Target, Verbosity
-from export.plans import OpenPlan, described, ways_to_run
+from export.plans import OpenPlan, context_configs, described
 from export.profiles import serving_profiles
 from export.spec import Component, ModelDimensions, ShapePoint, component_specs, example_inputs
 from server.engines.base import KeepsMemory
@@ -319,7 +319,7 @@ def test_compiled_kernels_are_kept_for_the_next_start(
     trt: MagicMock, engine: MagicMock, plan_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: pytest.fail("kernels are on the host"))
-    configs = ways_to_run(trt, engine, Backend.TENSORRT_RTX)
+    configs = context_configs(trt, engine, Backend.TENSORRT_RTX)
     kernels = CompiledKernels(configs, plan_file)
     cache = configs[0].create_runtime_cache()
     for config in configs:
@@ -328,7 +328,7 @@ def test_compiled_kernels_are_kept_for_the_next_start(
     cache.deserialize.assert_not_called()
     kernels.keep()
     assert [p.name for p in plan_file.parent.iterdir() if p != plan_file] == [".denoiser.runtime_cache"]
-    configs = ways_to_run(trt, engine, Backend.TENSORRT_RTX)
+    configs = context_configs(trt, engine, Backend.TENSORRT_RTX)
     again = CompiledKernels(configs, plan_file)
     cache = configs[0].create_runtime_cache()
     cache.deserialize.assert_called_once_with(b"kernels")
@@ -345,7 +345,7 @@ def test_a_poll_of_the_repository_takes_kept_kernels_for_no_new_version(
     plan = tmp_path / "m" / "1" / "denoiser.plan"
     plan.write_bytes(b"plan")
     before = folder_mark(tmp_path / "m")
-    configs = ways_to_run(trt, engine, Backend.TENSORRT_RTX)
+    configs = context_configs(trt, engine, Backend.TENSORRT_RTX)
     kernels = CompiledKernels(configs, plan)
     configs[0].create_runtime_cache().serialize.return_value = b"kernels"
     kernels.keep()
@@ -355,7 +355,7 @@ def test_a_poll_of_the_repository_takes_kept_kernels_for_no_new_version(
 
 def test_kept_kernels_that_cannot_be_read_are_compiled_anew(trt: MagicMock, engine: MagicMock, plan_file: Path) -> None:
     (plan_file.parent / ".denoiser.runtime_cache").mkdir()
-    configs = ways_to_run(trt, engine, Backend.TENSORRT_RTX)
+    configs = context_configs(trt, engine, Backend.TENSORRT_RTX)
     CompiledKernels(configs, plan_file)
     configs[0].create_runtime_cache().deserialize.assert_not_called()
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.load import (
+from benchmarks.workload import (
     CLIENTS,
     Arrival,
     Mix,

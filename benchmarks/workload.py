@@ -1,4 +1,4 @@
-"""The load of the serving benchmarks: who asks for what, when, and how it went.
+"""The workload of the serving benchmarks: who asks for what, when, and how it went.
 
 Closed loop: every request counts, and rates are over the time until the last answer, as there is work until then.
 
