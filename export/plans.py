@@ -1,7 +1,7 @@
 """Opens TensorRT plans, for the export's check and the server's engine.
 
-The Python APIs of both flavours differ only in the name they are imported by. Nothing here touches a GPU until a plan
-is opened.
+TensorRT-RTX has TensorRT's Python API under another name, so one code serves both flavours; of what it has besides,
+`context_configs` uses what decides how kernels are chosen. Nothing here touches a GPU until a plan is opened.
 """
 
 import importlib

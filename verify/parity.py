@@ -228,15 +228,16 @@ def _inputs(
 
 
 def _milliseconds(manifest: Manifest, component: Component, served: ServedComponent, device: torch.device) -> float:
+    """Of one call at the default size, batch 1: the median of `REPEATS`, whichever engine answers."""
     width, height = manifest.default_pixels
     inputs = _inputs(manifest, component, ShapePoint(1, TYPICAL_CAPTION, height, width), device)
-    for _ in range(2):  # the second records the CUDA graphs
+    for _ in range(2):  # libraries prepare themselves in the first; on CUDA AOTInductor records the second
         _seconds(served, inputs, device)
     return statistics.median(_seconds(served, inputs, device) for _ in range(REPEATS)) * 1e3
 
 
 def _seconds(served: ServedComponent, inputs: dict[str, Tensor], device: torch.device) -> float:
-    """Seconds of one call until the device is done; nothing is copied."""
+    """Seconds of one call until the device is done; the output stays there."""
     started = time.perf_counter()
     served.run(inputs)
     if device.type == "cuda":

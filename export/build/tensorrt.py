@@ -1,7 +1,8 @@
-"""TensorRT plans, of both flavours: their Python APIs differ only in the name they are imported by.
+"""TensorRT plans, of both flavours: they share a Python API, and differ in what a plan is built for and with.
 
-`tensorrt_rtx` builds ahead of time, on any machine, for the GPUs it is told; `tensorrt` builds for the GPU it runs on.
-A plan is strongly typed: the graph itself carries the precision.
+`tensorrt_rtx` builds ahead of time, on any machine, for the GPUs it is told; without weights for one, where there is a
+GPU. `tensorrt` builds for the GPU it runs on, and keeps a timing cache beside the versions. A plan is strongly typed:
+the graph itself carries the precision.
 """
 
 from pathlib import Path

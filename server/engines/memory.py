@@ -32,17 +32,17 @@ def _on_cuda() -> bool:
 
 
 def device_bytes() -> int:
-    """Memory on the CUDA device reserved by torch, plus what engines hold outside it; 0 without a device."""
+    """Memory on the CUDA device reserved by torch, plus what engines hold outside it; 0 before CUDA is used."""
     return torch.cuda.memory_reserved() + _outside_torch["now"] if _on_cuda() else 0
 
 
 def device_peak_bytes() -> int:
-    """The most that has been reserved there; 0 without a CUDA device."""
+    """At most this much has been held there: torch's peak plus the engines', which may have come at other times."""
     return torch.cuda.max_memory_reserved() + _outside_torch["peak"] if _on_cuda() else 0
 
 
 def refusals() -> int:
-    """How often torch's allocator has run out of memory on the CUDA device; 0 without one."""
+    """How often torch's allocator has run out of memory on the CUDA device; 0 before CUDA is used."""
     return int(torch.cuda.memory_stats().get("num_ooms", 0)) if _on_cuda() else 0
 
 
