@@ -1,11 +1,12 @@
 """How does the policy do on 1, 2, 4 and 8 GPUs, up to 95 % load and far past it? Simulated with an H200's step costs.
 
 Method: the server's own `ModelQueue` and `Planner`, a clock that jumps from event to event, and devices that take as
-long as the cost table says. The table was measured on one H200 with the real model's shapes in bf16 (1024x1024: 93.5 ms
-a step, 94.5 ms an image in pairs; 512x512: 24.2, 21.9 in fours; decoding 34.8 ms; a prompt 26 ms); batches of four at
-1024x1024 and pairs at 512x512 are interpolated. Baseline: `FifoPlanner`, request-level batching by arrival, without
-priorities and deadlines. Load 1 is one image after the other on every GPU. 30 % of the images are 512x512. 3,000
-requests count, after a warm-up of twice the longest patience.
+long as the cost table says. The table is of one H200 with the real model's shapes in bf16: the medians of AOTInductor's
+rows in benchmarks/results/components_h200.json. That record has one image a call; what shared steps cost beside it was
+measured earlier (pairs at 1024x1024: 1 % more an image, fours at 512x512: 10 % less), and fours at 1024x1024 and pairs
+at 512x512 are interpolated. Prompts are encoded and images decoded between steps. Baseline: `FifoPlanner`, batching of
+whole requests by arrival, without priorities and deadlines. Load 1 is one image after the other on every GPU. 30 % of
+the images are 512x512. 3,000 requests count, after a warm-up of twice the longest patience.
 
 Units: milliseconds, requests a second. `throughput` and `goodput` are the answers, and those before their client lost
 patience, given while requests came, over that time; percentiles are of all requests, None where they fall among those
@@ -17,12 +18,14 @@ import asyncio
 import heapq
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from benchmarks.fifo import FifoPlanner
-from benchmarks.record import Row, row
+from benchmarks.record import BenchmarkError, Record, Row, case_name, read, row
 from benchmarks.workload import METHOD, Arrival, Mix, Outcome, open_summary, poisson
+from export.manifest import Backend
 from export.spec import Component
 from server.config import ModelConfig
 from server.costs import CostTable
@@ -41,15 +44,34 @@ SIZES = {(1024, 1024): 0.7, (512, 512): 0.3}
 STEPS = 8
 REQUESTS = 3000
 POLICIES: dict[str, type[Planner]] = {"planner": Planner, "fifo": FifoPlanner}
-STEP_SECONDS = {1024: {1: 0.0935, 2: 0.189, 4: 0.376}, 512: {1: 0.0242, 2: 0.0460, 4: 0.0876}}
-H200 = (
-    *(StepCost(size, size, rows, s) for size, by_rows in STEP_SECONDS.items() for rows, s in by_rows.items()),
-    StepCost(1024, 1024, 1, 0.0348, Component.IMAGE_DECODER),
-    StepCost(512, 512, 1, 0.0087, Component.IMAGE_DECODER),
-    StepCost(0, 0, 1, 0.026, Component.PROMPT_ENCODER),
-)
-IMAGE_SECONDS = {size: CostTable(H200).image(*size, steps=STEPS, rows=1) for size in SIZES}
-MEAN_SECONDS = sum(share * IMAGE_SECONDS[size] for size, share in SIZES.items())
+MEASURED = Path(__file__).parent / "results" / "components_h200.json"
+# A step of several images over a step of one. The record has no shared steps; these are from 93.5 ms for one image at
+# 1024x1024 and 94.5 for each of two, and 24.2 at 512x512 and 21.9 for each of four.
+SHARED = {(1024, 1024): {1: 1.0, 2: 2.02, 4: 4.02}, (512, 512): {1: 1.0, 2: 1.90, 4: 3.62}}
+
+
+def device_costs(measured: Record) -> tuple[StepCost, ...]:
+    """The costs of a GPU by a record of `zserve bench components`, shared steps by `SHARED`.
+
+    Raises:
+        BenchmarkError: the record lacks one of the components at one of the sizes.
+    """
+
+    def seconds(component: Component, size: str) -> float:
+        case = {"component": component, "size": size, "batch": 1, "engine": Backend.AOTINDUCTOR}
+        for r in measured["rows"]:
+            if r["case"] == case:
+                return float(r["ms"]["p50"]) / 1e3
+        raise BenchmarkError(f"the record of components has no row of {case_name(case)}; measure it")
+
+    costs = [StepCost(0, 0, 1, seconds(Component.PROMPT_ENCODER, "any"), Component.PROMPT_ENCODER)]
+    for (width, height), shared in SHARED.items():
+        size = f"{width}x{height}"
+        step = seconds(Component.DENOISER, size)
+        costs += [StepCost(height, width, rows, step * steps) for rows, steps in shared.items()]
+        decode = seconds(Component.IMAGE_DECODER, size)
+        costs.append(StepCost(height, width, 1, decode, Component.IMAGE_DECODER))
+    return tuple(costs)
 
 
 @dataclass(eq=False)
@@ -57,19 +79,19 @@ class Gpu:
     """A device with its planner, and as much of a worker as `ModelQueue` needs."""
 
     planner: Planner
-    costs: CostTable = field(default_factory=lambda: CostTable(H200))
+    costs: CostTable
     state: WorkerState = WorkerState.READY
     running: Plan | None = None
 
 
 class Simulation:
-    """One policy on some GPUs under some load."""
+    """One policy on some GPUs of the same costs, under some load."""
 
-    def __init__(self, policy: type[Planner], gpus: int) -> None:
+    def __init__(self, policy: type[Planner], gpus: int, costs: Sequence[StepCost]) -> None:
         self.now = 0.0
         self._deadlines = policy is Planner
         batches = BatchPolicy(max_batch=4)
-        self._gpus = [Gpu(policy(CostTable(H200), batches)) for _ in range(gpus)]
+        self._gpus = [Gpu(policy(CostTable(costs), batches), CostTable(costs)) for _ in range(gpus)]
         self._queue = ModelQueue(ModelConfig("z"), self._gpus, lambda: self.now)  # type: ignore[arg-type]
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
@@ -135,8 +157,8 @@ class Simulation:
         plan = gpu.planner.plan(self.now)
         if isinstance(plan, Plan):
             gpu.running = plan
-            encode = 0.026 if plan.stage is Stage.ENCODE else 0.0
-            seconds = gpu.planner.expected_seconds(plan) + encode
+            encodes = plan.stage is Stage.ENCODE  # which the planner takes for nothing
+            seconds = gpu.costs.encode() if encodes else gpu.planner.expected_seconds(plan)
             self._at(self.now + seconds, lambda: self._done(gpu, plan))
 
     def _done(self, gpu: Gpu, plan: Plan) -> None:
@@ -158,12 +180,14 @@ class Simulation:
         return replace(request, priority=arrival.priority, timeout=arrival.patience) if self._deadlines else request
 
 
-async def simulate(policy: str, gpus: int, load: float) -> Row:
+async def simulate(policy: str, gpus: int, load: float, costs: Sequence[StepCost]) -> Row:
     """Simulates one point; the queue needs an event loop, though nothing here waits."""
-    rate = load * gpus / MEAN_SECONDS
+    table = CostTable(costs)
+    image = {(width, height): table.image(height, width, steps=STEPS, rows=1) for width, height in SIZES}
+    rate = load * gpus / sum(share * image[size] for size, share in SIZES.items())
     seconds = REQUESTS / rate
-    arrivals = poisson(rate, seconds, Mix(SIZES, unit=IMAGE_SECONDS[1024, 1024]), seed=7)
-    outcomes = Simulation(POLICIES[policy], gpus).run(arrivals)
+    arrivals = poisson(rate, seconds, Mix(SIZES, unit=max(image.values())), seed=7)
+    outcomes = Simulation(POLICIES[policy], gpus, costs).run(arrivals)
     assert len(outcomes) == len(arrivals), "every request ends once"
     return row({"gpus": gpus, "load": load, "policy": policy}, **open_summary(outcomes, seconds))
 
@@ -173,10 +197,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Simulates and prints all points."""
-    rows = [asyncio.run(simulate(p, g, load)) for g in GPUS for load in LOADS for p in POLICIES]
+    """Simulates and prints all points.
+
+    Raises:
+        BenchmarkError: the record that the costs are taken from cannot be read.
+    """
+    measured = read(MEASURED)
+    costs = device_costs(measured)
+    rows = [asyncio.run(simulate(p, g, load, costs)) for g in GPUS for load in LOADS for p in POLICIES]
     for point in rows:
         case = point["case"]
         good = "  ".join(f"{kind} {values['good']:6.1%}" for kind, values in point["by_kind"].items())
         print(f"{case['gpus']} GPU {case['load']:4} {case['policy']:8} goodput {point['goodput']:6.2f}/s  {good}")
-    return {"settings": {**METHOD, "step_seconds": {str(k): v for k, v in STEP_SECONDS.items()}}, "rows": rows}
+    origin = {"record": MEASURED.name, **{key: measured[key] for key in ("commit", "date")}}
+    settings = {**METHOD, "costs_of": origin, "costs": [asdict(cost) for cost in costs]}
+    return {"settings": settings, "rows": rows}
