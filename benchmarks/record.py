@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 
 from export.validity import installed_version
-from verify.machine import commit, cpu_name
+from verify.machine import commit, cpu_name, cpu_quota
 
 Row = dict[str, Any]
 Record = dict[str, Any]
@@ -36,13 +36,14 @@ class BenchmarkError(Exception):
 
 
 def machine() -> dict[str, Any]:
-    """CPU, cores and GPU of this machine."""
+    """CPU, cores and GPU of this machine; `cpu_quota` where a container may take less time than its cores have."""
     import torch
 
     cuda = torch.cuda.is_available()
     return {
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
+        **cpu_quota(),
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "system": platform.platform(),
         "python": platform.python_version(),

@@ -24,7 +24,7 @@ from export.manifest import Backend
 from export.spec import Precision
 from export.validity import BINDING_LIBRARIES, installed_version
 from verify.images import psnr_text
-from verify.machine import commit, cpu_name
+from verify.machine import commit, cpu_name, cpu_quota
 
 ON_CUDA = (Backend.TENSORRT, Backend.TENSORRT_RTX, Backend.AOTINDUCTOR)
 ON_CPU = (Backend.ONNXRUNTIME, Backend.AOTINDUCTOR, Backend.TENSORRT_RTX)
@@ -152,6 +152,7 @@ def machine(device: str) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
         "cpu": cpu_name(),
+        **cpu_quota(),
         "compute_capability": ".".join(map(str, torch.cuda.get_device_capability(device))) if cuda else None,
         "memory_gb": round(torch.cuda.get_device_properties(device).total_memory / 1e9, 1) if cuda else None,
         "cuda": torch.version.cuda,

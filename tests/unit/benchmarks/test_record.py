@@ -8,7 +8,18 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.record import BenchmarkError, Neighbours, figures, percentiles, provenance, ratios, read, row, write
+from benchmarks.record import (
+    BenchmarkError,
+    Neighbours,
+    figures,
+    machine,
+    percentiles,
+    provenance,
+    ratios,
+    read,
+    row,
+    write,
+)
 from tests.unit.benchmarks.records import components, engine_row, record
 
 
@@ -65,6 +76,37 @@ def test_a_record_says_where_it_comes_from() -> None:
     assert told["versions"]["torch"]
     assert set(told) == {"machine", "versions", "commit", "date"}
     assert {"triton", "fa3_fwd", "cuda", "driver"} < set(told["versions"])
+
+
+@pytest.mark.parametrize(
+    ("groups", "own", "told"),
+    [
+        ({"": "150000 100000"}, "0::/", {"cpu_quota": 1.5}),
+        ({"": "max 100000"}, "0::/", {}),
+        ({"a": "400000 100000", "a/b": "max 100000"}, "1:cpu:/x\n0::/a/b", {"cpu_quota": 4.0}),
+        ({"a": "100000 50000", "a/b": "300000 100000"}, "0::/a/b", {"cpu_quota": 2.0}),
+        ({"": "50000 100000"}, "0::/of/the/host", {"cpu_quota": 0.5}),
+        ({}, "0::/", {}),
+        ({}, None, {}),
+    ],
+)
+def test_a_record_says_what_quota_of_the_cpu_its_container_had(
+    groups: dict[str, str],
+    own: str | None,
+    told: dict[str, float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The least of its group's and of those above; in a container the path may be one of the host's."""
+    for name, text in groups.items():
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / "cpu.max").write_text(text + "\n")
+    monkeypatch.setattr("verify.machine.GROUPS", tmp_path)
+    monkeypatch.setattr("verify.machine.OWN_GROUP", tmp_path / "own")
+    if own is not None:
+        (tmp_path / "own").write_text(own + "\n")
+    here = machine()
+    assert {key: here[key] for key in here if key == "cpu_quota"} == told
 
 
 @pytest.mark.parametrize(
