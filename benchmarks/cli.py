@@ -1,7 +1,8 @@
 """`zserve bench NAME`: one question per benchmark. `zserve bench NAME --help` states it and how it is answered.
 
 A table for people comes first; the last line is the whole record as one JSON object, printed before it is written or
-drawn anywhere.
+drawn anywhere. In the table a percentile is left out (-) where there are too few values for it, under 100 for p99 and
+under 10 for p90; the record has all of them.
 """
 
 import argparse

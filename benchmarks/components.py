@@ -23,7 +23,7 @@ from torch import Tensor
 from benchmarks import choice, diffusers_row, rows
 from benchmarks.choice import COMPILED, DIFFUSERS, Choice
 from benchmarks.diffusers_row import DiffusersRow
-from benchmarks.record import BenchmarkError, Row, percentiles, print_table, row
+from benchmarks.record import BenchmarkError, Row, percentiles, print_table, row, shown
 from benchmarks.subject import Subject, open_subject
 from benchmarks.timing import calls_a_turn, side_by_side
 from export.manifest import Backend
@@ -195,4 +195,4 @@ def _show(measured: list[Row]) -> None:
 def _line(r: Row) -> list[object]:
     ms, faster, error = r["ms"], r["speedup"], r["relative_error"]
     ratios = [faster[name]["p50"] if name in faster else None for name in (DIFFUSERS, Backend.EAGER)]
-    return [*r["case"].values(), ms["n"], ms["p50"], ms["p90"], ms["p99"], *ratios, f"{error:.0e}"]
+    return [*r["case"].values(), ms["n"], *shown(ms, 50, 90, 99), *ratios, f"{error:.0e}"]

@@ -25,7 +25,7 @@ from benchmarks import choice, diffusers_row, rows
 from benchmarks.choice import COMPILED, DIFFUSERS
 from benchmarks.diffusers_row import DiffusersRow
 from benchmarks.engine_row import EngineRow
-from benchmarks.record import Row, percentiles, print_table, row
+from benchmarks.record import Row, percentiles, print_table, row, shown
 from benchmarks.subject import Subject, open_subject
 from export.manifest import Backend
 from export.spec import CAPTION_MULTIPLE, MAX_PROMPT_TOKENS, Component
@@ -139,5 +139,5 @@ class Images:
 def _line(r: Row) -> list[object]:
     ms, faster, stages = r["ms"], r["speedup"], r["stages_ms"]
     ratios = [faster[name]["p50"] if name in faster else None for name in (DIFFUSERS, Backend.EAGER)]
-    shown = (ms["n"], ms["p50"], ms["p90"], ms["p99"], *(stages[s]["p50"] for s in STAGES))
-    return [*r["case"].values(), *shown, *ratios, "equal" if r["psnr_db"] is None else r["psnr_db"]]
+    times = (ms["n"], *shown(ms, 50, 90, 99), *(stages[s]["p50"] for s in STAGES))
+    return [*r["case"].values(), *times, *ratios, "equal" if r["psnr_db"] is None else r["psnr_db"]]

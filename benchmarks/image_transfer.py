@@ -31,7 +31,7 @@ import psutil
 import tritonclient.grpc as triton
 from PIL import Image as PillowImage
 
-from benchmarks.record import BenchmarkError, Row, percentiles, print_table, row
+from benchmarks.record import BenchmarkError, Row, percentiles, print_table, row, shown
 from benchmarks.serving import wait_until
 from client import ZImageClient
 from client.messages import ImageRequest
@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _line(r: Row, columns: tuple[str, ...]) -> list[object]:
-    times = (r[column][p] for column in columns for p in ("p50", "p99"))
+    times = (time for column in columns for time in shown(r[column], 50, 99))
     return [r["case"]["format"], *times, r["zserve_cpu"], r["triton_cpu"]]
 
 

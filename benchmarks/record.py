@@ -104,6 +104,19 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
     }
 
 
+def determined(count: int, percent: int) -> bool:
+    """Whether one of `count` values lies beyond a percentile; otherwise it says more of the largest value than of most.
+
+    p99 needs 100 values, p95 20, p90 and p10 10. The median is that of however few there are.
+    """
+    return percent == 50 or count * min(percent, 100 - percent) >= 100
+
+
+def shown(values: Mapping[str, Any], *percents: int) -> list[float | None]:
+    """`percents` of what `percentiles` made, for a table: None where there are too few values for one."""
+    return [values[f"p{percent}"] if determined(values["n"], percent) else None for percent in percents]
+
+
 def ratios(slow: Sequence[float], fast: Sequence[float]) -> dict[str, float]:
     """Percentiles of how many times as fast `fast` was, repetition by repetition of the same run."""
     return percentiles([a / b for a, b in zip(slow, fast, strict=True)])

@@ -38,7 +38,7 @@ from benchmarks import choice, rows
 from benchmarks.choice import DIFFUSERS, Choice, backend_of
 from benchmarks.diffusers_row import DiffusersRow
 from benchmarks.engines import checked_version
-from benchmarks.record import BenchmarkError, Row, percentiles, print_table, ratios, row
+from benchmarks.record import BenchmarkError, Row, determined, percentiles, print_table, ratios, row
 from benchmarks.serving import repository, served_rows, server_process
 from benchmarks.subject import load_pipeline
 from benchmarks.traffic import Manners, Traffic, check_answer
@@ -293,7 +293,7 @@ def _lines(r: Row) -> Iterator[list[object]]:
 
 
 def _percentiles(ms: Mapping[str, Any], r: Row) -> list[object]:
-    return [ms["n"], *(_shown(ms[p], r) for p in ("p50", "p90", "p99"))]
+    return [ms["n"], *(_shown(ms[f"p{p}"], r) if determined(ms["n"], p) else None for p in (50, 90, 99))]
 
 
 def _shown(milliseconds: float | None, r: Row) -> float | str:

@@ -27,7 +27,7 @@ import tritonclient.grpc.aio as triton
 
 from benchmarks import choice
 from benchmarks.device_memory import process_mib, used_mib
-from benchmarks.record import BenchmarkError, percentiles, print_table, row
+from benchmarks.record import BenchmarkError, percentiles, print_table, row, shown
 from benchmarks.serving import NAME, add_model, frontend, only_backend, repository
 from benchmarks.traffic import check_engines
 from client import AsyncZImageClient
@@ -228,7 +228,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         for name, index in (("third", 2), ("fiftieth", ROW - 1))
     }
     later["p99_over_median"] = percentiles([np.percentile(times[1:], 99) / np.median(times[1:]) for times in latencies])
-    print_table(("ratio", "p10", "p50", "p90"), [(name, p["p10"], p["p50"], p["p90"]) for name, p in later.items()])
+    print_table(("ratio", "p10", "p50", "p90"), [(name, *shown(p, 10, 50, 90)) for name, p in later.items()])
     second = percentiles([times[1] for times in latencies])
     return {
         "settings": {

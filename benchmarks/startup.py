@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks import choice
 from benchmarks.choice import Choice
 from benchmarks.engines import checked_version
-from benchmarks.record import Row, percentiles, print_table, row
+from benchmarks.record import Row, percentiles, print_table, row, shown
 from benchmarks.serving import repository, served_rows, server_process
 from benchmarks.traffic import check_answer
 from client import ZImageClient
@@ -42,7 +42,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     measured = [_measure(chosen, backend, *version, options.n) for backend, version in versions.items()]
     print_table(
         ("engine", *(f"{stage}, p50 ms" for stage in STAGES), "p90 of the last"),
-        [(r["case"]["engine"], *(r["ms"][s]["p50"] for s in STAGES), r["ms"][STAGES[-1]]["p90"]) for r in measured],
+        [
+            (r["case"]["engine"], *(r["ms"][s]["p50"] for s in STAGES), *shown(r["ms"][STAGES[-1]], 90))
+            for r in measured
+        ],
     )
     return {"settings": {**chosen.settings(), "size": chosen.sizes[0], "warm_up": 1}, "rows": measured}
 

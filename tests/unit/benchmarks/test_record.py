@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.components import _line as components_line
 from benchmarks.record import (
     BenchmarkError,
     Neighbours,
@@ -20,6 +21,7 @@ from benchmarks.record import (
     row,
     write,
 )
+from benchmarks.service import _percentiles as service_percentiles
 from tests.unit.benchmarks.records import components, engine_row, record
 
 
@@ -30,6 +32,16 @@ def test_percentiles_are_interpolated_and_say_how_many() -> None:
     assert percentiles([7.0])["p99"] == 7.0
     with pytest.raises(BenchmarkError, match="nothing was measured"):
         percentiles([])
+
+
+@pytest.mark.parametrize(("count", "told"), [(1, 1), (9, 1), (10, 2), (99, 2), (100, 3)])
+def test_tables_leave_out_percentiles_that_so_few_values_do_not_have(count: int, told: int) -> None:
+    """The 99th percentile of twelve is their largest by another name; the record keeps it."""
+    times = percentiles([float(n) for n in range(count)])
+    cells = [times["p50"], times["p90"], times["p99"]][:told] + [None] * (3 - told)
+    measured = engine_row("eager", 1.0) | {"ms": times, "relative_error": 0.0}
+    assert components_line(measured)[-6:-3] == cells
+    assert service_percentiles(times, measured) == [count, *cells]
 
 
 def test_a_ratio_is_taken_pair_by_pair() -> None:
