@@ -1,4 +1,4 @@
-"""Are the compiled engines still as much faster than eager as a committed record says?
+"""Are the other rows still as much faster than diffusers and eager as a committed record says?
 
 Method: the speed-ups in a record are ratios within one run, so most of the machine's speed of the day cancels out.
 Every speed-up of the committed record has to be measured again. It is lost if nine of ten repetitions are below the
@@ -93,7 +93,7 @@ def losses(measured: Record, committed: Record) -> list[dict[str, Any]]:
 
 
 def speedups(record: Record) -> dict[str, dict[str, float]]:
-    """p50 and p90 of every compiled row's speed-ups, by row and what it is faster than.
+    """p50 and p90 of the speed-ups of every row but diffusers' and eager's, by row and what it is faster than.
 
     Raises:
         BenchmarkError: one is not a positive number.

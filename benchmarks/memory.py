@@ -6,7 +6,7 @@ libraries imported, model and engines loaded, then encoding, denoising and decod
 eager modules whose weights it borrows, if any.
 
 Units: MiB (2**20 bytes); host: resident size of the process; device: what torch has reserved there, plus what engines
-hold outside it. A peak is the highest up to the end of that stage.
+hold outside it. A peak is the highest up to the end of that stage; the device's is the sum of both parts' own.
 """
 
 import argparse

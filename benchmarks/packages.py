@@ -3,13 +3,13 @@
 Method: one component at a time, of the version that `components` measures too (exported if it is not there yet). Its
 weights are put on the device as in a worker; a copy widened to fp32 computes the reference, without TF32, and is freed
 again; eager computes in the weights' own precision. Then the package is opened and called three times at each
-size: plainly, recorded and, on CUDA, replayed, which is the output that is compared. Batch 1, 64 caption tokens.
+size, on CUDA plainly, recorded and replayed; the last output is compared. Batch 1, 64 caption tokens.
 
 Units: errors are relative L2 distances; seconds to open a package once the weights are on the device and an earlier one
 has done the imports (the settings' `first_open_s`). Memory in MiB, over that before the component was loaded: what
 torch has allocated, and what is in use on the whole device, which nothing else may use; on a CPU the process's resident
-size. It fails if an engine is past its tolerance from eager, over 1.25 times as far from fp32 as eager is, or takes
-over 5 % of the weights plus 64 MiB to open.
+size. It fails if an engine is past its tolerance from eager; in bf16, if it is over 1.25 times as far from fp32 as
+eager is; and on CUDA, if it takes over 5 % of the weights plus 64 MiB to open.
 """
 
 import argparse

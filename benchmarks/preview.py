@@ -1,6 +1,6 @@
 """What does a preview cost beside a step?
 
-Method: the demo model's compiled engines in this process, no server. For each size one sequence; for each of N pairs
+Method: an exported model's compiled engines in this process, no server. For each size one sequence; for each of N pairs
 one step and then one preview of it, alternating, so that a drift of the machine's speed affects both. Then the preview
 is encoded as JPEG, which the worker does in a thread pool beside the next step; that is given for completeness. A
 version without engines is refused, and the denoiser has to stay the compiled one to the end.

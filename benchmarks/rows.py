@@ -1,4 +1,4 @@
-"""What `components` and `image` share: their options, and how rows are compared with each other."""
+"""What the benchmarks of engines share: options, prompts, and how rows are compared with each other."""
 
 import argparse
 from collections import Counter

@@ -80,7 +80,7 @@ class Subject:
 
     choice: Choice
     manifest: Manifest  # of the model alone, without engines
-    engines: Mapping[str, Engines]  # by backend
+    engines: Mapping[str, Engines]  # by row
 
     @property
     def device(self) -> torch.device:

@@ -60,7 +60,7 @@ def export_outline(
 
 
 def export_onnx(program: torch.export.ExportedProgram, spec: ComponentSpec, path: Path) -> None:
-    """Writes `program` to `path`, weights inside, at the spec's opset."""
+    """Writes `program` to `path` at the spec's opset: weights inside or, if they are too many, in `path`.data."""
     _convert(program, spec, optimize=True).save(path)
 
 

@@ -1,4 +1,4 @@
-"""`zserve verify`: builds, checks and times every kind of engine that this machine can run.
+"""`zserve verify`: builds every kind of engine that this machine can, and checks and times those that it can run.
 
 Each backend is exported and compared with eager in processes of their own, so one that fails, or kills its process,
 is a line of the report like any other. Writes OUT.json and OUT.md.
