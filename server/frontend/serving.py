@@ -99,7 +99,7 @@ class Serving:
         waited = time.monotonic() - self._arrived
         request = replace(self._request, waited=waited, delayed=self._place.claim.delayed)
         if request.timeout is not None:
-            request = replace(request, timeout=max(0.001, request.timeout - waited))
+            request = replace(request, timeout=request.timeout - waited)
         async with aclosing(self._place.worker.generate(request)) as events:
             async for event in events:
                 passed_on = self._pass_on(event, waited)

@@ -156,6 +156,30 @@ async def test_a_worker_hears_how_long_a_request_has_waited(running: tuple[Faili
     assert [(asked.waited, asked.delayed) for asked in service.asked] == [(91.5, True), (0.0, False)]
 
 
+async def test_a_worker_has_no_more_time_than_the_request(running: tuple[FailingService, str]) -> None:
+    service, url = running
+    client = ImageGenerationClient(url)
+    for timeout in (60.0, None):
+        with pytest.raises(ZServeError):
+            async for _ in client.generate(replace(a_request(), timeout=timeout)):
+                pass
+    await client.close()
+    limited, unlimited = (asked.timeout for asked in service.asked)
+    assert limited is not None
+    assert 0 < limited <= 60.0
+    assert unlimited is None
+
+
+async def test_a_request_whose_time_is_up_is_not_sent_to_a_worker(running: tuple[FailingService, str]) -> None:
+    service, url = running
+    client = ImageGenerationClient(url)
+    with pytest.raises(errors.DeadlinePassedError):
+        async for _ in client.generate(replace(a_request(), timeout=-1.0)):
+            pass
+    await client.close()
+    assert service.asked == []
+
+
 async def test_a_time_of_many_digits_is_no_error(running: tuple[FailingService, str]) -> None:
     service, url = running
     service.error = errors.UnavailableError("as it should", retry_after=1.0)

@@ -54,6 +54,7 @@ class FakeWorker:
     reason: str = ""
     costs: CostTable = field(default_factory=lambda: SECOND)
     breaks_after: int | None = None
+    timings: Timings = field(default_factory=Timings)
     served: list[str] = field(default_factory=list)
     requests: list[GenerationRequest] = field(default_factory=list)
 
@@ -61,7 +62,7 @@ class FakeWorker:
         self.served.append(request.request_id)
         self.requests.append(request)
         image = Image(0, request.seed, 64, 64, ImageFormat.RAW, b"")
-        done = Completed(Timings(), (), prompt_cached=False, denoiser_forwards=2)
+        done = Completed(self.timings, (), prompt_cached=False, denoiser_forwards=2)
         for number, event in enumerate((Started(self.name), Progress(1, 2, 0), image, Progress(2, 2, 0), done)):
             if number == self.breaks_after:
                 self.state = WorkerState.RESTARTING
@@ -119,6 +120,13 @@ async def test_a_more_urgent_request_is_not_kept_from_a_full_worker() -> None:
     enter(queue, 3)
     (urgent,) = enter(queue, priority=1)
     assert urgent.worker is not None
+
+
+async def test_even_ever_more_urgent_requests_find_room_in_a_worker_only_so_often() -> None:
+    queue = make(FakeWorker())
+    for priority in (8, 7, 6, 5, 4):
+        enter(queue, 2, priority=priority)
+    assert (queue.running, queue.waiting) == (8, 2)
 
 
 async def test_the_worker_with_the_least_to_do_is_chosen() -> None:
@@ -301,9 +309,11 @@ async def test_a_model_without_a_worker_refuses_but_waits_for_one_that_restarts(
     assert place.worker is worker  # type: ignore[comparison-overlap]
 
 
-async def serve(queue: ModelQueue, max_retries: int = 3, **changes: object) -> list[Event]:
+async def serve(
+    queue: ModelQueue, max_retries: int = 3, metrics: Metrics | None = None, **changes: object
+) -> list[Event]:
     request = replace(a_request(), **changes)  # type: ignore[arg-type]
-    serving = Serving(queue, request, max_retries=max_retries, metrics=Metrics())
+    serving = Serving(queue, request, max_retries=max_retries, metrics=metrics or Metrics())
     return [event async for event in serving.events()]
 
 
@@ -332,6 +342,23 @@ async def test_a_worker_is_told_how_long_a_request_has_waited() -> None:
     assert request.delayed
 
 
+async def test_the_time_before_it_had_a_worker_is_part_of_what_a_request_took() -> None:
+    """And is no more there for the worker to use."""
+    worker = FakeWorker(state=WorkerState.RESTARTING, timings=Timings(queue_ms=7.0, total_ms=1e9))
+    queue = make(worker)
+    serving = asyncio.create_task(serve(queue, timeout=100.0))
+    await asyncio.sleep(0)
+    worker.state = WorkerState.READY
+    queue.change()
+    completed = (await serving)[-1]
+    assert isinstance(completed, Completed)
+    (request,) = worker.requests
+    assert request.waited > 0
+    assert request.timeout == 100.0 - request.waited
+    assert completed.timings.queue_ms == 7.0 + 1e3 * request.waited
+    assert 1e3 * request.waited <= completed.timings.total_ms < 1e9, "measured here, from the arrival"
+
+
 async def test_steps_that_are_taken_again_are_not_counted_twice() -> None:
     queue = make(FakeWorker())
     (place,) = enter(queue)
@@ -350,10 +377,12 @@ async def test_what_a_worker_has_to_do_is_reckoned_with_its_own_costs() -> None:
 
 
 async def test_a_request_that_loses_two_workers_once_begun_is_poison() -> None:
-    queue = make(*(FakeWorker(breaks_after=1) for _ in range(3)))
+    queue, metrics = make(*(FakeWorker(breaks_after=1) for _ in range(3))), Metrics()
     with pytest.raises(PoisonRequestError):
-        await serve(queue)
+        await serve(queue, metrics=metrics)
     assert queue.running == queue.waiting == 0
+    counted = (f"zserve_{what}_total" for what in ("request_retries", "poison_requests"))
+    assert [metrics.registry.get_sample_value(name, {"model": "demo"}) for name in counted] == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("max_retries", [1, 3])
