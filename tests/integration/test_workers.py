@@ -227,6 +227,29 @@ async def test_a_worker_that_cannot_be_started_again_is_tried_until_it_can(tmp_p
     await alone.worker.stop()
 
 
+async def test_a_worker_that_was_ready_again_is_replaced_as_soon_as_the_first_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And later and later, up to a limit, while it is not."""
+    script = f"""
+    echo >> {tmp_path}/starts
+    case $(wc -l < {tmp_path}/starts) in 2|3|4) exit 1;; esac
+    exec {shlex.join([sys.executable, *LIGHT[1:]])} "$@"
+    """
+    monkeypatch.setattr(workers, "FIRST_BACKOFF", 0.01)
+    monkeypatch.setattr(workers, "LONGEST_BACKOFF", 0.05)
+    alone = Alone(tmp_path, "sh", "-c", script, "light")
+    alone.worker.start()
+    await alone.until(WorkerState.READY)
+    for restarts in (4, 5):
+        os.kill(alone.worker.pid or 0, signal.SIGKILL)
+        await alone.until(WorkerState.RESTARTING)
+        await alone.until(WorkerState.READY)
+        assert alone.worker.restarts == restarts
+    await alone.worker.stop()
+    assert re.findall(r"starting another in (\S+) s", caplog.text) == ["0.01", "0.02", "0.04", "0.05", "0.01"]
+
+
 async def test_a_worker_is_replaced_though_its_child_holds_its_standard_output(tmp_path: Path) -> None:
     """What has ended is known by the end of its output, which a child has too."""
     script = f'sleep {2 * PATIENCE} & exec {shlex.join([sys.executable, *LIGHT[1:]])} "$@"'
