@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from client import AsyncZImageClient, GeneratedImage, ZImageClient
-from client.messages import ImageRequest, write_file
+from client.messages import Drawing, ImageRequest, write_file
 from client.names import output_paths, slug
 from client.progress import StepBar
 from protos.zserve.v1 import image_generation_pb2 as pb
@@ -101,6 +101,11 @@ def test_raw_pixels_are_saved_in_the_format_of_the_ending(tmp_path: Path) -> Non
 def test_an_image_is_shown_without_its_bytes() -> None:
     image = GeneratedImage(b"12", "raw", width=2, height=2, seed=7, index=0)
     assert repr(image) == "GeneratedImage(format='raw', width=2, height=2, seed=7, index=0)"
+
+
+def test_images_are_in_the_order_of_their_seeds_whichever_is_done_first() -> None:
+    done = [pb.GenerateEvent(image=pb.Image(index=i, seed=7 + i, format=pb.IMAGE_FORMAT_PNG)) for i in (2, 0, 1)]
+    assert [image.seed for image in Drawing.from_events(done).images] == [7, 8, 9]
 
 
 def test_a_request_sends_only_what_was_said() -> None:

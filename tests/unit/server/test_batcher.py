@@ -147,6 +147,20 @@ async def test_closing_ends_a_batch_of_one(delay: float, begun: int) -> None:
     assert len(runs.batches) == begun
 
 
+@pytest.mark.parametrize("later_goes_first", [False, True])
+async def test_arrivals_do_not_put_off_a_batch_that_waits_for_them(later_goes_first: bool) -> None:
+    """It is counted from the first that came, wherever in the batch that is."""
+    most = 1000
+    runs = Runs(QueuePolicy(levels=most, default_level=most, max_delay=0.02), rows=most)
+    runs.go.set()
+    tasks: list[asyncio.Task[object]] = []
+    while not runs.batches:
+        tasks += runs.start(a_request(priority=most - len(tasks) if later_goes_first else 0))
+        await asyncio.sleep(0.001)
+    assert len(runs.batches[0]) < most
+    await asyncio.gather(*tasks)
+
+
 async def test_a_preferred_size_is_not_waited_beyond() -> None:
     runs = Runs(QueuePolicy(max_delay=PATIENCE, preferred_batch_sizes=(2,)), rows=4)
     runs.go.set()
