@@ -218,6 +218,26 @@ def test_the_device_has_its_next_step_before_it_is_done_with_one(harness: Harnes
     assert isinstance(until_the_end(events)[-1], FinishedImage)
 
 
+def test_a_step_that_had_to_wait_for_the_one_before_is_as_long_as_any(harness: Harness) -> None:
+    """Its own time begins when the device does with it, and the one after it is not decided too early."""
+    steps, events = Steps(harness), harness.submit(num_inference_steps=3)
+    steps.given(1)
+    steps.nearly_done()
+    steps.given(2)
+    drain(events)
+    harness.clock.now = 2.0
+    steps.done(1)
+    assert isinstance(events.get(timeout=PATIENCE), Progress)
+    harness.clock.now = 2.5  # 1.3 seconds after it was given, half a second after it began
+    for _ in range(2):
+        harness.loop.call(lambda: None).result(PATIENCE)
+    steps.given(2)
+    harness.clock.now = 3.2
+    steps.given(3)
+    steps.done(2), steps.done(3)
+    assert isinstance(until_the_end(events)[-1], FinishedImage)
+
+
 def test_what_arrives_while_a_step_runs_is_in_time_for_the_next(harness: Harness) -> None:
     steps, late = Steps(harness), harness.submit("low", num_inference_steps=4, priority=4)
     steps.given(1)

@@ -83,6 +83,27 @@ def test_small_steps_are_shared_and_late_arrivals_join() -> None:
     assert [s.key for s in run(tested, 0.2).sequences] == [1, 2, 3, 4]
 
 
+def test_captions_of_unlike_lengths_do_not_share_a_step() -> None:
+    """They would have to be padded, and masks are not among the engines' inputs."""
+    tested = planner()
+    fill(tested, *(sequence(key, shape=StepShape(256, 256, (captions,))) for key, captions in enumerate((32, 64, 32))))
+    steps = [plan for plan in (run(tested) for _ in range(14)) if plan.stage is Stage.DENOISE]
+    assert {tuple(s.key for s in plan.sequences) for plan in steps} == {(0, 2), (1,)}
+
+
+def test_a_sequence_that_starts_over_needs_all_of_its_steps_again() -> None:
+    tested = planner()
+    spoilt = sequence(1, shape=LARGE, steps=8, deadline=1.0)
+    fill(tested, spoilt)
+    for _ in range(9):
+        run(tested)
+    assert spoilt.stage is Stage.DECODE
+    tested.restart(spoilt)
+    assert tested.hopeless(0.1) == []
+    assert tested.hopeless(0.2) == [spoilt], "for 8 steps and its decode 0.8 s are too little"
+    assert [run(tested).stage for _ in range(9)] == [Stage.DENOISE] * 8 + [Stage.DECODE]
+
+
 def test_large_equal_work_is_not_interleaved() -> None:
     tested = planner()
     fill(tested, *(sequence(key, shape=LARGE) for key in (1, 2, 3)))
