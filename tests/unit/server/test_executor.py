@@ -1,6 +1,7 @@
 """A whole image through the executor is the image of diffusers' own pipeline."""
 
 import dataclasses
+import time
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -25,7 +26,7 @@ from server.worker.planner import Plan, Planner
 from server.worker.prompts import PromptCache, PromptTokenizer
 from server.worker.sequences import ImageSequence, make_sequences
 from tests.conftest import CHECKPOINT
-from tests.fakes import FakeEngine, a_request
+from tests.fakes import FakeClock, FakeEngine, a_request
 
 DIMENSIONS = ModelDimensions(16, 192, 1024)
 SPECS = component_specs(DIMENSIONS)
@@ -163,6 +164,24 @@ def test_a_requests_images_share_the_time_of_the_steps_that_they_share(
     seconds = executor.denoise([*four, other]).result()
     assert sum(s.seconds[Component.DENOISER] for s in four) == pytest.approx(seconds)
     assert other.seconds[Component.DENOISER] == seconds
+
+
+def test_a_step_is_not_charged_for_the_one_before_it(
+    executor: Executor, tokenizer: PromptTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is given to the device before that one is done, and the device begins with it after that."""
+    clock = FakeClock()
+    monkeypatch.setattr(time, "perf_counter", clock)
+    first, second = (sequences(tokenizer, a_request())[0] for _ in range(2))
+    for sequence in (first, second):
+        executor.encode(sequence).result()
+    before = executor.denoise([first])
+    clock.now = 1.0
+    after = executor.denoise([second])
+    clock.now = 5.0
+    assert before.result() == 5.0
+    clock.now = 8.0
+    assert after.result() == second.seconds[Component.DENOISER] == 3.0
 
 
 @pytest.mark.parametrize("image_format", ImageFormat)

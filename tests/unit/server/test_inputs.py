@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 from tritonclient.grpc import service_pb2 as pb
 
+from server.config import ModelConfig
 from server.errors import InvalidRequestError, NotFoundError, ZServeError
 from server.requests import Completed, Image, ImageFormat, Timings
 from server.rpc.triton import shared_memory
-from server.rpc.triton.image_model import encode_images
+from server.rpc.triton.image_model import INPUTS, decode_request, encode_images
 from server.rpc.triton.inputs import PIECE, decode_inputs
 from server.rpc.triton.regions import REGION, REGION_SIZE, Place
 from server.rpc.triton.shared_memory import SharedMemory
 from server.rpc.triton.system_memory import FOLDER, SystemRegion
-from server.tensors import DataType, ModelSpec, TensorSpec, join_strings, split_strings
+from server.tensors import DataType, InferRequest, ModelSpec, Tensor, TensorSpec, join_strings, split_strings
 
 KEY = f"zserve_unit_{os.getpid()}"
 MANY = 10 * PIECE
@@ -189,6 +190,14 @@ def test_the_images_of_a_request_are_in_order() -> None:
     pixels, seeds = encode_images(images, completed).outputs
     assert (pixels.shape, pixels.data) == ((2, 1, 1, 3), bytes([0, 0, 0, 1, 1, 1]))
     assert struct.unpack("<2q", seeds.data) == (7, 8)
+
+
+@pytest.mark.parametrize(("asked", "level"), [(0, 4), (1, 1), (8, 8), (9, 4), (99, 4), (2**64 - 1, 4)])
+def test_a_priority_that_is_no_level_of_an_image_model_means_the_default_one(asked: int, level: int) -> None:
+    """As in Triton; over our own protocol it is refused."""
+    prompt = Tensor("PROMPT", DataType.BYTES, (1,), join_strings([b"a cat"]))
+    request = InferRequest(ModelSpec("demo", "1", "z_image", INPUTS, ()), "", {"PROMPT": prompt}, priority=asked)
+    assert decode_request(request, ModelConfig("demo")).generation.priority == level
 
 
 def test_strings_there_and_back() -> None:
