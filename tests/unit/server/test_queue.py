@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 
@@ -164,6 +165,41 @@ async def test_what_only_a_slower_worker_is_free_for_is_refused_where_that_takes
     assert late.worker is queue.workers[1]
 
 
+async def test_while_nothing_was_measured_the_worker_with_the_fewest_requests_is_chosen() -> None:
+    queue = make(FakeWorker("a", costs=CostTable()), FakeWorker("b", costs=CostTable()), max_batch_size=2)
+    assert len({place.worker for place in enter(queue, 2)}) == 2
+
+
+async def test_who_waits_starts_when_the_first_of_the_workers_is_free() -> None:
+    queue = make(FakeWorker("a"), FakeWorker("b"))
+    enter(queue, num_inference_steps=20)
+    *_, waiting = enter(queue, 4)  # two have the other worker, and one waits behind the large one
+    assert waiting.standing == Queued(4, 2000.0)
+
+
+async def test_nobody_stands_behind_a_request_that_has_started() -> None:
+    queue = make(FakeWorker())
+    started, _ = enter(queue, 2)
+    started.started = True
+    (waiting,) = enter(queue)
+    assert waiting.standing is not None
+    assert waiting.standing.position == 1
+
+
+async def test_only_who_has_moved_up_is_told() -> None:
+    queue = make(FakeWorker())
+    *_, waiting = enter(queue, 3)
+    waiting.moved.clear()
+    queue._tell_all()
+    assert not waiting.moved.is_set()
+
+
+async def test_of_levels_without_end_the_first_are_shown_and_those_where_somebody_waits() -> None:
+    queue = make(FakeWorker(), queue=QueuePolicy(levels=1000))
+    enter(queue, 4, priority=500)
+    assert queue.depths == {**dict.fromkeys(range(1, 17), 0), 500: 2}
+
+
 async def test_places_learn_where_they_stand() -> None:
     queue = make(FakeWorker())
     (*_, third, fourth) = enter(queue, 4)
@@ -225,6 +261,12 @@ async def test_what_cannot_meet_its_deadline_is_refused_at_once() -> None:
         enter(queue, timeout=3.5)
     (urgent,) = enter(queue, priority=2, timeout=3.5)
     assert urgent.worker is not None
+
+
+@pytest.mark.parametrize("larger", [{"num_images": 2}, {"num_inference_steps": 4}, {"guidance_scale": 2.0}])
+async def test_a_deadline_is_held_against_all_that_was_asked_for(larger: dict[str, Any]) -> None:
+    with pytest.raises(DeadlinePassedError, match="needs 2 s of the device"):
+        enter(make(FakeWorker()), timeout=1.9, **larger)
 
 
 async def test_an_arrival_is_forecast_once_and_not_who_is_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,17 +332,21 @@ async def test_who_had_a_worker_in_time_is_not_timed_out_by_the_queue_after_a_lo
 
 
 async def test_deadlines_are_reckoned_while_the_only_worker_restarts() -> None:
-    worker = FakeWorker(state=WorkerState.RESTARTING)
-    queue = make(worker)
+    worker, clock = FakeWorker(state=WorkerState.RESTARTING), FakeClock()
+    queue = make(worker, clock=clock)
     with pytest.raises(DeadlinePassedError, match="needs 1 s of the device"):
         enter(queue, timeout=0.9)
     (place,) = enter(queue, timeout=1.5)
     assert queue.patience(place) == pytest.approx(0.5)
+    clock.now = 0.5
+    with pytest.raises(DeadlinePassedError, match="1 s from now, cannot be met"):
+        queue.time_out(place)
 
 
 async def test_a_model_without_a_worker_refuses_but_waits_for_one_that_restarts() -> None:
-    with pytest.raises(ModelNotReadyError):
+    with pytest.raises(ModelNotReadyError) as refusal:
         enter(make(FakeWorker(state=WorkerState.STARTING)))
+    assert refusal.value.retry_after == 5.0
     worker = FakeWorker(state=WorkerState.RESTARTING)
     queue = make(worker)
     (place,) = enter(queue)
@@ -366,6 +412,19 @@ async def test_steps_that_are_taken_again_are_not_counted_twice() -> None:
     for step, left in ((1, 0.5), (2, 0.0), (1, 0.5), (2, 0.0)):  # the second two after a restart from noise
         place.steps_done[0] = step
         assert queue._assignment.seconds(place) == pytest.approx(left * needed)
+
+
+async def test_who_starts_over_has_all_of_its_steps_before_it_and_has_begun_nothing() -> None:
+    worker = FakeWorker()
+    queue = make(worker)
+    (place,) = enter(queue)
+    place.started, place.steps_done = True, {0: 1}
+    queue.lose(place, reached=True)
+    queue.rejoin(place)
+    assert queue._assignment.seconds(place) == 1.0
+    assert place.worker is worker  # type: ignore[comparison-overlap]
+    queue.lose(place, reached=None)
+    assert (place.strikes, place.doubts) == (1, 1)
 
 
 async def test_what_a_worker_has_to_do_is_reckoned_with_its_own_costs() -> None:
@@ -452,16 +511,22 @@ async def test_a_request_that_ends_workers_as_they_read_it_is_found_and_nobody_f
 
 
 class Gone(FakeWorker):
-    """Has ended, which is noticed when it is given a request."""
+    """Has ended, which is noticed when it is given a request; `reached`: whether by then it had read it."""
+
+    def __init__(self, *, reached: bool | None) -> None:
+        super().__init__()
+        self.reached = reached
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         self.state = WorkerState.RESTARTING
-        raise WorkerLostError("nobody is there")
+        raise WorkerLostError("nobody is there", reached=self.reached)
         yield
 
 
-async def test_who_comes_upon_workers_that_have_ended_is_not_to_blame() -> None:
-    events = await serve(make(Gone(), Gone(), FakeWorker()))
+@pytest.mark.parametrize("reached", [False, None])
+async def test_who_comes_upon_workers_that_have_ended_is_not_to_blame(reached: bool | None) -> None:
+    """Nor is it where that is not known, for as long as there are attempts left."""
+    events = await serve(make(Gone(reached=reached), Gone(reached=reached), FakeWorker()))
     assert [e.attempt for e in events if isinstance(e, Started)] == [3]
 
 
@@ -476,11 +541,11 @@ async def test_a_suspect_gets_a_worker_for_itself() -> None:
     queue.rejoin(suspect)
     others = [p for p in places if p.worker is second]  # type: ignore[comparison-overlap]
     assert suspect.worker is None
+    (newcomer,) = enter(queue)
     for place in others:
         queue.leave(place)
+        assert newcomer.worker is None, "or the worker might never be free for the suspect"
     assert suspect.worker is second  # type: ignore[comparison-overlap]
-    (newcomer,) = enter(queue)
-    assert newcomer.worker is None
 
 
 async def test_a_closed_queue_refuses_whoever_waits() -> None:

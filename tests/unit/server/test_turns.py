@@ -17,6 +17,10 @@ def test_without_a_deadline_a_request_is_due_a_minute_after_it_arrived() -> None
     assert order(claims) == ["sooner", "none", "later"]
 
 
+def test_nobody_is_overtaken_for_having_told_a_late_deadline() -> None:
+    assert order({"none": Claim(4, 1.0), "late": Claim(4, 0.0, deadline=3600.0)}) == ["late", "none"]
+
+
 @pytest.mark.parametrize(("now", "first"), [(29.0, "urgent"), (31.0, "patient")])
 def test_half_a_minute_of_waiting_lifts_a_request_by_one_level(now: float, first: str) -> None:
     claims = {"patient": Claim(2, 0.0), "urgent": Claim(1, 20.0)}
