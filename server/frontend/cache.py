@@ -57,7 +57,7 @@ def response_key(request: GenerationRequest, instance: InstanceInfo, model: obje
     """Everything an image's bytes depend on: the request without timing, id, priority or previews, and the engines."""
     when = replace(request, timeout=None, queue_timeout=None, waited=0.0, delayed=False)
     drawn = replace(when, request_id="", priority=0, preview_interval=0)
-    parts = (drawn, instance.version, instance.precision, _backends(instance.engines))
+    parts = (drawn, _backends(instance.engines))
     return ResponseKey(model, hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).digest())
 
 

@@ -72,6 +72,13 @@ def test_answers_without_an_image_to_speak_of_fill_it_too() -> None:
     assert kept(cache, made) == [False, True, True]
 
 
+def test_an_answer_that_two_have_asked_for_at_once_takes_the_room_of_one() -> None:
+    cache, made = ResponseCache(2 * ENTRY_BYTES), keys(2)
+    for key in (made[0], made[0], made[1]):
+        cache.put(key, answer(0))
+    assert kept(cache, made) == [True, True]
+
+
 def test_a_key_is_small_whatever_the_prompt() -> None:
     short, long = key_of(a_request()), key_of(replace(a_request(), prompt="x" * 32_768))
     assert len(long.digest) == len(short.digest) == 32
@@ -111,4 +118,4 @@ def test_engines_are_part_of_the_key_and_who_asks_is_not() -> None:
     key = key_of(a_request())
     assert key_of(a_request(), eager) != key
     assert key_of(replace(a_request(), request_id="other", priority=1, timeout=3.0)) == key
-    assert key_of(replace(a_request(), waited=3.0, delayed=True)) == key
+    assert key_of(replace(a_request(), waited=3.0, delayed=True, queue_timeout=3.0, preview_interval=1)) == key
