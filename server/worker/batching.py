@@ -55,11 +55,11 @@ class Batching:
 
     def limit(self, shape: StepShape, count: int) -> None:
         """Caps steps of this shape at `count` sequences: there was no memory for more."""
-        self._limits[shape] = max(1, count)
+        self._limits[shape] = count
 
     def largest(self, shape: StepShape) -> int:
         """The most sequences of `shape` that may share a step."""
-        return min(self._policy.max_batch, self._limits.get(shape, self._policy.max_batch))
+        return self._limits.get(shape, self._policy.max_batch)
 
     def seconds(self, shape: StepShape, count: int) -> float:
         """Seconds that a step of `count` sequences takes."""

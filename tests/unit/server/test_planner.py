@@ -10,7 +10,7 @@ from export.spec import Component
 from server.costs import CostTable
 from server.requests import StepCost
 from server.turns import AGEING, PATIENCE, Claim
-from server.worker.batching import BatchPolicy, StepShape
+from server.worker.batching import Batching, BatchPolicy, StepShape
 from server.worker.planner import Plan, PlannedSequence, Planner, Stage, Wait
 
 SMALL, LARGE = StepShape(256, 256, (32,)), StepShape(1024, 1024, (32,))
@@ -200,6 +200,19 @@ def test_guidance_counts_its_rows() -> None:
     fill(tested, *(sequence(key, shape=GUIDED) for key in range(8)))
     plans = [run(tested) for _ in range(5)]
     assert len(plans[-1].sequences) == 4
+
+
+def test_steps_are_shared_by_as_many_rows_as_were_measured() -> None:
+    """A guided image has two rows in a forward, or a forward for each where their captions are of unlike length."""
+    table = CostTable(StepCost(256, 256, rows, 0.010 * (0.7 + 0.3 * rows)) for rows in (1, 2, 4))
+    batching, unlike = Batching(table, BatchPolicy(max_batch=4)), StepShape(256, 256, (32, 64))
+    assert [batching.count(shape, 4, float("inf")) for shape in (SMALL, GUIDED, unlike)] == [4, 2, 4]
+    assert batching.seconds(GUIDED, 2) == table.step(256, 256, 4)
+    assert batching.seconds(unlike, 4) == 2 * table.step(256, 256, 4)
+
+
+def test_who_will_be_late_even_alone_is_not_made_later_by_others() -> None:
+    assert Batching(costs(), BatchPolicy(max_batch=4)).count(SMALL, 4, most_seconds=0.001) == 1
 
 
 def test_preferred_sizes_are_kept_to() -> None:

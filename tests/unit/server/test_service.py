@@ -12,7 +12,7 @@ from export.manifest import Backend
 from export.spec import Component
 from server.errors import ShuttingDownError
 from server.requests import Completed, EngineUse, ImageFormat, Started
-from server.worker.delivery import TRANSIT, Delivery
+from server.worker.delivery import RECENT, TRANSIT, Delivery
 from server.worker.events import FinishedImage, Listener, SequenceStarted
 from server.worker.images import Pixels
 from server.worker.sequences import ImageSequence
@@ -134,3 +134,10 @@ def test_what_delivery_takes_is_of_the_format_and_grows_with_the_image() -> None
         delivery.observe(ImageFormat.JPEG, 1000, seconds)
     assert delivery.seconds(ImageFormat.JPEG, 4000) == pytest.approx(TRANSIT + 0.008)
     assert delivery.seconds(ImageFormat.PNG, 4000) == TRANSIT
+
+
+def test_of_what_delivery_took_the_last_images_count() -> None:
+    delivery = Delivery()
+    for seconds in (*100 * (9.0,), *RECENT * (0.002,)):
+        delivery.observe(ImageFormat.JPEG, 1000, seconds)
+    assert delivery.seconds(ImageFormat.JPEG, 1000) == pytest.approx(TRANSIT + 0.002)
