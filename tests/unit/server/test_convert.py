@@ -33,7 +33,8 @@ from server.rpc.convert import (
 )
 from tests.fakes import a_request
 
-MODEL = ModelConfig("demo", default_size=(256, 192), max_size=1024)
+LIMITS = {"min_size": 128, "max_size": 1024, "max_num_inference_steps": 40, "max_num_images": 3}  # none of the defaults
+MODEL = ModelConfig("demo", default_size=(256, 192), **LIMITS)  # type: ignore[arg-type]
 
 
 def test_what_is_absent_is_the_models_default() -> None:
@@ -61,23 +62,25 @@ def test_a_seed_of_zero_is_a_seed() -> None:
         ("prompt", "", "a description"),
         ("prompt", "  \n", "a description"),
         ("prompt", "x" * 40_000, "32768 characters"),
-        ("width", 250, "a multiple of 16 from 64 to 1024"),
+        ("negative_prompt", "x" * 40_000, "32768 characters"),
+        ("width", 250, "a multiple of 16 from 128 to 1024"),
         ("width", 0, "a multiple of 16"),
-        ("height", 1040, "from 64 to 1024"),
-        ("height", 48, "from 64 to 1024"),
-        ("num_inference_steps", 0, "from 1 to 50"),
-        ("num_inference_steps", 51, "from 1 to 50"),
+        ("height", 1040, "from 128 to 1024"),
+        ("height", 112, "from 128 to 1024"),
+        ("num_inference_steps", 0, "from 1 to 40"),
+        ("num_inference_steps", 41, "from 1 to 40"),
         ("guidance_scale", math.nan, "a number from 0 to 20"),
         ("guidance_scale", math.inf, "a number from 0 to 20"),
+        ("guidance_scale", 20.1, "a number from 0 to 20"),
         ("guidance_scale", -1.0, "a number from 0 to 20"),
         ("seed", MAX_SEED + 1, f"0 to {MAX_SEED}"),
-        ("num_images", 0, "from 1 to 4"),
-        ("num_images", 5, "from 1 to 4"),
+        ("num_images", 0, "from 1 to 3"),
+        ("num_images", 4, "from 1 to 3"),
         ("quality", 0, "from 1 to 100"),
         ("quality", 101, "from 1 to 100"),
         ("image_format", 17, "PNG, JPEG, WEBP and RAW"),
         ("long_prompt", 9, "REFUSE and TRUNCATE"),
-        ("preview_interval", 1000, "from 0 to 50"),
+        ("preview_interval", 41, "from 0 to 40"),
         ("priority", 99, "from 1 to 8"),
         ("request_id", "x" * 129, "128 printable"),
         ("request_id", "a\nb", "128 printable"),
@@ -105,6 +108,12 @@ def test_the_last_image_needs_a_seed_too() -> None:
         decode_request(pb.GenerateRequest(prompt="a cat", seed=MAX_SEED, num_images=2), MODEL, None)
 
 
+@pytest.mark.parametrize(("asked", "seconds"), [(0, None), (2_500_000, 2.5)])
+def test_a_queue_timeout_is_in_microseconds_and_0_is_none(asked: int, seconds: float | None) -> None:
+    message = pb.GenerateRequest(prompt="x", queue_timeout_microseconds=asked)
+    assert decode_request(message, MODEL, None).queue_timeout == seconds
+
+
 def test_a_queue_timeout_of_any_length_can_be_sent_on() -> None:
     asked = pb.GenerateRequest(prompt="x", queue_timeout_microseconds=2**64 - 1)
     request = decode_request(asked, MODEL, None)
@@ -122,20 +131,22 @@ def test_a_request_survives_the_way_to_a_worker() -> None:
         long_prompt=LongPrompt.TRUNCATE,
         timeout=3.0,
     )
-    assert decode_request(encode_request(request), dataclasses.replace(MODEL, name="demo"), 3.0) == request
+    assert decode_request(encode_request(request), dataclasses.replace(MODEL, min_size=64), 3.0) == request
 
 
 EVENTS: list[Event] = [
     Queued(3),
-    Started("demo-0"),
-    Progress(2, 8, 1),
+    Queued(3, 1500.0),
+    Started("demo-0", 2),
+    Progress(2, 8, 1, 40.0, 4, 3),
     Preview(2, 1, b"jpeg", 32, 24),
-    Image(1, 7, 256, 192, ImageFormat.RAW, b"pixels"),
+    Image(1, 7, 256, 192, ImageFormat.RAW, b"pixels", 5.0, 6.0),
     Completed(
         Timings(1, 2, 3, 4, 5, 15),
         (EngineUse(Component.DENOISER, Backend.EAGER, "because"),),
         True,
         denoiser_forwards=16,
+        response_cached=True,
     ),
 ]
 
