@@ -1,5 +1,5 @@
-"""The real worker with engines that fail: a request's width says how, FAULTY_WARM_UP which one fails at the start. A
-prompt that is as long as may be hangs while it is encoded.
+"""The real worker with engines that fail: a request's width says how, FAULTY_LOAD and FAULTY_WARM_UP which one fails at
+the start. A prompt that is as long as may be hangs while it is encoded.
 """
 
 import os
@@ -58,6 +58,8 @@ class FaultyLoader(EngineLoader):
     """Loads the real engines and spoils them."""
 
     def _compiled(self, record: EngineRecord, spec: ComponentSpec) -> Engine:
+        if os.environ.get("FAULTY_LOAD") == spec.component:
+            os.abort()
         return FaultyEngine(super()._compiled(record, spec), spec.component)
 
 

@@ -167,14 +167,15 @@ async def test_an_overflow_is_made_again_on_eager_and_said_everywhere(server: Ru
     assert "not finite" in instances[used.config.instance].engines[1].fallback_reason
 
 
-async def test_an_engine_that_ends_its_process_at_warm_up_is_turned_off(
+async def test_engines_that_end_their_process_at_the_start_are_turned_off(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """One while it is loaded, and in the next process another at warm-up."""
+    monkeypatch.setenv("FAULTY_LOAD", "prompt_encoder")
     monkeypatch.setenv("FAULTY_WARM_UP", "image_decoder")
     models = make_repository(repository / MODEL, tmp_path, ONE.replace("max_batch_size: 4", "max_batch_size: 1"))
     async with serving(models, FAULTY) as server:
         seen = await draw(server.client, asked())
-        decoder = seen.of("completed")[0].engines[2]
-        assert (decoder.component, decoder.backend) == ("image_decoder", "eager")
-        assert "SIGABRT" in decoder.fallback_reason
-        assert server.workers[0].restarts == 1
+        off = [e for e in seen.of("completed")[0].engines if "SIGABRT" in e.fallback_reason]
+        assert [(e.component, e.backend) for e in off] == [("prompt_encoder", "eager"), ("image_decoder", "eager")]
+        assert server.workers[0].restarts == 2

@@ -11,9 +11,9 @@ import torch
 
 from export.devices import current_target
 from export.errors import StaleEngineError
-from export.manifest import Backend, EngineRecord, Manifest, Target
+from export.manifest import Backend, Manifest, Target
 from export.profiles import serving_profiles
-from export.spec import Component, ComponentSpec, ModelDimensions, ShapePoint, component_specs, example_inputs
+from export.spec import Component, ModelDimensions, ShapePoint, component_specs, example_inputs
 from export.validity import check_engine, cpu_instructions
 from server.config import FallbackPolicy
 from server.engines import aotinductor, memory, onnxruntime
@@ -171,21 +171,6 @@ def test_the_compiled_engine_agrees_with_eager(
     assert (use.backend, eager_use.backend) == (Backend.ONNXRUNTIME, Backend.EAGER)
     error = (got.double() - expected.double()).norm() / expected.double().norm()
     assert error <= spec.tolerance[manifest.precision]
-
-
-def test_an_engine_is_announced_before_it_is_loaded(
-    exported: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """If loading it ends the process, the last announcement says which one it was."""
-    told: list[str] = []
-
-    def load(self: EngineLoader, record: EngineRecord, spec: ComponentSpec) -> FakeEngine:
-        told.append(f"load {spec.component}")
-        return FakeEngine(lambda inputs: torch.zeros(1))
-
-    monkeypatch.setattr(EngineLoader, "_compiled", load)
-    dataclasses.replace(loader(*exported), announce=lambda component: told.append(str(component))).load_all()
-    assert told == [said for component in Component for said in (str(component), f"load {component}")]
 
 
 def stale(manifest: Manifest, **changes: object) -> Manifest:
