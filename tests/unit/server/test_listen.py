@@ -3,6 +3,7 @@
 import asyncio
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import AsyncMock
 
 import grpc
@@ -14,7 +15,7 @@ from tritonclient.grpc import service_pb2
 
 from protos.zserve.v1 import image_generation_pb2
 from server.cli import parser, read_config
-from server.errors import ConfigError
+from server.errors import ConfigError, TooManyCallsError
 from server.rpc.access import PROTOCOL_OF, AccessInterceptor
 from server.rpc.listen import bind, make_server, transport_options
 from server.settings import GrpcConfig, Protocol, Restriction, TlsConfig
@@ -143,3 +144,27 @@ async def test_a_call_has_to_meet_every_restriction_of_its_group(
     answer = object()
     found = await access.intercept_service(AsyncMock(return_value=answer), details)  # type: ignore[arg-type]
     assert (found is answer) == passes
+
+
+def from_peer(peer: str) -> Any:
+    return SimpleNamespace(peer=lambda: peer)
+
+
+async def test_a_clients_share_is_one_for_all_of_its_connections_and_free_again_after_a_call() -> None:
+    access = AccessInterceptor(GrpcConfig(max_calls_per_client=1))
+    async with access._place(None, from_peer("ipv4:10.0.0.1:1111")):
+        with pytest.raises(TooManyCallsError, match="1 inference calls of this client are open"):
+            async with access._place(None, from_peer("ipv4:10.0.0.1:2222")):
+                pass
+        async with access._place(None, from_peer("ipv4:10.0.0.2:1111")):
+            pass
+    async with access._place(None, from_peer("ipv4:10.0.0.1:2222")):
+        pass
+
+
+async def test_calls_other_than_inference_are_not_counted() -> None:
+    """A client with all of its calls open is still told that the server lives."""
+    access, answer = AccessInterceptor(GrpcConfig(max_calls_per_client=1)), object()
+    details = SimpleNamespace(method="/inference.GRPCInferenceService/ServerLive", invocation_metadata=())
+    found = await access.intercept_service(AsyncMock(return_value=answer), details)  # type: ignore[arg-type]
+    assert found is answer
