@@ -1,5 +1,6 @@
 """What the frontend keeps of an answer, with a worker that is an ordinary object."""
 
+import asyncio
 import weakref
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
@@ -8,10 +9,13 @@ import pytest
 
 from server.frontend.dispatcher import Dispatcher
 from server.frontend.metrics import Metrics
+from server.frontend.workers import WorkerState
 from server.requests import Completed, Event, GenerationRequest, Image, ImageFormat, InstanceInfo, Started, Timings
 from tests.fakes import a_request
 from tests.unit.server.test_cache import INSTANCE
 from tests.unit.server.test_queue import FakeWorker, make
+
+PATIENCE = 100.0  # seconds for what has to come about
 
 
 @dataclass(eq=False)
@@ -74,3 +78,21 @@ async def test_an_answer_that_outlives_its_model_is_not_kept(unloaded: bool) -> 
     assert [type(e) async for e in events][-1] is Completed
     again = [e async for e in dispatcher.generate_on(queue, request)]
     assert any(isinstance(e, Completed) and e.response_cached for e in again) is not unloaded
+
+
+@pytest.mark.parametrize(
+    ("loaded", "state", "answers"),
+    [(True, WorkerState.READY, 1), (False, WorkerState.READY, 0), (True, WorkerState.RESTARTING, 0)],
+)
+async def test_the_latest_version_answers_if_it_is_loaded_and_serves(
+    loaded: bool, state: WorkerState, answers: int
+) -> None:
+    versions = [Painter("old"), Painter("new", state)]
+    dispatcher = Dispatcher(Metrics())
+    for worker, whole in zip(versions, (True, loaded), strict=True):
+        queue = make(worker)
+        queue.loaded = whole
+        dispatcher.add(queue)
+    async with asyncio.timeout(PATIENCE):
+        assert [type(e) async for e in dispatcher.generate(a_request())][-1] is Completed
+    assert [bool(worker.images) for worker in versions] == [answers == number for number in range(2)]
