@@ -249,7 +249,7 @@ class Planner:
         """The window opens when the first one arrives; later arrivals do not prolong it."""
         first, full = mates[0], self._batching.largest(mates[0].shape)
         until = first.claim.arrived + self._batching.max_delay
-        if now >= until or first.step > 0 or len(mates) >= full:
+        if now >= until or first.step > 0:
             return None
         worth_it = self._count(first.shape, full, self._longest_step(first, until)) > len(mates)
         return Wait(until) if worth_it else None
@@ -259,7 +259,7 @@ class Planner:
         if sequence.claim.deadline is None:
             return float("inf")
         decode = self._costs.decode(sequence.shape.height, sequence.shape.width) + self._held_up(sequence)
-        return (sequence.claim.deadline - now - decode) / max(1, sequence.left)
+        return (sequence.claim.deadline - now - decode) / sequence.left
 
     def _note_latest(self, sequence: PlannedSequence) -> None:
         if sequence.claim.deadline is not None:

@@ -54,6 +54,15 @@ def test_what_was_not_measured_is_scaled_from_the_nearest() -> None:
     assert table.image(512, 512, steps=2, rows=1) == pytest.approx(4 * 0.05 + 2 * 0.014)
 
 
+def test_an_image_with_guidance_has_two_prompts_to_encode_and_one_image_to_decode() -> None:
+    table = costs()
+    for component, size, seconds in ((Component.PROMPT_ENCODER, 0, 0.03), (Component.IMAGE_DECODER, 256, 0.05)):
+        table.observe(StepCost(size, size, 1, seconds, component))
+    plain, guided = (table.image(256, 256, steps=2, rows=rows) for rows in (1, 2))
+    assert plain == pytest.approx(0.03 + 0.05 + 2 * table.step(256, 256, 1))
+    assert guided == pytest.approx(2 * 0.03 + 0.05 + 2 * table.step(256, 256, 2))
+
+
 def test_the_sizes_measured_last_are_kept() -> None:
     table = CostTable([StepCost(0, 0, 1, 0.01, Component.PROMPT_ENCODER), StepCost(16, 16, 1, 0.5)])
     for number in range(1, SIZES + 10):

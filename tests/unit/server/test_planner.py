@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from export.spec import Component
-from server.costs import CostTable
+from server.costs import RECENT, CostTable
 from server.requests import StepCost
 from server.turns import AGEING, PATIENCE, Claim
 from server.worker.batching import Batching, BatchPolicy, StepShape
@@ -164,7 +164,7 @@ def test_a_step_that_runs_is_waited_for_but_not_by_what_only_has_to_be_decoded()
     fill(tested, *(sequence(key, shape=LARGE, steps=1, deadline=1.0) for key in (1, 2)))
     for _ in range(2):
         run(tested)
-    assert [s.key for s in tested.hopeless(0.0, free=0.9)] == [2]  # 1 is drawn, and decoded beside the step
+    assert [s.key for s in tested.hopeless(0.0, free=0.97)] == [2]  # 1 is drawn, and decoded beside the step
     assert tested.hopeless(0.0, free=0.8) == []
 
 
@@ -177,10 +177,11 @@ def test_what_is_only_encoded_leaves_like_what_is_not() -> None:
     assert [s.key for s in tested.hopeless(0.04)] == [2]
 
 
-def test_others_make_decoding_longer_and_so_a_deadline_nearer() -> None:
+@pytest.mark.parametrize(("stage", "seconds"), [(Stage.ENCODE, 0.5), (Stage.DECODE, 0.535)])
+def test_others_make_encoding_and_decoding_longer_and_so_a_deadline_nearer(stage: Stage, seconds: float) -> None:
     tested = planner()
-    decoded, waits = sequence(1, shape=LARGE, steps=1), sequence(2, shape=LARGE, steps=8, deadline=1.2)
-    tested.observe_beside(Plan(Stage.DECODE, (decoded,)), 0.535)
+    done, waits = sequence(1, shape=LARGE, steps=1), sequence(2, shape=LARGE, steps=8, deadline=1.2)
+    tested.observe_beside(Plan(stage, (done,)), seconds)
     fill(tested, waits)
     assert tested.hopeless(0.0) == []  # alone it takes 0.835 s
     fill(tested, sequence(3, shape=LARGE, steps=1, priority=5))
@@ -204,15 +205,26 @@ def test_guidance_counts_its_rows() -> None:
 
 def test_steps_are_shared_by_as_many_rows_as_were_measured() -> None:
     """A guided image has two rows in a forward, or a forward for each where their captions are of unlike length."""
-    table = CostTable(StepCost(256, 256, rows, 0.010 * (0.7 + 0.3 * rows)) for rows in (1, 2, 4))
+    table = CostTable(StepCost(256, 256, rows, 0.010 * (0.7 + 0.3 * rows)) for rows in (1, 2, 8))
     batching, unlike = Batching(table, BatchPolicy(max_batch=4)), StepShape(256, 256, (32, 64))
-    assert [batching.count(shape, 4, float("inf")) for shape in (SMALL, GUIDED, unlike)] == [4, 2, 4]
-    assert batching.seconds(GUIDED, 2) == table.step(256, 256, 4)
-    assert batching.seconds(unlike, 4) == 2 * table.step(256, 256, 4)
+    assert [batching.count(shape, 4, float("inf")) for shape in (SMALL, GUIDED, unlike)] == [2, 4, 2]
+    assert batching.seconds(GUIDED, 4) == table.step(256, 256, 8)
+    assert batching.seconds(unlike, 2) == 2 * table.step(256, 256, 2)
 
 
 def test_who_will_be_late_even_alone_is_not_made_later_by_others() -> None:
     assert Batching(costs(), BatchPolicy(max_batch=4)).count(SMALL, 4, most_seconds=0.001) == 1
+
+
+def test_what_a_step_takes_is_learnt_for_as_many_rows_as_its_one_forward_had() -> None:
+    tested = planner()
+    one, two, guided = sequence(1), sequence(2), sequence(3, shape=GUIDED)
+    unlike = sequence(4, shape=StepShape(256, 256, (32, 64)))  # two forwards
+    for _ in range(RECENT):
+        tested.observe(Plan(Stage.DENOISE, (guided,)), 9.0)
+        tested.observe(Plan(Stage.DENOISE, (unlike,)), 99.0)
+    steps = (one,), (one, two), (guided,), (unlike,)
+    assert [tested.expected_seconds(Plan(Stage.DENOISE, step)) for step in steps] == [0.010, 9.0, 9.0, 0.020]
 
 
 def test_preferred_sizes_are_kept_to() -> None:
@@ -228,6 +240,15 @@ def test_the_first_waits_for_company_once() -> None:
     fill(tested, sequence(2, arrived=0.03))
     assert tested.plan(0.03) == Wait(0.05)
     assert isinstance(tested.plan(0.05), Plan)
+
+
+def test_who_has_begun_does_not_wait_for_company_when_its_own_has_left() -> None:
+    tested = planner(BatchPolicy(max_batch=4, max_delay=60.0))
+    fill(tested, *(sequence(key) for key in range(4)))
+    assert [len(run(tested).sequences) for _ in range(5)] == [1, 1, 1, 1, 4]
+    for key in range(3):
+        tested.remove(key, 0.0)
+    assert [s.key for s in run(tested).sequences] == [3]
 
 
 def test_no_waiting_for_company_that_would_not_pay() -> None:
@@ -250,6 +271,13 @@ def test_forecasts_come_true() -> None:
     told = tested.forecast(0.0)
     assert [(f.position, pytest.approx(f.starts)) for f in told.values()] == [(0, 0.835), (1, 1.67)]
     assert list(told) == [1, 2]
+
+
+def test_a_forecast_knows_of_both_prompts_of_a_guided_image() -> None:
+    table = CostTable([StepCost(256, 256, 2, 0.01), StepCost(0, 0, 1, 0.5, Component.PROMPT_ENCODER)])
+    tested = Planner(table, BatchPolicy(max_batch=1))
+    fill(tested, sequence(1, shape=GUIDED, steps=4), sequence(2))
+    assert tested.forecast(0.0)[2].starts == pytest.approx(2 * 0.5 + 4 * 0.01)
 
 
 def test_a_request_that_has_begun_waits_no_more_between_two_of_its_images() -> None:
