@@ -447,6 +447,40 @@ def test_what_a_decode_costs_is_learnt_where_it_had_the_device_for_itself(harnes
         assert costs.decode(64, 64) == 5.0
 
 
+def test_what_a_step_costs_is_learnt_where_it_had_the_device_for_itself(harness: Harness) -> None:
+    """With a decode under way as it begins, nothing is; with none, something is."""
+    costs, mark = harness.loop._planner._costs, beside(harness, "decode", "slow")
+    harness.loop.start()
+    slow = harness.submit("slow")
+    until_begun(mark)
+    assert isinstance(until_the_end(harness.submit(width=128))[-1], FinishedImage)
+    assert not costs.measured(64, 128)
+    mark.passed.set()
+    assert isinstance(until_the_end(slow)[-1], FinishedImage)
+    assert isinstance(until_the_end(harness.submit(width=128))[-1], FinishedImage)
+    assert costs.measured(64, 128) == {1: 1.0}
+
+
+def test_what_a_step_costs_is_not_learnt_where_a_prompt_is_encoded_beside_it(harness: Harness) -> None:
+    costs, mark = harness.loop._planner._costs, beside(harness, "encode", "late")
+    steps, events = Steps(harness), harness.submit(width=128, num_inference_steps=1)
+    steps.given(1)
+    harness.submit("late")
+    until_begun(mark)
+    steps.done(1)
+    assert isinstance(until_the_end(events)[-1], FinishedImage)
+    assert not costs.measured(64, 128)
+
+
+def test_the_step_that_runs_is_reckoned_with_when_a_deadline_is_judged(harness: Harness) -> None:
+    """Its request is refused at once, and not when the step is done."""
+    steps, running = Steps(harness), harness.submit(num_inference_steps=1)
+    steps.given(1)
+    assert isinstance(until_the_end(harness.submit(timeout=2.5))[-1], Failed)  # 1.1 s and then twice as much
+    steps.done(1)
+    assert isinstance(until_the_end(running)[-1], FinishedImage)
+
+
 @pytest.mark.parametrize(("encoded", "learnt"), [(2, 1.0), (1, 2.0), (0, 0.0)])
 def test_what_encoding_costs_is_learnt_by_prompt(harness: Harness, encoded: int, learnt: float) -> None:
     """Of a guided request, whose negative prompt is mostly known already."""
@@ -534,6 +568,7 @@ def test_a_device_that_is_lost_ends_the_worker_and_no_request(harness: Harness) 
     harness.loop.join(PATIENCE)
     assert not harness.loop.alive
     assert not [e for events in (unlucky, other) for e in drain(events) if isinstance(e, FinishedImage | Failed)]
+    assert not harness.executor.steps_taken, "nothing more is given to it"
 
 
 @pytest.mark.parametrize("stage", ["encode", "decode"])
