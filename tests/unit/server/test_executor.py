@@ -25,6 +25,7 @@ from server.worker.images import Pixels, encode_image
 from server.worker.planner import Plan, Planner
 from server.worker.prompts import PromptCache, PromptTokenizer
 from server.worker.sequences import ImageSequence, make_sequences
+from server.worker.under_way import images_of
 from tests.conftest import CHECKPOINT
 from tests.fakes import FakeClock, FakeEngine, a_request
 
@@ -305,17 +306,21 @@ def test_a_reset_without_memory_leaves_what_was_there(
     assert sequence.latents is before
 
 
-def test_a_request_goes_on_waiting_with_its_worker(tokenizer: PromptTokenizer) -> None:
-    """One of level 4 that has waited 90 s is as urgent as those of level 1, and came before them."""
-    waited = dataclasses.replace(a_request(), priority=4, waited=90.0)
-    (old,) = make_sequences(waited, ((1,),), key=1, shift=3.0, now=0.0)
-    (new,) = make_sequences(dataclasses.replace(a_request(), priority=1), ((1,),), key=2, shift=3.0, now=0.0)
+@pytest.mark.parametrize(("delayed", "first"), [(False, "old"), (True, "new")])
+def test_a_request_goes_on_waiting_with_its_worker(delayed: bool, first: str) -> None:
+    """One of level 4 that has waited 90 s is as urgent as those of level 1, and came before them.
+
+    If its queue timeout has passed, and its model delays such requests, it is behind all of its level here too.
+    """
+    waited = dataclasses.replace(a_request(), request_id="old", priority=4, waited=90.0, delayed=delayed)
+    fresh = dataclasses.replace(a_request(), request_id="new", priority=1)
     planner = Planner(CostTable(), BatchPolicy(1))
-    planner.add(new, 0.0)
-    planner.add(old, 0.0)
+    for key, request in enumerate((fresh, waited)):
+        (sequence,) = make_sequences(request, ((1,),), key=key, shift=3.0, now=0.0)
+        planner.add(sequence, 0.0)
     plan = planner.plan(0.0)
     assert isinstance(plan, Plan)
-    assert plan.sequences == (old,)
+    assert [sequence.request.request_id for sequence in images_of(plan)] == [first]
 
 
 def test_a_denoiser_that_overflows_is_noticed_before_the_image_leaves(

@@ -21,6 +21,7 @@ from server.worker.lanes import Pending
 from server.worker.loop import WorkerLoop
 from server.worker.planner import Planner
 from server.worker.sequences import ImageSequence, make_sequences
+from server.worker.watchdog import Running, Watchdog
 from tests.fakes import FakeClock, a_request
 
 PATIENCE = 100.0  # seconds for what has to come about
@@ -168,6 +169,17 @@ def test_a_request_is_reported_from_start_to_image(harness: Harness) -> None:
     harness.loop.join(PATIENCE)
     assert not harness.loop.is_alive()
     assert harness.executor.kept == 1, "for the next start"
+
+
+def test_of_all_that_the_device_has_been_given_the_first_that_is_late_shows_that_it_hangs() -> None:
+    clock = FakeClock()
+    watchdog = Watchdog(clock, patience=1.0)
+    watchdog.watch(Running(0.0, expected=0.1))
+    watchdog.watch(Running(0.5, expected=10.0))
+    clock.now = 2.9
+    assert not watchdog.hung
+    clock.now = 3.0
+    assert watchdog.hung
 
 
 class Steps:

@@ -86,6 +86,16 @@ class StuckWorker(FakeWorker):
 
 
 @dataclass(eq=False)
+class HalfwayWorker(FakeWorker):
+    """Has taken one of two steps, and does nothing more until its call is closed."""
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        yield Started(self.name)
+        yield Progress(1, 2, 0)
+        await asyncio.Event().wait()
+
+
+@dataclass(eq=False)
 class StoppedWorker(FakeWorker):
     """Begins, and breaks off when it is stopped."""
 
@@ -175,6 +185,16 @@ async def test_who_waits_starts_when_the_first_of_the_workers_is_free() -> None:
     enter(queue, num_inference_steps=20)
     *_, waiting = enter(queue, 4)  # two have the other worker, and one waits behind the large one
     assert waiting.standing == Queued(4, 2000.0)
+
+
+async def test_of_a_request_that_has_started_the_steps_to_go_are_waited_for() -> None:
+    queue = make(HalfwayWorker())
+    events = Serving(queue, a_request(), max_retries=3, metrics=Metrics()).events()
+    while not isinstance(await anext(events), Progress):
+        pass
+    _, waiting = enter(queue, 2)
+    assert waiting.standing == Queued(1, 1500.0)
+    await events.aclose()
 
 
 async def test_nobody_stands_behind_a_request_that_has_started() -> None:

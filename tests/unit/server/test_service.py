@@ -11,7 +11,7 @@ import pytest
 from export.manifest import Backend
 from export.spec import Component
 from server.errors import ShuttingDownError
-from server.requests import Completed, EngineUse, ImageFormat, Started
+from server.requests import Completed, EngineUse, Image, ImageFormat, Started
 from server.worker.delivery import RECENT, TRANSIT, Delivery
 from server.worker.events import FinishedImage, Listener, SequenceStarted
 from server.worker.images import Pixels
@@ -60,6 +60,30 @@ async def test_no_time_is_counted_twice_when_the_event_loop_is_late() -> None:
     assert timings.denoise_ms == 1e3 * STAGE
     stages = timings.queue_ms + timings.encode_ms + timings.denoise_ms + timings.decode_ms + timings.image_encode_ms
     assert 1e3 * STAGE <= stages <= timings.total_ms
+
+
+class SeveralLoop(LateLoop):
+    """Begins with the images after 5, 10 ... seconds, the first of which encodes the prompt, and ends in reverse."""
+
+    def submit(self, sequences: tuple[ImageSequence, ...], listener: Listener) -> None:
+        began = time.monotonic()
+        for number, sequence in enumerate(sequences):
+            sequence.prompt_cached = number > 0
+            sequence.engines = {c: EngineUse(c, Backend.EAGER, "") for c in Component}
+            listener(SequenceStarted(began + 5.0 * (number + 1)))
+        for sequence in reversed(sequences):
+            listener(FinishedImage(sequence, np.zeros((64, 64, 3), np.uint8)))
+
+
+async def test_a_request_of_several_images_has_begun_with_the_first_of_them() -> None:
+    service = WorkerService(Named, Named, loop=SeveralLoop(), tokenizer=Tokenizer(), shift=3.0)  # type: ignore[arg-type]
+    async with aclosing(service.generate(dataclasses.replace(a_request(), num_images=3))) as events:
+        started, *images, completed = [event async for event in events]
+    assert isinstance(started, Started)
+    assert [image.index for image in images if isinstance(image, Image)] == [2, 1, 0]
+    assert isinstance(completed, Completed)
+    assert not completed.prompt_cached
+    assert 5000 <= completed.timings.queue_ms < 10_000
 
 
 class IdleLoop(LateLoop):
