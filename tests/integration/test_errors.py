@@ -180,6 +180,17 @@ async def test_a_request_whose_time_is_up_is_not_sent_to_a_worker(running: tuple
     assert service.asked == []
 
 
+async def test_a_request_that_had_reached_the_worker_that_it_loses_says_so(running: tuple[FailingService, str]) -> None:
+    """It may be what has ended the worker."""
+    service, url = running
+    client, service.error = ImageGenerationClient(url), errors.UnavailableError("gone")
+    with pytest.raises(errors.WorkerLostError) as lost:
+        async for _ in client.generate(a_request()):
+            pass
+    await client.close()
+    assert lost.value.reached is True
+
+
 async def test_a_time_of_many_digits_is_no_error(running: tuple[FailingService, str]) -> None:
     service, url = running
     service.error = errors.UnavailableError("as it should", retry_after=1.0)

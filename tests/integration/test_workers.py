@@ -130,6 +130,17 @@ async def test_a_call_that_is_open_when_its_channel_closes_has_lost_its_worker(c
             await calling
 
 
+@pytest.mark.parametrize("status", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED])
+async def test_a_worker_that_ends_a_call_is_lost(status: grpc.StatusCode) -> None:
+    """As gRPC does for it, in either way, when it is told to stop."""
+    async with FakeImages(1, status).serving() as address:
+        client = ImageGenerationClient(address)
+        with pytest.raises(WorkerLostError, match="ended while it had the request"):
+            async for _ in client.generate(a_request()):
+                pass
+        await client.close()
+
+
 async def test_of_what_a_worker_prints_the_end_is_kept() -> None:
     stream = asyncio.StreamReader()
     for line in range(10_000):
