@@ -191,6 +191,15 @@ async def test_a_request_that_had_reached_the_worker_that_it_loses_says_so(runni
     assert lost.value.reached is True
 
 
+async def test_no_previews_are_made_for_a_call_that_has_no_place_for_them(running: tuple[FailingService, str]) -> None:
+    service, url = running
+    async with grpc.aio.insecure_channel(url) as channel:
+        with pytest.raises(grpc.aio.AioRpcError):
+            stub = pb_grpc.ImageGenerationStub(channel)
+            await stub.GenerateImage(pb.GenerateRequest(prompt="a cat", preview_interval=2))
+    assert [asked.preview_interval for asked in service.asked] == [0]
+
+
 async def test_a_time_of_many_digits_is_no_error(running: tuple[FailingService, str]) -> None:
     service, url = running
     service.error = errors.UnavailableError("as it should", retry_after=1.0)

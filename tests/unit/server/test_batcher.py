@@ -104,7 +104,7 @@ async def test_a_late_request_may_be_put_behind_the_others_of_its_level_instead(
 
 async def test_every_level_has_a_queue_of_its_own() -> None:
     runs = Runs(QueuePolicy(levels=2, default_level=1, by_level=((2, LevelPolicy(max_size=1)),)))
-    tasks = runs.start(a_request(), a_request(priority=2), *(a_request(priority=1) for _ in range(3)))
+    tasks = runs.start(a_request(), *(a_request(priority=1) for _ in range(3)), a_request(priority=2))
     await asyncio.sleep(0)
     with pytest.raises(QueueFullError, match="max_queue_size 1 of"):
         await runs.batcher.run(a_request(priority=2))

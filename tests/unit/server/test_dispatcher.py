@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
+from server.errors import ShuttingDownError
 from server.frontend.dispatcher import Dispatcher
 from server.frontend.metrics import Metrics
 from server.frontend.workers import WorkerState
@@ -78,6 +79,15 @@ async def test_an_answer_that_outlives_its_model_is_not_kept(unloaded: bool) -> 
     assert [type(e) async for e in events][-1] is Completed
     again = [e async for e in dispatcher.generate_on(queue, request)]
     assert any(isinstance(e, Completed) and e.response_cached for e in again) is not unloaded
+
+
+async def test_a_server_that_stops_takes_no_new_requests_and_says_when_to_try_again() -> None:
+    dispatcher = Dispatcher(Metrics())
+    dispatcher.add(make(Painter()))
+    dispatcher.refuse_new()
+    with pytest.raises(ShuttingDownError) as refusal:
+        await anext(dispatcher.generate(a_request()))
+    assert refusal.value.retry_after == 5.0
 
 
 @pytest.mark.parametrize(
