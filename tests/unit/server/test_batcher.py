@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from server.backends.batcher import Batcher
-from server.errors import ModelNotReadyError, QueueFullError, QueueTimeoutError
+from server.errors import EngineRunError, ModelNotReadyError, QueueFullError, QueueTimeoutError
 from server.queue_policy import LevelPolicy, QueuePolicy, TimeoutAction
 from server.rpc.triton.model_config import parse_model_file
 from server.statistics import Statistics
@@ -178,6 +178,27 @@ async def test_a_batch_is_not_held_when_what_is_next_does_not_fit(misfit: InferR
     await asyncio.gather(*fitting)
     assert runs.batches == [["a", "b"]]
     waiting.cancel()
+
+
+async def test_a_batch_is_counted_by_its_rows_and_each_request_by_its_own_wait() -> None:
+    runs = Runs(QueuePolicy(max_delay=PATIENCE), rows=3)
+    runs.go.set()
+    early = asyncio.create_task(runs.batcher.run(a_request(rows=2)))
+    await asyncio.sleep(0)
+    late = await runs.batcher.run(a_request())
+    assert (await early).queue > late.queue > 0
+    assert list(runs.statistics.batches) == [3]
+
+
+async def test_all_who_share_a_batch_that_fails_are_answered() -> None:
+    async def fail(requests: list[InferRequest]) -> None:
+        raise EngineRunError("boom")
+
+    policy = QueuePolicy(max_delay=PATIENCE)
+    batcher = Batcher(fail, Statistics(), policy=policy, max_batch_size=2, instances=1)
+    async with asyncio.timeout(10):
+        ends = await asyncio.gather(*(batcher.run(a_request()) for _ in range(2)), return_exceptions=True)
+    assert [str(end) for end in ends] == ["boom", "boom"]
 
 
 async def test_a_full_queue_refuses() -> None:
