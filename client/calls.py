@@ -179,7 +179,7 @@ def _with(timeout: float | None, metadata: Metadata) -> dict[str, Any]:
 
 @contextmanager
 def _failures(client: ZImageClient | AsyncZImageClient) -> Iterator[None]:
-    """Raises gRPC's errors as `GenerationFailedError`."""
+    """Raises gRPC's errors, and those of a closed client, as `GenerationFailedError`."""
     try:
         yield
     except grpc.RpcError as error:
@@ -187,7 +187,7 @@ def _failures(client: ZImageClient | AsyncZImageClient) -> Iterator[None]:
     except (ValueError, grpc.aio.UsageError):
         if not client._closed:
             raise
-        raise GenerationFailedError(grpc.StatusCode.CANCELLED, CLOSED) from None  # it was before the call began
+        raise GenerationFailedError(grpc.StatusCode.CANCELLED, CLOSED) from None  # closed before the call began
     except asyncio.CancelledError:
         task = asyncio.current_task()
         if task is None or task.cancelling():

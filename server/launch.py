@@ -22,7 +22,7 @@ ANNOUNCEMENT = "running the engine of "
 class WorkerConfig:
     """What one worker process is told on its command line."""
 
-    folder: Path  # the model's in the repository
+    folder: Path  # the model's, with the versions' folders
     model: ModelConfig  # as it was loaded: the folder's config.pbtxt may have changed since
     version: str
     instance: str

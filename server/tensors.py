@@ -116,7 +116,7 @@ class InferRequest:
     queue_timeout: float | None = None  # seconds it may wait
     timeout: float | None = None  # seconds left of the call
     delivery: Delivery = Delivery.ONE
-    room: Mapping[str, int] = field(default_factory=dict)  # bytes for an output, where the caller's memory limits them
+    room: Mapping[str, int] = field(default_factory=dict)  # bytes by output, of those that go to the caller's memory
 
     @property
     def batch_size(self) -> int:
@@ -126,10 +126,10 @@ class InferRequest:
         return next((t.shape[0] for t in self.inputs.values()), 1)
 
     def check_room(self, output: str, size: int) -> None:
-        """To be called before computing by models that know the size of an output by then.
+        """For models that know the size of an output before they compute it.
 
         Raises:
-            InvalidRequestError: the caller has no room for `size` bytes of it.
+            InvalidRequestError: the caller has no room for `size` bytes of `output`.
         """
         room = self.room.get(output, size)
         if size > room:

@@ -34,7 +34,7 @@ class VersionPolicy:
 
 @dataclass(frozen=True)
 class InstanceGroup:
-    """`count` instances on each of `gpus`; without any, `count` of them."""
+    """`count` instances on each of `gpus`; without any, where `kind` says."""
 
     kind: str  # in Triton's words
     count: int = 1
@@ -43,7 +43,7 @@ class InstanceGroup:
 
 @dataclass(frozen=True)
 class ModelFile:
-    """A model's config.pbtxt: read once; what its parameters mean is up to the backend."""
+    """A model's config.pbtxt, read once per load; what its parameters mean is up to the backend."""
 
     name: str
     backend: str
@@ -91,7 +91,7 @@ class Host:
 
     config: ServeConfig
     dispatcher: Dispatcher
-    sockets: Path  # a folder for Unix sockets
+    sockets: Path  # a folder for Unix sockets and other temporary files
     changed: Callable[[], None]  # to be called when a model's readiness has changed
     worker_command: Sequence[str] = COMMAND
 
@@ -113,7 +113,7 @@ class Model(Protocol):
         """Accepts no more requests; those under way continue."""
 
     async def unload(self) -> None:
-        """Frees everything, including what a cancelled `load` has begun; requests under way end as `unloaded`."""
+        """Frees everything, including what a cancelled `load` has begun; requests under way end with `unloaded`."""
 
     @property
     def ready(self) -> bool:
@@ -142,7 +142,7 @@ async def taking(items: AsyncGenerator[Item, None]) -> AsyncIterator[AsyncGenera
 
 
 def unloaded(spec: ModelSpec) -> ModelNotReadyError:
-    """What requests get that are still under way when their model is unloaded."""
+    """The error of requests that are still under way when their model is unloaded."""
     return ModelNotReadyError(
         f"version {spec.version} of model {spec.name!r} was unloaded before the request was done; send it again where "
         "another version serves",

@@ -43,7 +43,7 @@ class Batcher:
         self._numbers = itertools.count()
         self._alarm: asyncio.TimerHandle | None = None
         self._running: set[asyncio.Task[None]] = set()
-        self._executing: set[asyncio.Task[Any]] = set()  # those of `_running` that have begun, and requests' own
+        self._executing: set[asyncio.Task[Any]] = set()  # what executes now: tasks of `_running`, and requests' own
         self._closed: ZServeError | None = None
 
     async def run(self, request: InferRequest) -> Spent:

@@ -37,7 +37,7 @@ def device_bytes() -> int:
 
 
 def device_peak_bytes() -> int:
-    """At most this much has been held there: torch's peak plus the engines', which may have come at other times."""
+    """At most this much has been held there: torch's peak plus the engines', which need not coincide."""
     return torch.cuda.max_memory_reserved() + _outside_torch["peak"] if _on_cuda() else 0
 
 

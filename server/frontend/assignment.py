@@ -1,7 +1,7 @@
 """Which requests each worker of a model holds, and which goes to which worker next. Policy only, with no clock.
 
-A worker gets enough requests to choose from (its window), but not so many that others idle, and keeps room for those
-more urgent than all it holds.
+A worker gets enough requests to choose from (its window), but not so many that others idle. It gets one more where less
+than a window of what it holds would go before it.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from server.frontend.workers import Worker, WorkerState
 from server.requests import GenerationRequest, Queued
 from server.turns import Claim, Rank
 
-MOST_WINDOWS = 4  # a worker holds at most this many windows of ever more urgent requests
+MOST_WINDOWS = 4  # a worker holds at most this many windows, however urgent the next request is
 
 
 @dataclass(eq=False)
@@ -121,7 +121,7 @@ class Assignment:
         place.moved.set()
 
     def _worker_for(self, place: Place, reserved: set[Worker]) -> Worker | None:
-        """Of the workers that have room for `place`, the one that would be done with it and all it holds first."""
+        """Of the workers with room for `place`, the one that would be the first to be done with it and all it holds."""
         return next((w for w in self._by_end(place) if w not in reserved and self._has_room(w, place)), None)
 
     def _by_end(self, place: Place) -> list[Worker]:

@@ -1,4 +1,4 @@
-"""When waiting requests will start: plain arithmetic on ranks and seconds."""
+"""When waiting requests will start, and how long they then take: plain arithmetic on ranks and seconds."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Seconds until a request starts, and those that it then takes on its worker."""
+    """Seconds until a request starts, and seconds that it then takes on its worker."""
 
     start: float
     takes: float
@@ -28,9 +28,9 @@ class Forecast:
 def forecasts(
     waiting: Sequence[tuple[Rank, Mapping[W, float]]], held: Mapping[W, Sequence[Work]]
 ) -> list[Forecast] | None:
-    """A forecast for each of `waiting`, the next one first, of which the seconds it needs on each worker are known.
+    """A forecast for each of `waiting`, the next one first: ranks, and the seconds that each needs on each worker.
 
-    Each takes the worker that is done with it first: of what a worker holds, only what is at least as urgent goes
+    Each takes the worker that will be done with it first. Of what a worker holds, only what is at least as urgent goes
     ahead. None without workers.
     """
     if not held:

@@ -21,7 +21,7 @@ LIBRARY_LOG = logging.getLogger("opentelemetry")  # says why a batch cannot be s
 
 
 class Telemetry:
-    """Sends traces to a collector over OTLP/HTTP, or to `exporter`; `lost` is told how many could not be sent."""
+    """Sends traces to a collector over OTLP/HTTP, or to `exporter`; `lost` is told how many were lost."""
 
     def __init__(
         self, config: TelemetryConfig, exporter: Any = None, lost: Callable[[int], object] = lambda traces: None
@@ -85,8 +85,8 @@ class Telemetry:
 class _Outbox:
     """An exporter that counts the traces it loses, and logs the first loss in a row, with OpenTelemetry's own reason.
 
-    A trace is known by the span of its call, which ends last. One whose turn has passed was dropped by OpenTelemetry:
-    where its queue is full, the oldest goes.
+    A trace is known by the span of its call, which ends last. These spans come in the order in which they ended; one
+    that another overtakes was dropped by OpenTelemetry, which drops the oldest span where its queue is full.
     """
 
     def __init__(self, exporter: Any, results: Any, lost: Callable[[int], object]) -> None:
@@ -95,7 +95,7 @@ class _Outbox:
         self._failing = False
 
     def expect(self, call: Any) -> None:
-        """A span with the context `call` is about to end; it does not come here if its caller has it not sampled."""
+        """The span with the context `call` is about to end; it is not exported if the caller chose not to sample it."""
         if call.trace_flags.sampled:
             self._expected.append(call.span_id)
 

@@ -21,14 +21,17 @@ log = logging.getLogger(__name__)
 
 
 class Failures:
-    """Decides about failed plans, one at a time and while nothing runs on the device; the loop goes on."""
+    """Decides what becomes of failed plans; unless the device is lost, the loop goes on."""
 
     def __init__(self, executor: Executor, planner: Planner, reports: Reports, clock: Callable[[], float]) -> None:
         self._executor, self._planner, self._reports, self._clock = executor, planner, reports, clock
         self.device_lost = False  # then the loop ends, and another worker starts its requests over
 
     def handle(self, plan: Plan, error: Exception) -> list[Plan]:
-        """Plans to run now instead of `plan`; what the planner is to try again comes with its next plans."""
+        """Plans to run now instead of `plan`; what the planner is to try again comes with its next plans.
+
+        To be called while nothing runs on the device: this may free memory, and checks whether the device still works.
+        """
         match error:
             case NonFiniteError():
                 self._start_again(plan, error)

@@ -14,7 +14,7 @@ class Reports:
         self._listeners: dict[int, Listener] = {}
         self._positions: dict[int, int] = {}  # by key, the queue position that was noted last
         self._untold: list[tuple[Listener, LoopEvent]] = []
-        self.positions_changed = False  # whether some may have, since they were noted last
+        self.positions_changed = False  # whether any may have changed since they were noted last
 
     def follow(self, key: int, listener: Listener) -> None:
         """Notes the request's events for `listener` from now on."""
