@@ -23,7 +23,7 @@ class WorkerConfig:
     """What one worker process is told on its command line."""
 
     folder: Path  # the model's, with the versions' folders
-    model: ModelConfig  # as it was loaded: the folder's config.pbtxt may have changed since
+    model: ModelConfig  # as it was loaded, since config.pbtxt may have changed; without the policies of levels
     version: str
     instance: str
     socket: Path

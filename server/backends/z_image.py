@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 
 from server.backends.base import Host, ModelFolder, taking, unloaded
 from server.backends.image_config import image_config
@@ -82,11 +83,13 @@ class ZImageModel:
 
 
 def _worker_configs(folder: ModelFolder, host: Host, model: ModelConfig) -> list[WorkerConfig]:
+    # Without the levels' policies: only the queue here applies them, and they may be more than a command line holds.
+    told = replace(model, queue=replace(model.queue, by_level=()))
     prefix = secrets.token_hex(3)  # two loads of one version may overlap; short, as a socket path has at most 107 bytes
     return [
         WorkerConfig(
             folder=folder.path,
-            model=model,
+            model=told,
             version=folder.version,
             instance=f"{model.name}-{number}",
             socket=host.sockets / f"{prefix}-{number}.sock",

@@ -93,6 +93,18 @@ async def test_a_worker_stays_while_the_frontend_does(server: Running) -> None:
     assert (worker.pid, worker.state, worker.restarts) == (pid, WorkerState.READY, 0)
 
 
+async def test_a_model_may_have_more_policies_than_a_command_line_holds(tmp_path: Path) -> None:
+    """Linux takes 128 KiB an argument."""
+    most = 3000
+    policies = (f"priority_queue_policy {{ key: {n} value {{ max_queue_size: {n} }} }}" for n in range(1, most + 1))
+    config = f"dynamic_batching {{ priority_levels: {most} {' '.join(policies)} }}"
+    async with serving(light_repository(tmp_path / "models", config), LIGHT) as server:
+        assert server.queue.ready, server.queue.reason
+        drawn = await draw(server.client, ImageRequest("a cat", width=64, height=64, priority=most))
+        assert drawn.of("completed")
+        assert server.queue.config.queue.of(most).max_size == most
+
+
 async def test_a_worker_that_is_slow_to_serve_is_looked_for_often(tmp_path: Path) -> None:
     attempts: asyncio.Queue[float] = asyncio.Queue()
 
