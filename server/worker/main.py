@@ -36,7 +36,7 @@ from server.worker.batching import BatchPolicy
 from server.worker.executor import Executor
 from server.worker.loop import WorkerLoop
 from server.worker.planner import Planner
-from server.worker.process import serve
+from server.worker.process import ending_with_frontend, serve
 from server.worker.prompts import PromptTokenizer
 from server.worker.service import WorkerService
 from server.worker.warmup import WarmUp
@@ -77,6 +77,7 @@ def main() -> int:
     return 0
 
 
+@ending_with_frontend()
 def build_service(config: WorkerConfig, parts: "Parts") -> WorkerService:
     """Loads the engines of a version, warms them up and starts the device's thread; `parts` records the stages."""
     # Between engine calls torch runs small operations, for which a second thread is not worth waiting: on two busy

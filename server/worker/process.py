@@ -2,9 +2,12 @@
 
 import asyncio
 import contextlib
+import os
+import select
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc.aio
@@ -15,6 +18,30 @@ from server.rpc.interceptors import ErrorInterceptor
 from server.service import ImageService
 
 STOP_GRACE = 2.0  # seconds for calls to end; the frontend lets requests finish before it stops a worker
+STDIN = 0
+LOOK_EVERY = 0.2  # seconds between two checks whether the process has been loaded
+
+
+@contextlib.contextmanager
+def ending_with_frontend() -> Iterator[None]:
+    """Until it serves, the process ends at once when the frontend is gone: nobody waits for what it loads.
+
+    The next frontend removes its folder, and loads the same, perhaps on the same device.
+    """
+    loaded = threading.Event()
+
+    def watch() -> None:
+        gone = select.poll()
+        gone.register(STDIN, 0)  # nothing is read: without events, a poll reports only that the other end is closed
+        while not loaded.is_set():
+            if gone.poll(1e3 * LOOK_EVERY):
+                os._exit(1)
+
+    threading.Thread(target=watch, name="frontend", daemon=True).start()
+    try:
+        yield
+    finally:
+        loaded.set()
 
 
 async def serve(service: ImageService, socket: Path, end_requests: Callable[[], None] = lambda: None) -> None:

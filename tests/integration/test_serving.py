@@ -120,6 +120,15 @@ def test_a_killed_worker_is_replaced_and_does_not_outlive_a_killed_frontend(copy
         wait_for(lambda: is_gone(replacement))
 
 
+def test_a_worker_that_loads_ends_with_a_killed_frontend_and_says_nothing(copy: Path) -> None:
+    """The next server may be loading already, on the same device."""
+    server = ServerProcess(copy)
+    worker = wait_for(server.workers)[0]
+    server.stop(signal.SIGKILL)
+    wait_for(lambda: is_gone(worker))
+    assert "Traceback" not in server.log
+
+
 def test_a_full_queue_refuses_and_what_does_not_finish_in_time_is_answered(copy: Path) -> None:
     config = copy / MODEL / "config.pbtxt"
     limits = "dynamic_batching { default_queue_policy { max_queue_size: 2 } }"
