@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -152,7 +153,8 @@ def _add_access(g: "argparse._ArgumentGroup") -> None:
 def main(argv: Sequence[str]) -> int:
     """Serves; returns the exit status."""
     for number in stopping_signals():  # until the server installs its own handlers, which let requests finish
-        signal.signal(number, lambda *_: sys.exit(0))
+        # Not by an exception: a library that is being imported may swallow it.
+        signal.signal(number, lambda *_: os._exit(os.EX_OK))
     arguments = parser().parse_args(argv)
     try:
         config = read_config(arguments)

@@ -82,6 +82,8 @@ class Frontend:
 
     async def run(self) -> int:
         """Serves until a signal says to stop; returns the exit status."""
+        for number in stopping_signals():  # before it listens: from then on it has to end in order
+            asyncio.get_running_loop().add_signal_handler(number, self.stop)
         names = self._names_at_start()
         server = await self._listen()
         self._metrics.watch(self._dispatcher.queues, self._readiness)
@@ -90,8 +92,6 @@ class Frontend:
         except ConfigError:
             await server.stop(None)
             raise
-        for number in stopping_signals():
-            asyncio.get_running_loop().add_signal_handler(number, self.stop)
         loading = asyncio.create_task(self._load(names))
         tasks = [loading, asyncio.create_task(self._follow_readiness()), asyncio.create_task(self._poll(loading))]
         try:
