@@ -14,6 +14,8 @@ from server.errors import InvalidRequestError, UnsupportedError
 from server.log_file import LogFile
 
 REQUEST_LOGGER = "server.rpc.interceptors"  # logs every refused request, at INFO
+# gRPC's error, with a traceback, where a call was over before it was answered: cancelled in that moment, for example.
+TOO_LATE = "ExecuteBatchError raised in core"
 
 
 class LogFormat(StrEnum):
@@ -40,6 +42,7 @@ class LogSettings:
         dates = "%Y-%m-%dT%H:%M:%S%z" if self.log_format is LogFormat.ISO8601 else None
         form = "%(asctime)s %(levelname)s " + (who and who.replace("%", "%%") + " ") + "%(name)s: %(message)s"
         handler.setFormatter(logging.Formatter(form, dates))
+        handler.addFilter(_calmed)
         handler.addFilter(self._wanted)
         logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
         verbose = logging.INFO if self.log_verbose_level else logging.WARNING
@@ -49,6 +52,13 @@ class LogSettings:
         if record.levelno >= logging.ERROR:
             return self.log_error
         return self.log_warning if record.levelno >= logging.WARNING else self.log_info
+
+
+def _calmed(record: logging.LogRecord) -> bool:
+    """Makes what happens with any client that cancels a line that nobody has to look at."""
+    if str(record.msg).startswith(TOO_LATE):
+        record.levelno, record.levelname, record.exc_info, record.exc_text = logging.INFO, "INFO", None, None
+    return True
 
 
 class TraceLevel(StrEnum):

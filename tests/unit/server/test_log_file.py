@@ -64,3 +64,18 @@ def test_a_line_that_is_wrong_itself_is_reported_as_ever(tmp_path: Path, capsys:
     LogSettings(log_file=str(tmp_path / "log")).apply()
     logging.error("%d", "text")
     assert "TypeError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("said", "level"), [("ExecuteBatchError raised in core by", "INFO"), ("Unexpected", "ERROR")])
+def test_an_answer_that_comes_too_late_for_a_cancel_is_no_error(
+    said: str, level: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In gRPC's words, from its `_handle_exceptions`."""
+    LogSettings().apply()
+    try:
+        raise RuntimeError
+    except RuntimeError:
+        logging.getLogger("grpc._cython.cygrpc").exception(f"{said} servicer method [%s]", "/some/Method")
+    logged = capsys.readouterr().err
+    assert f"{level} grpc._cython.cygrpc: {said} servicer method [/some/Method]" in logged
+    assert ("Traceback" in logged) is (level == "ERROR")
