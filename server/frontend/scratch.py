@@ -38,5 +38,8 @@ def _remove_abandoned(parent: Path) -> None:
                 continue
             with (folder / LOCK).open() as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for inner in folder.iterdir():  # the lock last: without it the folder would stay if this is interrupted
+                    if inner.is_dir() and not inner.is_symlink():
+                        shutil.rmtree(inner)
                 shutil.rmtree(folder)
                 log.info("removed %s, which a server that was killed had left", folder)

@@ -2,8 +2,13 @@
 
 import os
 import signal
+import tempfile
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from server.frontend.scratch import LOCK, scratch_folder
 from tests.integration.process import ServerProcess
 from tests.integration.triton.conftest import IDENTITIES, write_model
 
@@ -33,3 +38,27 @@ def test_what_a_killed_server_leaves_is_removed_by_the_next_and_nothing_else_is(
         assert lives.stop() == os.EX_OK
     assert not folders()
     assert all((folder / "file").exists() for folder in others)
+
+
+def test_a_removal_that_is_interrupted_is_continued_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left, rmdir, asked = tmp_path / "zserve-left", os.rmdir, []
+    for number in range(50):  # so that the lock is hardly ever the last of what is found there
+        (left / str(number)).mkdir(parents=True)
+    (left / LOCK).touch()
+
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        asked.append(arguments)
+        if len(asked) == 50:
+            raise KeyboardInterrupt
+        rmdir(*arguments, **options)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(os, "rmdir", interrupted)
+        with scratch_folder():
+            pass
+    assert left.exists()
+    with scratch_folder():
+        assert not left.exists()
