@@ -9,8 +9,8 @@ import logging
 import mmap
 import re
 from collections import deque
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -116,11 +116,12 @@ class OpenPlan:
     def __init__(self, trt: Foreign, path: Path, spec: ComponentSpec, backend: Backend) -> None:
         self.log = logger(trt)
         self.log.forget()
+        free = torch.cuda.mem_get_info()[0]
         self._runtime = trt.Runtime(self.log)
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             self.engine = self._runtime.deserialize_cuda_engine(data)
         if self.engine is None:
-            raise self._failure(f"TensorRT cannot load {path}")
+            raise self._failure(f"TensorRT cannot load {path} ({_room(path, free)})")
         if self.engine.refittable:  # only plans without weights are
             self._refit(trt, path.with_suffix(".onnx"))
         self._check_tensors(trt, path, spec)
@@ -184,15 +185,18 @@ class OpenPlan:
         Raises:
             PlanError: TensorRT cannot tell, which a 0 means too.
         """
-        self.log.forget()
-        needed = int(context.update_device_memory_size_for_shapes())
-        if not needed and self.log.errors:
-            raise self._failure("TensorRT cannot tell how much memory a call needs")
-        return needed or SMALLEST_SCRATCH
+        return self._told(context.update_device_memory_size_for_shapes, "a call")
 
     def most_memory_needed(self, profile: int) -> int:
-        """Bytes that suffice for every shape of the profile."""
-        return int(self.engine.get_device_memory_size_for_profile_v2(profile)) or SMALLEST_SCRATCH
+        """Bytes that suffice for every shape of the profile; raises like `memory_needed`."""
+        return self._told(partial(self.engine.get_device_memory_size_for_profile_v2, profile), f"profile {profile}")
+
+    def _told(self, ask: Callable[[], int], what: str) -> int:
+        self.log.forget()
+        needed = int(ask())
+        if not needed and self.log.errors:
+            raise self._failure(f"TensorRT cannot tell how much memory {what} needs")
+        return needed or SMALLEST_SCRATCH
 
     def execute(self, context: Foreign) -> None:
         """Puts one call on the current stream.
@@ -207,3 +211,13 @@ class OpenPlan:
 
     def _failure(self, what: str) -> Exception:
         return failure(what, self.log.said())
+
+
+def _room(path: Path, free: int) -> str:
+    """What a plan and the weights beside it take, and what there was for them.
+
+    For the message alone: GPUs that share the host's memory count the system's file cache as taken, so a plan may fit
+    where less is free.
+    """
+    size = sum(file.stat().st_size for file in (path, path.with_suffix(".safetensors")) if file.exists())
+    return f"{size >> 20} MiB; {free >> 20} MiB of device memory were free"

@@ -176,9 +176,12 @@ def test_a_call_that_cannot_be_recorded_says_so_once_and_runs_plainly(caplog: py
 
 def test_the_memory_of_a_profile_is_tensorrts_own_figure(trt: MagicMock, engine: MagicMock, plan_file: Path) -> None:
     plan = OpenPlan(trt, plan_file, SPEC, Backend.TENSORRT)
-    engine.get_device_memory_size_for_profile_v2.side_effect = [1 << 30, 0]
-    assert [plan.most_memory_needed(profile) for profile in (0, 1)] == [1 << 30, plans.SMALLEST_SCRATCH]
-    assert [call.args for call in engine.get_device_memory_size_for_profile_v2.call_args_list] == [(0,), (1,)]
+    engine.get_device_memory_size_for_profile_v2.side_effect = [1 << 30, 0, 0]
+    with pytest.raises(PlanError, match="how much memory profile 1 needs: its own words"):
+        [plan.most_memory_needed(profile) for profile in (0, 1)]
+    plan.log = FakeLog()
+    assert plan.most_memory_needed(1) == plans.SMALLEST_SCRATCH, "a 0 without an error"
+    assert [call.args for call in engine.get_device_memory_size_for_profile_v2.call_args_list] == [(0,), (1,), (1,)]
 
 
 def test_tensorrt_rtx_is_asked_whether_a_call_can_be_captured(
@@ -282,6 +285,7 @@ def trt(engine: MagicMock, monkeypatch: pytest.MonkeyPatch) -> MagicMock:
         create_autospec(kind) for kind in (tensorrt_rtx.Refitter, tensorrt_rtx.OnnxParserRefitter)
     )
     monkeypatch.setattr(plans, "logger", lambda trt: FakeLog("its own words"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 << 20, 8 << 20))
     return trt
 
 
@@ -294,7 +298,11 @@ def plan_file(tmp_path: Path) -> Path:
 
 def test_a_plan_that_does_not_load_says_why(trt: MagicMock, plan_file: Path) -> None:
     trt.Runtime.return_value.deserialize_cuda_engine.return_value = None
-    with pytest.raises(PlanError, match=r"denoiser\.plan: its own words"):
+    with pytest.raises(PlanError, match=r"denoiser\.plan \(0 MiB; 3 MiB .* were free\): its own words"):
+        OpenPlan(trt, plan_file, SPEC, Backend.TENSORRT)
+    with plan_file.with_suffix(".safetensors").open("wb") as weights:  # of a plan without its own
+        weights.truncate(5 << 20)
+    with pytest.raises(PlanError, match=r"denoiser\.plan \(5 MiB; 3 MiB of device memory were free\)"):
         OpenPlan(trt, plan_file, SPEC, Backend.TENSORRT)
 
 
