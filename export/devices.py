@@ -34,7 +34,7 @@ def current_target(device: str) -> Target:
     if kind.type != "cuda":
         return Target(kind.type)
     major, minor = torch.cuda.get_device_capability(kind)
-    return Target("cuda", f"{major}.{minor}")
+    return Target("cuda", f"{major}.{minor}", torch.cuda.get_device_name(kind))
 
 
 def default_device() -> str:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Self
@@ -34,10 +34,14 @@ class Backend(StrEnum):
 
 @dataclass(frozen=True)
 class Target:
-    """The kind of device an engine runs on; `compute_capability` is None off CUDA."""
+    """The kind of device an engine runs on; `compute_capability` is None off CUDA.
+
+    `model` is the GPU's, where it was there. Only TensorRT's plans are bound to it, so it tells no targets apart.
+    """
 
     device: str
     compute_capability: str | None = None
+    model: str | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         if self.compute_capability is None:

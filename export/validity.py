@@ -102,9 +102,13 @@ def _wrong_library(record: EngineRecord) -> str:
 
 
 def _wrong_target(record: EngineRecord, target: Target) -> str:
-    if target in record.built_for:
-        return ""
-    return f"was built for {', '.join(map(str, record.built_for))}, this is {target}"
+    built = next((b for b in record.built_for if b == target), None)
+    if built is None:
+        return f"was built for {', '.join(map(str, record.built_for))}, this is {target}"
+    # TensorRT itself only warns of another model of GPU, and its plan may fail there, or be slow.
+    if record.backend is Backend.TENSORRT and built.model != target.model:
+        return f"was built on {built.model}, this is {target.model}"
+    return ""
 
 
 def _wrong_cpu(record: EngineRecord) -> str:

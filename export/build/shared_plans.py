@@ -20,7 +20,7 @@ def find_plan(repository: Path, backend: Backend, plan: PlanRecord, targets: tup
         for record in _engines(manifest.parent):
             alike = (record.backend, record.plan, record.built_for) == (backend, plan, targets)
             same = alike and record.built_with == built_with(record.built_with)
-            if same and not engine_fault(record, manifest.parent, record.built_for[0]):
+            if same and not engine_fault(record, manifest.parent, targets[0]):
                 return manifest.parent / record.file
     return None
 

@@ -151,7 +151,7 @@ def _check_native(trt: Foreign, options: BuildOptions, precision: Precision) -> 
             "there, or build for RTX GPUs from here: --backend tensorrt_rtx --target sm89"
         )
     here = current_target("cuda")
-    if options.targets != (here,):
+    if options.targets != (here,) or options.targets[0].model != here.model:  # --target names no model
         raise UnsupportedError(f"--backend tensorrt builds for the GPU it runs on, {here}; leave --target out")
     if precision is not Precision.FP32 and float(here.compute_capability or 0) < 8:
         raise UnsupportedError(

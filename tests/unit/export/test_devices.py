@@ -9,7 +9,7 @@ import torch
 from export import cli
 from export.build import BuildOptions, builder_for
 from export.cli import NOT_POSSIBLE
-from export.devices import checked_device, use_device
+from export.devices import checked_device, current_target, use_device
 from export.errors import UnsupportedError
 from export.manifest import Backend, Target
 from export.parity import ParityCheck, measure_parity
@@ -32,7 +32,17 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "set_device", refuse)
+
+
+def test_a_gpu_is_recorded_with_its_model_which_does_not_tell_targets_apart(
+    two_gpus: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"NVIDIA number {device.index}")
+    target = current_target("cuda:1")
+    assert (target, target.model) == (Target("cuda", "9.0"), "NVIDIA number 1")
+    assert current_target("cpu").model is None
 
 
 def test_a_device_is_one_of_this_machines(two_gpus: None) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from export import manifest as module
+from export import validity
 from export.cli import parser
 from export.errors import ManifestError
 from export.manifest import (
@@ -77,6 +78,32 @@ def test_the_command_builds_for_what_is_here(
 ) -> None:
     asked = rebuilt(engine(backend, built_for), here)
     assert (asked.target, asked.device) == (target, device)
+
+
+H100, H200 = (Target("cuda", "9.0", model=f"NVIDIA {name}") for name in ("H100", "H200"))
+
+
+@pytest.mark.parametrize(
+    ("backend", "built_for", "here", "wrong"),
+    [
+        (Backend.TENSORRT, H100, H100, ""),
+        (Backend.TENSORRT, H100, H200, "was built on NVIDIA H100, this is NVIDIA H200"),
+        (Backend.TENSORRT, H100, ADA, "was built for cuda (compute capability 9.0), this is cuda (compute"),
+        (Backend.TENSORRT_RTX, ADA, replace(ADA, model="NVIDIA L4"), ""),
+        (Backend.AOTINDUCTOR, H100, H200, ""),
+    ],
+)
+def test_only_plans_of_the_full_tensorrt_are_bound_to_a_model_of_gpu(
+    backend: Backend, built_for: Target, here: Target, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(validity, "installed_version", {"tensorrt": "11", "tensorrt_rtx": "1", "torch": "2"}.get)
+    (tmp_path / "denoiser").write_bytes(b"an engine")
+    libraries = {name: validity.installed_version(name) or "" for name in validity.BINDING_LIBRARIES[backend]}
+    record = replace(engine(backend, built_for), files=(FileRecord.of(tmp_path / "denoiser"),), built_with=libraries)
+    manifest(record).write(tmp_path)
+    fault = validity.engine_fault(Manifest.read(tmp_path).engines[0], tmp_path, here)
+    assert wrong in fault
+    assert bool(fault) is bool(wrong)
 
 
 def no_files(raw: Any) -> None:

@@ -201,6 +201,7 @@ def test_it_is_for_gpus_that_have_it(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA")
     fixed = ["--checkpoint", str(CHECKPOINT), "--repository", str(tmp_path), "--name", "m", "--dry-run"]
     assert cli.main([*fixed, "--precision", "fp8"]) == status
     printed = "".join(capsys.readouterr())

@@ -16,6 +16,7 @@ import tensorrt_rtx
 import torch
 from safetensors.torch import load_file, save_file
 
+from export import validity
 from export.build import BuildInputs, BuildOptions, builder_for, tensorrt
 from export.build.plan_graph import fit_for_tensorrt
 from export.build.shared_plans import find_plan
@@ -258,6 +259,16 @@ def test_the_full_flavour_has_no_bf16_for_turing(monkeypatch: pytest.MonkeyPatch
         builder.check(Precision.BF16)
 
 
+def test_the_full_flavour_builds_for_the_model_of_gpu_that_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = Target("cuda", "9.0", model="NVIDIA H100")
+    monkeypatch.setattr(tensorrt, "import_flavour", lambda library: SimpleNamespace(__version__="11.2.0"))
+    monkeypatch.setattr(tensorrt, "current_target", lambda device: here)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    TensorRtBuilder(Backend.TENSORRT, BuildOptions((here,))).check(Precision.BF16)
+    with pytest.raises(UnsupportedError, match="leave --target out"):  # which does not name the model
+        TensorRtBuilder(Backend.TENSORRT, BuildOptions((replace(here, model=None),))).check(Precision.BF16)
+
+
 def test_plans_without_weights_need_a_gpu_that_is_not_here() -> None:
     builder = builder_for(Backend.TENSORRT_RTX, BuildOptions(TARGETS, PlanWeights.STRIPPED))
     assert builder is not None
@@ -290,7 +301,7 @@ def test_what_an_earlier_build_measured_is_used_where_it_holds(tmp_path: Path, k
 
 
 def test_fine_tunes_share_a_plan_that_is_equal_and_whole(
-    exported: tuple[Path, Manifest], tensorrt_repository: Path, tmp_path: Path
+    exported: tuple[Path, Manifest], tensorrt_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, manifest = exported
     plan = engine(manifest, Component.DENOISER).plan
@@ -305,6 +316,14 @@ def test_fine_tunes_share_a_plan_that_is_equal_and_whole(
     shutil.copytree(folder, copy)
     assert find_plan(tmp_path, Backend.TENSORRT_RTX, plan, TARGETS) is not None
     told = json.loads((copy / FILE_NAME).read_text())
+    for target in (target for record in told["engines"] for target in record["built_for"]):
+        target["model"] = "NVIDIA L4"
+    same, other = (tuple(replace(target, model=model) for target in TARGETS) for model in ("NVIDIA L4", "NVIDIA L40"))
+    monkeypatch.setitem(validity.BINDING_LIBRARIES, Backend.TENSORRT, ("tensorrt_rtx",))
+    native = [record | {"backend": "tensorrt"} for record in told["engines"]]
+    (copy / FILE_NAME).write_text(json.dumps(told | {"engines": native}))
+    assert find_plan(tmp_path, Backend.TENSORRT, plan, same) is not None
+    assert find_plan(tmp_path, Backend.TENSORRT, plan, other) is None, "it was built on another model of GPU"
     (copy / FILE_NAME).write_text(json.dumps(told | {"source": "of an earlier zserve"}))
     assert find_plan(tmp_path, Backend.TENSORRT_RTX, plan, TARGETS) is None
     (copy / FILE_NAME).write_text(json.dumps(told))
