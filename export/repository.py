@@ -93,7 +93,7 @@ def new_version(
     may hold anything when it is yielded. The model has to be `locked`.
 
     Raises:
-        VersionExistsError: the version is there and to be kept.
+        VersionExistsError: the version is there and to be kept, before or after the block.
         OSError: it could not be replaced.
     """
     folder, target = model / INCOMPLETE[existing], free_version(model, number, existing)
@@ -103,7 +103,7 @@ def new_version(
         shutil.rmtree(model / other, ignore_errors=True)
     folder.mkdir(exist_ok=True)
     yield folder, target
-    _publish(folder, target)
+    _publish(folder, free_version(model, int(target.name), existing))  # again: one may have been copied there meanwhile
 
 
 def _publish(folder: Path, target: Path) -> None:

@@ -74,6 +74,20 @@ def test_an_existing_number_is_kept_unless_it_is_to_be_replaced(tmp_path: Path) 
     assert sorted(p.name for p in model.iterdir() if p.is_dir()) == ["3"]
 
 
+@pytest.mark.parametrize("number", [None, 1])
+def test_a_version_that_appears_while_another_is_built_is_not_replaced(tmp_path: Path, number: int | None) -> None:
+    """As when one is copied from another machine meanwhile, which asks for no lock."""
+    model = tmp_path / "m"
+    with pytest.raises(VersionExistsError, match="1 is already there"), exporting(model, number) as folder:
+        (folder / "engine").write_text("built")
+        (model / "1").mkdir()
+        (model / "1" / "engine").write_text("copied")
+    assert (model / "1" / "engine").read_text() == "copied"
+    with exporting(model) as folder:
+        assert (folder / "engine").read_text() == "built", "it is not built again"
+    assert versions(model) == [1, 2]
+
+
 def _die_between_the_renames(model: Path) -> None:
     rename = Path.rename
 
