@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from export.build import Builder, BuildInputs, builder_for
-from export.checkpoint import Checkpoint
+from export.checkpoint import Checkpoint, open_checkpoint
 from export.checks import check_download, check_reach, check_request, may_reuse
-from export.errors import BuildError, ResourcesError
+from export.errors import BuildError, CheckpointError, ResourcesError
 from export.estimate import check_resources, estimate
 from export.manifest import (
     FILE_NAME,
@@ -184,6 +184,7 @@ class _Jobs:
                 ) from error
             except RuntimeError as error:
                 raise BuildError(f"{request.backend} could not build {component}: {error}") from error
+        self._check_unchanged(component)
         version.report(f"checking {component}", done + SHARES[component] // 2)
         return EngineRecord(
             component=component,
@@ -195,6 +196,15 @@ class _Jobs:
             plan=built.plan,
             instructions=built.instructions,
         )
+
+    def _check_unchanged(self, component: Component) -> None:
+        """Raises `CheckpointError` where an engine may have other weights than those that the manifest names."""
+        checkpoint = self.version.checkpoint
+        if open_checkpoint(checkpoint.path) != checkpoint:
+            raise CheckpointError(
+                f"{checkpoint.path} has changed while {component} was built; when nothing writes to it any more, run "
+                "the same command again"
+            )
 
     def _parity(self, checker: Checker, spec: ComponentSpec, path: Path) -> Parity:
         """How close the engine is to eager."""

@@ -1,5 +1,6 @@
 """What an export builds again, and what it takes from earlier ones."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -16,10 +17,10 @@ from export import exporter, reuse, validity
 from export.build import BuildInputs, BuildOptions, Built, Runner
 from export.build.aotinductor import called_libraries
 from export.checkpoint import Checkpoint
-from export.errors import ArgumentsError, ResourcesError, VersionExistsError
+from export.errors import ArgumentsError, CheckpointError, ResourcesError, VersionExistsError
 from export.exporter import export_model
 from export.kernels import attention
-from export.manifest import Backend, EngineRecord, Parity, Target
+from export.manifest import Backend, EngineRecord, Manifest, Parity, Target
 from export.parity import ParityCheck
 from export.profiles import parity_points
 from export.repository import INCOMPLETE, Existing, ServingDefaults, new_version, versions
@@ -324,6 +325,34 @@ def test_the_version_reported_is_the_one_written(request_: ExportRequest, monkey
 
     monkeypatch.setattr(exporter, "new_version", followed)
     assert run(request_, FakeBuilder(), monkeypatch).folder.name == "1"
+
+
+class Retraining(FakeBuilder):
+    """Something else writes the checkpoint's weights anew while the denoiser is built."""
+
+    def build(self, inputs: BuildInputs, folder: Path) -> Built:
+        if inputs.spec.component is DENOISER:
+            (weights,) = (inputs.source.checkpoint / "vae").glob("*.safetensors")
+            with weights.open("r+b") as file:
+                file.seek(-4, os.SEEK_END)
+                file.write(b"new!")
+        return super().build(inputs, folder)
+
+
+def test_an_engine_of_a_checkpoint_that_changed_meanwhile_is_not_recorded(
+    request_: ExportRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changing = tmp_path / "checkpoint"
+    shutil.copytree(CHECKPOINT, changing)
+    request_ = replace(request_, source=Source(Hub.LOCAL, str(changing)))
+    with pytest.raises(CheckpointError, match=r"has changed while denoiser.*the same command again"):
+        run(request_, Retraining(), monkeypatch)
+    assert versions(request_.model) == []
+    recorded = Manifest.read(request_.model / INCOMPLETE[Existing.KEEP]).engines
+    assert [engine.component for engine in recorded] == [ENCODER]
+    again = FakeBuilder()
+    run(request_, again, monkeypatch)
+    assert again.built == list(Component), "all of the checkpoint that is there now"
 
 
 def test_a_version_number_of_ones_own(request_: ExportRequest, monkeypatch: pytest.MonkeyPatch) -> None:
