@@ -73,11 +73,13 @@ def tuning_example(profiles: Sequence[ShapeProfile]) -> ShapePoint:
 
 
 def parity_points(default_size: tuple[int, int], max_rows: int, max_size: int) -> tuple[ShapePoint, ...]:
-    """Where an engine is held against eager: at odd shapes, as it serves one image by default, and with all its rows.
+    """Where an engine is held against eager: at odd shapes, as it serves one image by default, and at its limits.
 
-    Only the default size may be large, as eager computes all of them too, if need be on a CPU.
+    These are all its rows and the longest caption. Only the default size may be large, as eager computes all of them
+    too, if need be on a CPU.
     """
     width, height = default_size
     odd = (replace(p, height=min(p.height, max_size), width=min(p.width, max_size)) for p in ODD_POINTS)
     served = ShapePoint(1, TYPICAL_CAPTION, height, width)
-    return (*odd, served, ShapePoint(max_rows, CAPTION_MULTIPLE, MIN_SIZE, MIN_SIZE))
+    rows = ShapePoint(max_rows, CAPTION_MULTIPLE, MIN_SIZE, MIN_SIZE)
+    return (*odd, served, rows, ShapePoint(1, MAX_PROMPT_TOKENS, MIN_SIZE, MIN_SIZE))

@@ -421,7 +421,8 @@ def test_engines_are_checked_as_they_are_served(request_: ExportRequest, monkeyp
     done = run(served, FakeBuilder(), monkeypatch)
     assert [check.component for check in checks] == list(Component)
     for check in checks:
-        assert {ShapePoint(1, 64, 768, 1024), ShapePoint(6, 32, 64, 64)} <= set(check.points)
+        wanted = {ShapePoint(1, 64, 768, 1024), ShapePoint(6, 32, 64, 64), ShapePoint(1, 512, 64, 64)}
+        assert wanted <= set(check.points)
         assert check.points == done.manifest.parity_points
     fixed, ranged = served.profiles
     spec = component_specs(done.manifest.checkpoint.dimensions)[DENOISER]
