@@ -1,5 +1,7 @@
 """AOTInductor packages: compiled code without weights, which the server lends from the eager module."""
 
+import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from torch.export import ExportedProgram
 
 from export.build.base import BuildInputs, Built, Runner
 from export.build.corrections import corrected_code
-from export.errors import BuildError
+from export.errors import BuildError, UnsupportedError
 from export.hubs import is_disk_full
 from export.kernels import attention as flash
 from export.modules.denoiser import Denoiser
@@ -50,7 +52,14 @@ class AotInductorBuilder:
     libraries: tuple[str, ...] = ("torch",)
 
     def check(self, precision: Precision) -> None:
-        """Builds wherever torch runs."""
+        """Builds wherever torch runs, if Inductor's commands, which do not quote paths, can name its files."""
+        folders = (torch.__file__, tempfile.gettempdir(), os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""))
+        spaced = [folder for folder in folders if " " in folder]
+        if spaced:
+            raise UnsupportedError(
+                f"AOTInductor compiles only in folders that have no spaces in their paths, not in {', '.join(spaced)}; "
+                "set TMPDIR or TORCHINDUCTOR_CACHE_DIR, make the virtual environment elsewhere, or give --backend eager"
+            )
 
     def build(self, inputs: BuildInputs, folder: Path) -> Built:
         path = folder / f"{inputs.spec.component}.pt2"

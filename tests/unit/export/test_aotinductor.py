@@ -2,6 +2,7 @@
 
 import errno
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch.export import ExportedProgram
 
 from export.build.aotinductor import AotInductorBuilder
 from export.build.base import BuildInputs
-from export.errors import BuildError
+from export.errors import BuildError, UnsupportedError
 from export.onnx import GraphLimits, GraphSource
 from export.spec import EXPORT_EXAMPLE, Component, ModelDimensions, Precision, ShapePoint, component_specs
 
@@ -41,6 +42,23 @@ def ends_with(error: Exception) -> Callable[..., None]:
         raise error
 
     return compile_it
+
+
+def test_folders_that_inductors_commands_break_at_are_refused_before_anything_is_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    builder = AotInductorBuilder()
+    for where, name, folder in ((torch, "__file__", "/my venv/torch/__init__.py"), (tempfile, "tempdir", "/my tmp")):
+        with monkeypatch.context() as here:
+            here.setattr(where, name, folder)
+            with pytest.raises(UnsupportedError, match=rf"no spaces.*{folder}.*TMPDIR.*environment"):
+                builder.check(Precision.FP32)
+    with monkeypatch.context() as here:
+        here.setenv("TORCHINDUCTOR_CACHE_DIR", "/my cache")
+        with pytest.raises(UnsupportedError, match="/my cache"):
+            builder.check(Precision.FP32)
+        here.setenv("TORCHINDUCTOR_CACHE_DIR", "/mein-Cache-für-Inductor")
+        builder.check(Precision.FP32)
 
 
 @pytest.mark.parametrize(
