@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 
 from export.checkpoint import Checkpoint, tensors
+from export.control_groups import memory_left
 from export.errors import ResourcesError
 from export.hubs import Listing
 from export.manifest import Backend
@@ -88,7 +89,7 @@ def check_resources(needed: Estimate, repository: Path, listing: Listing | None 
     """
     engines = DiskUse(repository, needed.disk, "--repository")
     check_disk([engines] if listing is None else [download_use(listing), engines])
-    memory = psutil.virtual_memory().available
+    memory = min((psutil.virtual_memory().available, *memory_left()))  # a container may have less than its machine
     if needed.memory > memory:
         raise ResourcesError(
             f"this export needs {needed.memory / GB:.1f} GB of memory and {memory / GB:.1f} GB are available; "

@@ -5,8 +5,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from export.control_groups import limiting
+
 ROOT = Path(__file__).parent.parent
-OWN_GROUP, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def cpu_name() -> str:
@@ -21,14 +22,9 @@ def cpu_name() -> str:
 def cpu_quota() -> dict[str, float]:
     """How many cores' time this process may take: the least quota of its control group and those above; empty without.
 
-    Of cgroup v2, as containers have it: the lines `0::PATH` of a process, and `cpu.max` of a group, which holds "QUOTA
-    PERIOD" in microseconds or "max" (Linux, Documentation/admin-guide/cgroup-v2.rst). Inside a container the path may
-    be the host's, and the container's own group is the topmost there.
+    `cpu.max` of a group holds "QUOTA PERIOD" in microseconds, or "max" for the quota.
     """
-    own = OWN_GROUP.read_text().splitlines() if OWN_GROUP.exists() else []
-    names = next((line.removeprefix("0::") for line in own if line.startswith("0::")), "").strip("/").split("/")
-    files = (GROUPS.joinpath(*names[:depth], "cpu.max") for depth in range(len(names) + 1))
-    limits = [file.read_text().split() for file in files if file.is_file()]
+    limits = [file.read_text().split() for file in limiting("cpu.max")]
     quotas = [int(quota) / int(period) for quota, period in limits if quota != "max"]
     return {"cpu_quota": round(min(quotas), 2)} if quotas else {}
 

@@ -113,8 +113,8 @@ def test_a_record_says_what_quota_of_the_cpu_its_container_had(
     for name, text in groups.items():
         (tmp_path / name).mkdir(parents=True, exist_ok=True)
         (tmp_path / name / "cpu.max").write_text(text + "\n")
-    monkeypatch.setattr("verify.machine.GROUPS", tmp_path)
-    monkeypatch.setattr("verify.machine.OWN_GROUP", tmp_path / "own")
+    monkeypatch.setattr("export.control_groups.GROUPS", tmp_path)
+    monkeypatch.setattr("export.control_groups.OWN_GROUP", tmp_path / "own")
     if own is not None:
         (tmp_path / "own").write_text(own + "\n")
     here = machine()

@@ -80,3 +80,26 @@ def test_too_little_is_refused_before_anything_is_built(
     assert f"GB of {what}" in said
     assert remedy in said
     assert not (tmp_path / "models").exists()
+
+
+@pytest.mark.parametrize("limits", [{"": 3}, {"a": 3, "a/b": None}, {"a": 100, "a/b": 3}])
+def test_memory_that_a_container_may_not_take_is_not_there(
+    limits: dict[str, int | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where its control group, or one above, has a limit; the file cache in it can be dropped."""
+    monkeypatch.setattr(psutil, "virtual_memory", Free)
+    monkeypatch.setattr("export.control_groups.GROUPS", tmp_path)
+    monkeypatch.setattr("export.control_groups.OWN_GROUP", tmp_path / "own")
+    (tmp_path / "own").write_text(f"0::/{list(limits)[-1]}\n")
+    for name, limit in limits.items():
+        group = tmp_path / name
+        group.mkdir(exist_ok=True)
+        (group / "memory.max").write_text("max\n" if limit is None else f"{limit}000000000\n")
+        (group / "memory.current").write_text("2500000000\n")
+        (group / "memory.stat").write_text("anon 900000000\nactive_file 1000000000\ninactive_file 600000000\n")
+    arguments = [*ARGUMENTS, "eager", "--repository", str(tmp_path / "models"), "--device", "cpu"]
+    assert main(arguments) == 0, capsys.readouterr().err
+    for name in limits:
+        (tmp_path / name / "memory.current").write_text("2800000000\n")
+    assert main(arguments) == NOT_POSSIBLE
+    assert "needs 2.0 GB of memory and 1.8 GB are available" in capsys.readouterr().err
