@@ -1,8 +1,10 @@
 """AOTInductor packages: compiled code without weights, which the server lends from the eager module."""
 
+import errno
 import os
 import tempfile
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch.export import ExportedProgram
 
 from export.build.base import BuildInputs, Built, Runner
 from export.build.corrections import corrected_code
-from export.errors import BuildError, UnsupportedError
+from export.errors import BuildError, ResourcesError, UnsupportedError
 from export.hubs import is_disk_full
 from export.kernels import attention as flash
 from export.modules.denoiser import Denoiser
@@ -66,17 +68,24 @@ class AotInductorBuilder:
         module = inputs.module()
         device = next(module.parameters()).device
         program, configs = _prepared(inputs, module, device)
+        package = BytesIO()  # without its weights it is small; torch's own writer ends the process when a disk is full
         try:
             with corrected_code():
-                torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
+                torch._inductor.aoti_compile_and_package(program, package_path=package, inductor_configs=configs)
         except (OSError, RuntimeError) as error:
             cause: Exception = getattr(error, "inner_exception", error)  # Inductor wraps most errors
-            if is_disk_full(cause) or isinstance(cause, torch.OutOfMemoryError):
+            if isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None
+            if is_disk_full(cause):
+                raise ResourcesError(
+                    f"AOTInductor could not compile {inputs.spec.component}: {_of_disk(cause)}; free some, or set "
+                    "TMPDIR and TORCHINDUCTOR_CACHE_DIR to folders on another disk"
+                ) from error
             remedy = TOOLS if _is_of_tools(cause) else ""
             raise BuildError(f"AOTInductor could not compile {inputs.spec.component}: {error}{remedy}") from error
         finally:
             torch.compiler.reset()
+        path.write_bytes(package.getbuffer())
         return Built(
             (path,),
             calls=called_libraries(inputs.spec.component, inputs.source.precision, device),
@@ -97,6 +106,12 @@ def called_libraries(component: Component, precision: Precision, device: torch.d
     """The libraries that a package built here now calls; the calls are in `export.modules.fused`."""
     fuses = component is Component.DENOISER and precision.weights is Precision.BF16
     return (FLASH_ATTENTION,) if fuses and flash.is_there(device) else ()
+
+
+def _of_disk(error: Exception) -> str:
+    """What `error` says of a full disk, without the compiler's whole command."""
+    said = str(error)
+    return next((line for line in said.splitlines() if os.strerror(errno.ENOSPC) in line), said)
 
 
 def _is_of_tools(error: Exception) -> bool:

@@ -6,17 +6,17 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import IO, cast
 
 import pytest
 import torch
 from torch import nn
-from torch._inductor.exc import InductorError, InvalidCxxCompiler
+from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 from torch.export import ExportedProgram
 
 from export.build.aotinductor import AotInductorBuilder
 from export.build.base import BuildInputs
-from export.errors import BuildError, UnsupportedError
+from export.errors import BuildError, ResourcesError, UnsupportedError
 from export.onnx import GraphLimits, GraphSource
 from export.spec import EXPORT_EXAMPLE, Component, ModelDimensions, Precision, ShapePoint, component_specs
 
@@ -86,12 +86,40 @@ def test_what_says_nothing_of_compilers_gives_no_such_advice(
         AotInductorBuilder().build(inputs, Path())
 
 
-@pytest.mark.parametrize("cause", [torch.OutOfMemoryError("no room"), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))])
-def test_a_full_disk_and_a_full_device_are_not_the_compilers_fault(
+def test_a_full_device_is_not_the_compilers_fault(inputs: BuildInputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    cause = torch.OutOfMemoryError("no room")
+    for error in (cause, InductorError(cause, None)):
+        monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", ends_with(error))
+        with pytest.raises(torch.OutOfMemoryError) as caught:
+            AotInductorBuilder().build(inputs, Path())
+        assert caught.value is cause
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        CppCompileError(["g++", "x.hpp"], "fatal error: when writing to /tmp/x.i: No space left on device\nended."),
+    ],
+)
+def test_a_disk_that_is_full_of_what_is_compiled_is_not_the_compilers_fault(
     cause: Exception, inputs: BuildInputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for error in (cause, InductorError(cause, None)):
         monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", ends_with(error))
-        with pytest.raises(type(cause)) as caught:
+        with pytest.raises(ResourcesError, match=r"^AOT.* denoiser: .*No space left on device; .* set TMPDIR .* disk$"):
             AotInductorBuilder().build(inputs, Path())
-        assert caught.value is cause
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a full disk is Linux's")
+def test_a_package_that_the_disk_has_no_room_for_is_an_error(
+    inputs: BuildInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compile_it(program: object, *, package_path: IO[bytes] | str, **_: object) -> None:
+        assert not isinstance(package_path, str), "torch's own writer ends the process when it cannot write"
+        package_path.write(b"package")
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile_it)
+    (tmp_path / "denoiser.pt2").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        AotInductorBuilder().build(inputs, tmp_path)
