@@ -59,7 +59,8 @@ class Checker(AbstractContextManager["Checker"]):
     """The process that loads and runs the engines of one export."""
 
     def __init__(self) -> None:
-        self._complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        # Libraries and compilers may name files in other encodings.
+        self._complaints = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "export.parity"],  # -P: not an `export.py` of the folder this is called in
             stdin=subprocess.PIPE,
