@@ -7,6 +7,7 @@ than a window of what it holds would go before it.
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from server.costs import CostTable
 from server.errors import ZServeError
@@ -107,8 +108,10 @@ class Assignment:
     def forecasts(self, waiting: Sequence[Place]) -> list[Forecast] | None:
         """When each of `waiting`, the head of the queue, starts, and how long it takes; None while no worker serves."""
         ready = self.ready()
-        held = {w: [Work(self._rank(p), _seconds(p, w.costs)) for p in self.held(w)] for w in ready}
-        return forecasts([(self._rank(p), {w: _seconds(p, w.costs) for w in ready}) for p in waiting], held)
+        held = [[Work(self._rank(p), _seconds(p, w.costs)) for p in self.held(w)] for w in ready]
+        demands = [_demand(p.request) for p in waiting]  # a thousand may wait, of a few kinds; nothing of them is done
+        needed = {demand: [_whole(demand, w.costs) for w in ready] for demand in set(demands)}
+        return forecasts([(self._rank(p), needed[d]) for p, d in zip(waiting, demands, strict=True)], held)
 
     def _give(self, place: Place, worker: Worker) -> None:
         held = self._held.setdefault(worker, [])
@@ -140,9 +143,27 @@ class Assignment:
         return ahead < self._window and len(held) < MOST_WINDOWS * self._window
 
 
-def _seconds(place: Place, costs: CostTable) -> float:
-    request = place.request
+class _Demand(NamedTuple):
+    """What the device time of a request depends on."""
+
+    height: int
+    width: int
+    steps: int
+    images: int
+    rows: int
+
+
+def _demand(request: GenerationRequest) -> _Demand:
     rows = 2 if request.guided else 1
-    image = costs.image(request.height, request.width, steps=request.num_inference_steps, rows=rows)
-    steps = request.num_inference_steps * request.num_images
-    return image * request.num_images * (1 - sum(place.steps_done.values()) / steps)
+    return _Demand(request.height, request.width, request.num_inference_steps, request.num_images, rows)
+
+
+def _whole(demand: _Demand, costs: CostTable) -> float:
+    """Device time of the whole request."""
+    return demand.images * costs.image(demand.height, demand.width, steps=demand.steps, rows=demand.rows)
+
+
+def _seconds(place: Place, costs: CostTable) -> float:
+    """Device time of what is still to do."""
+    demand = _demand(place.request)
+    return _whole(demand, costs) * (1 - sum(place.steps_done.values()) / (demand.steps * demand.images))

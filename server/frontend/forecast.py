@@ -1,12 +1,10 @@
 """When waiting requests will start, and how long they then take: plain arithmetic on ranks and seconds."""
 
-from collections.abc import Hashable, Mapping, Sequence
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from server.turns import Rank
-
-W = TypeVar("W", bound=Hashable)
 
 
 @dataclass(frozen=True, order=True)
@@ -25,25 +23,24 @@ class Forecast:
     takes: float
 
 
-def forecasts(
-    waiting: Sequence[tuple[Rank, Mapping[W, float]]], held: Mapping[W, Sequence[Work]]
-) -> list[Forecast] | None:
-    """A forecast for each of `waiting`, the next one first: ranks, and the seconds that each needs on each worker.
+def forecasts(waiting: Sequence[tuple[Rank, Sequence[float]]], held: Sequence[Sequence[Work]]) -> list[Forecast] | None:
+    """A forecast for each of `waiting`, the next one first: ranks, and the seconds that each needs by worker.
 
-    Each takes the worker that will be done with it first. Of what a worker holds, only what is at least as urgent goes
-    ahead. None without workers.
+    `held` is what each worker has; of that, only what is at least as urgent goes ahead. Each request takes the worker
+    that will be done with it first. None without workers.
     """
     if not held:
         return None
-    free = dict.fromkeys(held, 0.0)
-    ahead = sorted(((work, worker) for worker, works in held.items() for work in works), key=lambda entry: entry[0])
+    free = [0.0] * len(held)
+    ahead = sorted(((work, worker) for worker, works in enumerate(held) for work in works), reverse=True)
     found = []
     for rank, needed in waiting:
-        while ahead and ahead[0][0].rank <= rank:
-            work, worker = ahead.pop(0)
+        while ahead and ahead[-1][0].rank <= rank:
+            work, worker = ahead.pop()
             free[worker] += work.seconds
-        ends = {worker: start + needed[worker] for worker, start in free.items()}
-        first = min(ends, key=ends.__getitem__)
-        found.append(Forecast(free[first], needed[first]))
-        free[first] = ends[first]
+        ends = list(map(operator.add, free, needed))
+        end = min(ends)
+        worker = ends.index(end)
+        found.append(Forecast(free[worker], needed[worker]))
+        free[worker] = end
     return found
