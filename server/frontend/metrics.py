@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from server.errors import ZServeError
@@ -221,7 +221,7 @@ class _StateCollector(Collector):
         ready = GaugeMetricFamily(
             "zserve_worker_ready", "1 when the worker serves", labels=["model", "version", "worker"]
         )
-        restarts = GaugeMetricFamily(
+        restarts = CounterMetricFamily(
             "zserve_worker_restarts", "Times the worker was replaced", labels=["model", "version", "worker"]
         )
         engines = GaugeMetricFamily(

@@ -114,7 +114,7 @@ def test_a_killed_worker_is_replaced_and_does_not_outlive_a_killed_frontend(copy
         assert next(e.started.attempt for e in events if e.HasField("started")) == 2
         events.close()
         assert client.draw(PROMPT, num_inference_steps=1).images
-        assert server.metric("zserve_worker_restarts", model=MODEL) == 1
+        assert server.metric("zserve_worker_restarts_total", model=MODEL) == 1
         (replacement,) = server.workers()
         server.stop(signal.SIGKILL)
         wait_for(lambda: is_gone(replacement))

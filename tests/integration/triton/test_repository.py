@@ -110,7 +110,7 @@ def test_a_version_is_replaced_and_unloaded_without_a_failed_request(repository:
         assert set(drawing.versions) == {"1", "2"}
         assert not old.is_running()
         assert len(server.workers()) == 1
-        assert server.metric("zserve_worker_restarts", model=MODEL) == 0
+        assert server.metric("zserve_worker_restarts_total", model=MODEL) == 0
         with server.standing_still(), triton.InferenceServerClient(server.url) as client:
             last = pool.submit(drawing.one)
             wait_for(lambda: server.metric("zserve_running_requests", model=MODEL) == 1)
