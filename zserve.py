@@ -49,7 +49,7 @@ def main() -> int:
         try:
             return _run()
         finally:
-            sys.stdout.flush()  # here, also after argparse has printed its help, and not when Python ends
+            print(end="", flush=True)  # here, also after argparse has printed its help, and not when Python ends
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes what is left there at its end
         return 1

@@ -68,3 +68,9 @@ def test_a_reader_that_stops_ends_a_command_without_a_word(arguments: list[str],
             command, cwd=ROOT, stdout=output, stderr=subprocess.PIPE, env=environment, text=True, check=False
         )
     assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_a_command_works_without_standard_output() -> None:
+    command = ["bash", "-c", 'exec "$@" >&-', "bash", sys.executable, "-m", "zserve", "--version"]
+    done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
