@@ -30,9 +30,8 @@ def _records(trace: Trace) -> Iterator[dict[str, object]]:
     if TraceLevel.TIMESTAMPS in trace.settings.trace_level:
         points = sorted(_points(trace), key=lambda point: point[1])
         yield {"id": trace.id, "timestamps": [{"name": name, "ns": ns} for name, ns in points]}
-    if TraceLevel.TENSORS in trace.settings.trace_level:
-        yield from _tensors(trace, "TENSOR_QUEUE_INPUT", trace.inputs)
-        yield from _tensors(trace, "TENSOR_BACKEND_OUTPUT", trace.outputs)
+    yield from _tensors(trace, "TENSOR_QUEUE_INPUT", trace.inputs)
+    yield from _tensors(trace, "TENSOR_BACKEND_OUTPUT", trace.outputs)
 
 
 def _points(trace: Trace) -> Iterator[tuple[str, int]]:
