@@ -42,8 +42,7 @@ class Batcher:
         self._waiting: list[_Waiting] = []  # sorted
         self._numbers = itertools.count()
         self._alarm: asyncio.TimerHandle | None = None
-        self._running: set[asyncio.Task[None]] = set()
-        self._executing: set[asyncio.Task[Any]] = set()  # what executes now: tasks of `_running`, and requests' own
+        self._executing: set[asyncio.Task[Any]] = set()  # what executes now: tasks of batches, and requests' own
         self._closed: ZServeError | None = None
 
     async def run(self, request: InferRequest) -> Spent:
@@ -56,7 +55,7 @@ class Batcher:
         """
         if self._closed is not None:
             raise self._closed
-        if self._free and not self._waiting and not self._policy.max_delay:
+        if self._free and not self._policy.max_delay:  # and so nobody waits
             self._free -= 1
             return await self._run_batch([request], queued=0)
         priority = self._policy.level_of(request.priority)
@@ -66,9 +65,7 @@ class Batcher:
     def close(self, error: ZServeError) -> None:
         """Ends every request with `error`: those that wait, those that are executed, and those to come."""
         self._closed = error
-        waiting = list(self._waiting)
-        self._take_out(waiting)
-        for place in waiting:
+        for place in self._waiting:  # until its `_wait` goes on
             if not place.done.done():
                 place.done.set_exception(error)
         for task in self._executing:
@@ -153,7 +150,6 @@ class Batcher:
     def _start(self, batch: list[_Waiting]) -> None:
         self._free -= 1  # now, not when the task begins: the next batch must not take the same instance
         task = asyncio.create_task(self._finish(batch))
-        self._running.add(task)
 
         def stop_if_unwanted(_: "asyncio.Future[Spent]") -> None:
             if all(place.done.cancelled() for place in batch):
@@ -161,7 +157,6 @@ class Batcher:
 
         for place in batch:
             place.done.add_done_callback(stop_if_unwanted)
-        task.add_done_callback(self._running.discard)
 
     async def _finish(self, batch: list[_Waiting]) -> None:
         now = time.monotonic()

@@ -1,6 +1,8 @@
 """The batcher: who runs together, who waits, who is refused; without a server."""
 
 import asyncio
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -9,7 +11,7 @@ from server.backends.batcher import Batcher
 from server.errors import EngineRunError, ModelNotReadyError, QueueFullError, QueueTimeoutError
 from server.queue_policy import LevelPolicy, QueuePolicy, TimeoutAction
 from server.rpc.triton.model_config import parse_model_file
-from server.statistics import Statistics
+from server.statistics import Spent, Statistics
 from server.tensors import DataType, InferRequest, ModelSpec, Tensor, TensorSpec
 
 GONE = ModelNotReadyError("gone")
@@ -23,17 +25,22 @@ def a_request(rows: int = 1, name: str = "", priority: int = 0, width: int = 1) 
 
 
 class Runs:
-    """Remembers the batches, and holds each of them until it is let go."""
+    """Remembers the batches, and holds each of them until it is let go, or raises `error`."""
 
-    def __init__(self, policy: QueuePolicy, rows: int = 1) -> None:
+    def __init__(self, policy: QueuePolicy, rows: int = 1, instances: int = 1, error: Exception | None = None) -> None:
         self.batches: list[list[str]] = []
         self.go = asyncio.Event()
         self.statistics = Statistics()
-        self.batcher = Batcher(self.execute, self.statistics, policy=policy, max_batch_size=rows, instances=1)
+        self.error = error
+        self.begun = asyncio.Event()
+        self.batcher = Batcher(self.execute, self.statistics, policy=policy, max_batch_size=rows, instances=instances)
 
     async def execute(self, requests: list[InferRequest]) -> None:
         self.batches.append([r.id for r in requests])
+        self.begun.set()
         await self.go.wait()
+        if self.error is not None:
+            raise self.error
 
     def start(self, *requests: InferRequest) -> list["asyncio.Task[object]"]:
         return [asyncio.ensure_future(self.batcher.run(r)) for r in requests]
@@ -47,6 +54,51 @@ async def test_what_waits_together_runs_together_up_to_the_limit() -> None:
     await asyncio.gather(*tasks)
     assert runs.batches == [["0"], ["1", "2", "3", "4"], ["5"]]
     assert sorted(runs.statistics.batches) == [1, 4]
+
+
+@pytest.mark.parametrize(
+    ("preferred", "rows", "sizes"), [((2, 3), 1, [1, 3, 2]), ((4,), 2, [1, 2, 2, 1]), ((2,), 1, [1, 2, 2, 1])]
+)
+async def test_of_what_waits_the_largest_preferred_number_of_rows_is_taken(
+    preferred: tuple[int, ...], rows: int, sizes: list[int]
+) -> None:
+    runs = Runs(QueuePolicy(preferred_batch_sizes=preferred), rows=8 if rows == 2 else 4)
+    tasks = runs.start(*(a_request(rows=rows) for _ in range(sum(sizes))))
+    await asyncio.sleep(0)
+    runs.go.set()
+    await asyncio.gather(*tasks)
+    assert list(map(len, runs.batches)) == sizes
+
+
+async def test_more_rows_than_run_together_run_by_themselves() -> None:
+    """As where a model has a `max_batch_size` and no `dynamic_batching`."""
+    runs = Runs(QueuePolicy())
+    tasks = runs.start(*(a_request(rows=2) for _ in range(3)))
+    await asyncio.sleep(0)
+    runs.go.set()
+    await asyncio.gather(*tasks)
+    assert list(map(len, runs.batches)) == [1, 1, 1]
+
+
+async def test_who_fits_does_not_overtake_who_does_not() -> None:
+    runs = Runs(QueuePolicy(), rows=4)
+    tasks = runs.start(*(a_request(name=n, width=w) for n, w in (("x", 1), ("a", 1), ("b", 2), ("c", 1))))
+    await asyncio.sleep(0)
+    runs.go.set()
+    await asyncio.gather(*tasks)
+    assert runs.batches == [["x"], ["a"], ["b"], ["c"]]
+
+
+async def test_every_instance_that_is_free_gets_what_waits() -> None:
+    """One batch waits for others like it until its delay is over; who comes next is not like it."""
+    runs = Runs(QueuePolicy(max_delay=PATIENCE), rows=2, instances=2)
+    tasks = runs.start(a_request(name="a"), a_request(rows=2, name="b"))
+    async with asyncio.timeout(10):
+        while len(runs.batches) < 2:  # noqa: ASYNC110 - none of them ends
+            await asyncio.sleep(0)
+    assert runs.batches == [["a"], ["b"]]
+    runs.go.set()
+    await asyncio.gather(*tasks)
 
 
 async def test_rows_of_different_shapes_do_not_share_a_batch() -> None:
@@ -114,6 +166,21 @@ async def test_every_level_has_a_queue_of_its_own() -> None:
     assert runs.statistics.pending == 0
 
 
+async def test_every_level_has_a_timeout_of_its_own_and_its_own_way_with_who_is_late() -> None:
+    late = LevelPolicy(timeout=0.001)
+    delaying = replace(late, on_timeout=TimeoutAction.DELAY)
+    runs = Runs(QueuePolicy(levels=3, default_level=1, by_level=((2, late), (3, delaying))))
+    running, patient, refused, delayed, other = runs.start(*(a_request(priority=level) for level in (1, 1, 2, 3, 3)))
+    async with asyncio.timeout(10):
+        with pytest.raises(QueueTimeoutError):
+            await refused
+        while not all(place.delayed for place in runs.batcher._waiting if place.priority == 3):  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    runs.go.set()
+    await asyncio.gather(running, patient, delayed, other)
+    assert len(runs.batches) == 4
+
+
 async def test_without_a_bound_any_number_waits() -> None:
     runs = Runs(parse_model_file("backend: 'identity'", "m").queue)
     tasks = runs.start(*(a_request() for _ in range(300)))
@@ -150,15 +217,16 @@ async def test_closing_ends_a_batch_of_one(delay: float, begun: int) -> None:
 @pytest.mark.parametrize("later_goes_first", [False, True])
 async def test_arrivals_do_not_put_off_a_batch_that_waits_for_them(later_goes_first: bool) -> None:
     """It is counted from the first that came, wherever in the batch that is."""
-    most = 1000
-    runs = Runs(QueuePolicy(levels=most, default_level=most, max_delay=0.02), rows=most)
+    runs = Runs(QueuePolicy(levels=2, default_level=2, max_delay=PATIENCE), rows=3)
     runs.go.set()
-    tasks: list[asyncio.Task[object]] = []
-    while not runs.batches:
-        tasks += runs.start(a_request(priority=most - len(tasks) if later_goes_first else 0))
-        await asyncio.sleep(0.001)
-    assert len(runs.batches[0]) < most
-    await asyncio.gather(*tasks)
+    tasks = runs.start(a_request(name="early"))
+    await asyncio.sleep(0)
+    (place,) = runs.batcher._waiting
+    place.arrived -= PATIENCE
+    tasks += runs.start(a_request(name="late", priority=1 if later_goes_first else 2))
+    async with asyncio.timeout(10):
+        await asyncio.gather(*tasks)
+    assert runs.batches == [["late", "early"] if later_goes_first else ["early", "late"]]
 
 
 async def test_a_preferred_size_is_not_waited_beyond() -> None:
@@ -187,7 +255,23 @@ async def test_a_batch_is_counted_by_its_rows_and_each_request_by_its_own_wait()
     await asyncio.sleep(0)
     late = await runs.batcher.run(a_request())
     assert (await early).queue > late.queue > 0
+    assert (await early).compute_infer == late.compute_infer > 0
     assert list(runs.statistics.batches) == [3]
+
+
+@pytest.mark.parametrize("error", [None, EngineRunError("boom")])
+async def test_who_leaves_a_batch_does_not_take_the_others_answer_along(error: EngineRunError | None) -> None:
+    runs = Runs(QueuePolicy(max_delay=PATIENCE), rows=2, error=error)
+    leaving, staying = runs.start(a_request(name="a"), a_request(name="b"))
+    await runs.begun.wait()
+    leaving.cancel()
+    await asyncio.gather(leaving, return_exceptions=True)
+    await asyncio.sleep(0)
+    runs.go.set()
+    async with asyncio.timeout(10):
+        (end,) = await asyncio.gather(staying, return_exceptions=True)
+    assert end is error if error else isinstance(end, Spent)
+    assert runs.batches == [["a", "b"]]
 
 
 async def test_all_who_share_a_batch_that_fails_are_answered() -> None:
@@ -234,6 +318,90 @@ async def test_a_request_that_is_cancelled_as_its_time_is_up_is_cancelled() -> N
     await running
 
 
+@pytest.mark.parametrize("answered", [True, False])
+async def test_closing_ends_requests_and_not_what_their_callers_then_do(answered: bool) -> None:
+    runs, go_on = Runs(QueuePolicy()), asyncio.Event()
+
+    async def call() -> int:
+        if answered:
+            await runs.batcher.run(a_request())
+        else:
+            with pytest.raises(ModelNotReadyError):
+                await runs.batcher.run(a_request())
+        await go_on.wait()
+        return asyncio.current_task().cancelling()  # type: ignore[union-attr]
+
+    if answered:
+        runs.go.set()
+    caller = asyncio.create_task(call())
+    await asyncio.sleep(0)
+    runs.batcher.close(GONE)
+    go_on.set()
+    assert await caller == 0
+
+
+async def test_a_request_that_is_cancelled_as_the_model_closes_does_not_keep_the_others_waiting() -> None:
+    runs = Runs(QueuePolicy())
+    running, cancelled, waiting = runs.start(*(a_request() for _ in range(3)))
+    await asyncio.sleep(0)
+    cancelled.cancel()
+    runs.batcher.close(GONE)  # in the same turn of the event loop, before the task goes on
+    ends = await asyncio.gather(running, cancelled, waiting, return_exceptions=True)
+    assert [type(end) for end in ends] == [ModelNotReadyError, asyncio.CancelledError, ModelNotReadyError]
+    assert runs.statistics.pending == 0
+
+
+async def test_who_comes_after_the_end_does_not_wait_for_what_cannot_be_stopped() -> None:
+    go = asyncio.Event()
+
+    async def persist(requests: list[InferRequest]) -> None:
+        try:
+            await go.wait()
+        except asyncio.CancelledError:
+            await go.wait()
+            raise
+
+    batcher = Batcher(persist, Statistics(), policy=QueuePolicy(), max_batch_size=1, instances=1)
+    running = asyncio.create_task(batcher.run(a_request()))
+    await asyncio.sleep(0)
+    batcher.close(GONE)
+    with pytest.raises(ModelNotReadyError):
+        await asyncio.wait_for(batcher.run(a_request()), 10)
+    assert not running.done()
+    go.set()
+    assert await asyncio.gather(running, return_exceptions=True) == [GONE]
+
+
+async def test_a_request_that_runs_is_not_late_any_more() -> None:
+    runs = Runs(QueuePolicy(default=LevelPolicy(timeout=PATIENCE)), instances=1)
+    first, second = runs.start(a_request(name="a"), a_request(name="b"))
+    await asyncio.sleep(0)
+    (place,) = runs.batcher._waiting
+    let_go, runs.go = runs.go, asyncio.Event()
+    let_go.set()
+    await first
+    while len(runs.batches) < 2:  # noqa: ASYNC110 - it is a matter of turns of the event loop
+        await asyncio.sleep(0)
+    runs.batcher._expire(place)
+    runs.go.set()
+    await second
+    assert runs.batches == [["a"], ["b"]]
+
+
+async def test_an_answered_request_is_not_kept_until_its_time_would_have_been_up() -> None:
+    runs = Runs(QueuePolicy(default=LevelPolicy(timeout=PATIENCE)))
+    request = a_request()
+    kept = weakref.ref(request)
+    tasks = runs.start(a_request(), request)
+    await asyncio.sleep(0)
+    assert [place.request for place in runs.batcher._waiting] == [request]
+    runs.go.set()
+    await asyncio.gather(*tasks)
+    del request, tasks
+    gc.collect()
+    assert kept() is None
+
+
 async def test_a_batch_that_nobody_wants_any_more_is_stopped() -> None:
     runs = Runs(QueuePolicy())
     first, second = runs.start(a_request(name="a"), a_request(name="b"))
@@ -241,6 +409,7 @@ async def test_a_batch_that_nobody_wants_any_more_is_stopped() -> None:
     for task in (first, second):
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+        assert task.cancelled()
         await asyncio.sleep(0)
     (third,) = runs.start(a_request(name="c"))
     await asyncio.sleep(0)
