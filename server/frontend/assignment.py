@@ -91,10 +91,7 @@ class Assignment:
         """Takes the place from its worker, if it has one."""
         if place.worker is None:
             return
-        held = self._held[place.worker]
-        held.remove(place)
-        if not held:
-            del self._held[place.worker]
+        self._held[place.worker].remove(place)
         place.worker = None
 
     def seconds(self, place: Place) -> float:

@@ -363,6 +363,17 @@ async def test_deadlines_are_reckoned_while_the_only_worker_restarts() -> None:
         queue.time_out(place)
 
 
+@pytest.mark.parametrize(("state", "needed"), [(WorkerState.READY, 1.0), (WorkerState.RESTARTING, 4.0)])
+async def test_who_waits_may_wait_for_as_long_as_the_fastest_worker_that_serves_needs(
+    state: WorkerState, needed: float
+) -> None:
+    queue = make(FakeWorker("fast", state), FakeWorker("slow", costs=FOUR_SECONDS))
+    enter(queue, 4, priority=1)
+    (waiting,) = enter(queue, timeout=20.0)
+    assert waiting.worker is None
+    assert queue.patience(waiting) == 20.0 - needed
+
+
 async def test_a_model_without_a_worker_refuses_but_waits_for_one_that_restarts() -> None:
     with pytest.raises(ModelNotReadyError) as refusal:
         enter(make(FakeWorker(state=WorkerState.STARTING)))
@@ -432,6 +443,21 @@ async def test_steps_that_are_taken_again_are_not_counted_twice() -> None:
     for step, left in ((1, 0.5), (2, 0.0), (1, 0.5), (2, 0.0)):  # the second two after a restart from noise
         place.steps_done[0] = step
         assert queue._assignment.seconds(place) == pytest.approx(left * needed)
+
+
+async def test_the_steps_to_go_are_those_of_all_the_images() -> None:
+    queue = make(FakeWorker())
+    (place,) = enter(queue, num_images=2)
+    for done, left in (({}, 2.0), ({0: 2}, 1.0), ({0: 2, 1: 1}, 0.5)):
+        place.steps_done = done
+        assert queue._assignment.seconds(place) == pytest.approx(left)
+
+
+async def test_what_was_measured_of_an_upright_image_is_not_taken_for_a_flat_one() -> None:
+    costs = CostTable([StepCost(64, 128, 1, 0.5), StepCost(128, 64, 1, 2.0)])
+    queue = make(FakeWorker(costs=costs))
+    flat, upright = *enter(queue, height=64, width=128), *enter(queue, height=128, width=64)
+    assert (queue._assignment.seconds(flat), queue._assignment.seconds(upright)) == (1.0, 4.0)
 
 
 async def test_who_starts_over_has_all_of_its_steps_before_it_and_has_begun_nothing() -> None:
@@ -566,6 +592,32 @@ async def test_a_suspect_gets_a_worker_for_itself() -> None:
         queue.leave(place)
         assert newcomer.worker is None, "or the worker might never be free for the suspect"
     assert suspect.worker is second  # type: ignore[comparison-overlap]
+
+
+async def test_a_suspect_that_waits_keeps_one_worker_from_the_others_and_not_all() -> None:
+    queue = make(FakeWorker("a"), FakeWorker("b"))
+    held = enter(queue, 2)  # one for each
+    (suspect,) = enter(queue)
+    suspect.strikes = 1
+    queue.lose(suspect, reached=False)
+    queue.rejoin(suspect)
+    (newcomer,) = enter(queue)
+    assert suspect.worker is None
+    assert newcomer.worker is not None
+    (last,) = (place for place in held if place.worker is not newcomer.worker)
+    worker = last.worker
+    queue.leave(last)
+    assert suspect.worker is worker
+
+
+async def test_who_came_in_company_is_not_to_blame_for_a_worker_that_was_lost() -> None:
+    worker = FakeWorker()
+    queue = make(worker)
+    places = enter(queue, 2)
+    worker.state = WorkerState.RESTARTING
+    for place in reversed(places):
+        queue.lose(place, reached=True)
+        assert (place.losses, place.strikes) == (1, 0)
 
 
 async def test_a_closed_queue_refuses_whoever_waits() -> None:
