@@ -116,6 +116,38 @@ def test_a_request_sends_only_what_was_said() -> None:
     assert not message.HasField("guidance_scale")
 
 
+def test_a_request_sends_all_that_was_said() -> None:
+    said = {
+        "prompt": "a cat", "model": "m", "negative_prompt": "a dog", "width": 512, "height": 256, "seed": 2**63 - 1,
+        "num_inference_steps": 4, "guidance_scale": 2.0, "num_images": 2, "quality": 80, "preview_interval": 3,
+        "priority": 2**32 - 1, "request_id": "r",
+    }  # fmt: skip
+    message = ImageRequest(**said, image_format="webp", truncate=True).to_message()  # type: ignore[arg-type]
+    wanted = pb.GenerateRequest(
+        **said,  # type: ignore[arg-type]
+        image_format=pb.IMAGE_FORMAT_WEBP,
+        long_prompt=pb.LONG_PROMPT_TRUNCATE,
+    )
+    assert message == wanted
+    plain = ImageRequest("a cat").to_message()
+    assert (plain.num_images, plain.quality, plain.image_format) == (1, 90, pb.IMAGE_FORMAT_PNG)
+    assert plain.long_prompt == pb.LONG_PROMPT_REFUSE
+
+
+def test_an_image_of_the_server_is_saved_as_it_came_and_shown_in_colours(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    Image.new("L", (2, 1)).save(file, "PNG")
+    image = GeneratedImage(file.getvalue(), "png", width=2, height=1, seed=7, index=0)
+    image.save(tmp_path / "x.jpg")
+    assert (tmp_path / "x.jpg").read_bytes() == file.getvalue()
+    assert (image.pillow().mode, image.pillow().size) == ("RGB", (2, 1))
+
+
+def test_raw_pixels_are_rows_from_the_top() -> None:
+    raw = GeneratedImage(bytes(range(18)), "raw", width=3, height=2, seed=7, index=0)
+    assert (raw.pillow().size, raw.pillow().getpixel((0, 1))) == ((3, 2), (9, 10, 11))
+
+
 @pytest.mark.parametrize(
     "bad",
     [
@@ -127,6 +159,8 @@ def test_a_request_sends_only_what_was_said() -> None:
         {"preview_interval": -1},
         {"negative_prompt": "caf\udce9"},
         {"prompt": None},
+        {"model": 7},
+        {"request_id": b"r"},
         {"seed": 1.5},
         {"width": "512"},
         {"guidance_scale": "2"},
