@@ -146,7 +146,7 @@ class Frontend:
             self._config, version("zserve"), self._repository, self._state, self._memory, self._tracer
         )
         triton.add_to(server, context)
-        await self._health.add_to(server)
+        self._health.add_to(server)
         enable_reflection(server)
         self.port = bind(server, config)
         await server.start()
@@ -192,7 +192,7 @@ class Frontend:
             self._absent -= {model.spec.name for model in self._repository.loaded()}
             complete = self._started.is_set() and all(self._readiness().values())
             self._state.ready = complete or not self._config.strict_readiness
-            await self._health.set(serving=self._state.ready)
+            self._health.set(serving=self._state.ready)
             if self._state.ready and not announced:
                 announced = True
                 log.info("ready: %s", ", ".join(model.spec.name for model in self._repository.loaded()))
@@ -205,7 +205,7 @@ class Frontend:
 
     async def _shut_down(self, server: grpc.aio.Server) -> None:
         self._state.stopping, self._state.ready = True, False
-        await self._health.set(serving=False)
+        self._health.set(serving=False)
         models = self._repository.live
         log.info("shutting down: letting %d requests finish", sum(m.statistics.under_way for m in models))
         seconds = self._config.exit_timeout_secs

@@ -50,7 +50,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     ) -> Handler | None:
         """Wraps the handlers whose responses are returned or yielded.
 
-        The others, such as health's Watch, write to the context and handle their errors themselves.
+        The others, such as a refused stream's, write to the context and handle their errors themselves.
         """
         handler = await continuation(handler_call_details)
         if handler is None or (handler.response_streaming and not inspect.isasyncgenfunction(behaviour_of(handler))):
