@@ -31,23 +31,28 @@ class CostTable:
         self._seconds: dict[_Key, dict[int, float]] = {}  # in order of the latest measurement
         self._recent: dict[tuple[_Key, int], deque[float]] = {}
         self._images: dict[tuple[int, int, int, int], float] = {}  # what `image` has said since the last measurement
-        for cost in costs:
-            self.observe(cost)
+        self._take_in(costs)
 
     def observe(self, cost: StepCost) -> None:
         """Takes a measurement in, as one of the last `RECENT`."""
-        key = cost.component, cost.height, cost.width
-        recent = self._recent.setdefault((key, cost.rows), deque(maxlen=RECENT))
-        recent.append(cost.seconds)
-        others = {k: by_rows for k, by_rows in self._seconds.items() if k != key}
-        if key not in self._seconds:
-            self._make_room(others, cost.component)
-        # Replaced as a whole: whoever is reading the table still has it as it was.
-        self._seconds = {**others, key: {**self._seconds.get(key, {}), cost.rows: median_low(recent)}}
-        self._images = {}
+        self._take_in((cost,))
+
+    def _take_in(self, costs: Iterable[StepCost]) -> None:
+        seconds = self._seconds.copy()  # replaced as a whole: whoever is reading the table still has it as it was
+        for cost in costs:
+            key = cost.component, cost.height, cost.width
+            recent = self._recent.setdefault((key, cost.rows), deque(maxlen=RECENT))
+            recent.append(cost.seconds)
+            by_rows = seconds.pop(key, None)
+            if by_rows is None:
+                self._make_room(seconds, cost.component)
+            seconds[key] = {**(by_rows or {}), cost.rows: median_low(recent)}
+        self._seconds, self._images = seconds, {}
 
     def _make_room(self, seconds: dict[_Key, dict[int, float]], component: Component) -> None:
         """Makes room for one more size."""
+        if len(seconds) < SIZES:
+            return
         keys = [key for key in seconds if key[0] is component]
         if len(keys) == SIZES:
             for rows in seconds.pop(keys[0]):

@@ -77,6 +77,24 @@ def test_the_sizes_measured_last_are_kept() -> None:
     assert len(table._recent) == len(table.costs())
 
 
+def test_a_table_is_read_size_by_size() -> None:
+    """By the frontend's event loop, at every heartbeat of every worker: no size is compared with all others."""
+    compared = 0
+
+    class Side(int):
+        def __eq__(self, other: object) -> bool:
+            nonlocal compared
+            compared += 1
+            return int(self) == other
+
+        __hash__ = int.__hash__
+
+    told = [StepCost(Side(64 + n), 64, rows, 0.1) for n in range(SIZES) for rows in (1, 2, 4)]
+    table = CostTable(told)
+    assert compared < 10 * len(told)
+    assert list(table.costs()) == told
+
+
 def test_the_table_can_be_asked_for_while_it_is_written() -> None:
     """By the worker's event loop; a state that cannot be told would end the worker."""
     table, ended, before = CostTable([StepCost(16, 16, 1, 0.5)]), threading.Event(), sys.getswitchinterval()
