@@ -3,7 +3,9 @@
 prometheus_client's own writer prints 8589934592 as 8.589934592e+09, which perf_analyzer reads as 8.
 """
 
+import logging
 import math
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,10 +15,11 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import Metric
 from prometheus_client.samples import Sample
 
+log = logging.getLogger(__name__)
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 HELP_ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n"})
 ESCAPES = {**HELP_ESCAPES, ord('"'): r"\""}
-
 
 PATIENCE = 10.0  # seconds for a client to send its request or read the response; until then it occupies a thread
 
@@ -25,6 +28,11 @@ class _Server(ThreadingHTTPServer):
     """Answers each request on a thread of its own."""
 
     daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Nobody has to look at a client that is gone, such as a probe of the port; socketserver prints tracebacks."""
+        if not isinstance(sys.exception(), ConnectionError):
+            log.exception("the metrics cannot be read")
 
     def server_bind(self) -> None:
         """HTTPServer's own also looks up this machine's name: nobody needs it, and a dead DNS server takes long."""

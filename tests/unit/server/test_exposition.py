@@ -1,10 +1,16 @@
 """The text of the metrics, and the port that serves it."""
 
 import socket
+import struct
+import threading
 import urllib.request
+from collections.abc import Iterator
+from http.client import RemoteDisconnected
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
 
 from server.frontend import exposition
 from server.frontend.exposition import decimal, render, serve
@@ -55,3 +61,26 @@ def test_metrics_are_served_without_asking_dns_for_this_machines_name(monkeypatc
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
         assert b"held 1" in answer.read()
     stop()
+
+
+def test_a_client_that_is_gone_leaves_no_traceback_and_what_cannot_be_read_is_in_the_log(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(Collector):
+        def collect(self) -> Iterator[Metric]:
+            raise ValueError("no figures")
+
+    metrics = CollectorRegistry(auto_describe=False)
+    metrics.register(Broken())
+    port, stop = serve(metrics, "127.0.0.1", 0)
+    with socket.create_connection(("127.0.0.1", port)) as probe:  # it is reset, as some balancers' probes do
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    with pytest.raises(RemoteDisconnected):
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics")
+    stop()
+    for thread in threading.enumerate():
+        if "process_request" in thread.name:
+            thread.join(PATIENCE)
+    assert [record.getMessage() for record in caplog.records] == ["the metrics cannot be read"]
+    assert "no figures" in caplog.text
+    assert capsys.readouterr().err == ""
