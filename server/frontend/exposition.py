@@ -5,6 +5,7 @@ prometheus_client's own writer prints 8589934592 as 8.589934592e+09, which perf_
 
 import logging
 import math
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -28,6 +29,10 @@ class _Server(ThreadingHTTPServer):
     """Answers each request on a thread of its own."""
 
     daemon_threads = True
+
+    def __init__(self, address: str, port: int, handler: type[BaseHTTPRequestHandler]) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        super().__init__((address, port), handler)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Nobody has to look at a client that is gone, such as a probe of the port; socketserver prints tracebacks."""
@@ -62,7 +67,7 @@ def serve(registry: CollectorRegistry, address: str, port: int) -> tuple[int, Ca
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class names it
             """Logs nothing: there is a scrape every few seconds."""
 
-    server = _Server((address, port), Handler)
+    server = _Server(address, port, Handler)
     thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
     thread.start()
 

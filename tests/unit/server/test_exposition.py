@@ -40,6 +40,13 @@ def test_the_exposition() -> None:
     ]
 
 
+@pytest.mark.parametrize(("address", "host"), [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]"), ("::", "127.0.0.1")])
+def test_it_listens_on_addresses_of_both_families(address: str, host: str) -> None:
+    port, stop = serve(CollectorRegistry(), address, 0)
+    assert urllib.request.urlopen(f"http://{host}:{port}/metrics").status == 200
+    stop()
+
+
 def test_who_says_nothing_to_the_metrics_has_no_thread_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exposition, "PATIENCE", 0.1)
     port, stop = serve(CollectorRegistry(), "127.0.0.1", 0)
