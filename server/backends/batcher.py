@@ -26,6 +26,7 @@ class _Waiting:
     request: InferRequest = field(compare=False)
     done: "asyncio.Future[Spent]" = field(compare=False)
     arrived: float = field(compare=False, default_factory=time.monotonic)
+    queued: bool = field(compare=False, default=False)  # still in the queue, even if it has been cancelled
 
 
 class Batcher:
@@ -88,11 +89,11 @@ class Batcher:
         finally:
             if timer is not None:
                 timer.cancel()
-            if place in self._waiting:
+            if place.queued:
                 self._take_out([place])
 
     def _expire(self, place: _Waiting) -> None:
-        if place.done.done() or place not in self._waiting:  # cancelled, it is still there until `_wait` goes on
+        if place.done.done() or not place.queued:  # cancelled, it is still there until `_wait` goes on
             return
         self._take_out([place])
         if self._policy.of(place.priority).on_timeout is TimeoutAction.DELAY:
@@ -103,11 +104,13 @@ class Batcher:
 
     def _put_in(self, place: _Waiting) -> None:
         bisect.insort(self._waiting, place)
+        place.queued = True
         self._statistics.pending += 1
 
     def _take_out(self, places: Iterable[_Waiting]) -> None:
         for place in places:
             self._waiting.remove(place)
+            place.queued = False
             self._statistics.pending -= 1
 
     def _dispatch(self) -> None:

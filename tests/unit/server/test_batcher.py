@@ -190,6 +190,27 @@ async def test_without_a_bound_any_number_waits() -> None:
     await asyncio.gather(*tasks)
 
 
+async def test_a_request_that_has_run_is_not_looked_for_among_those_that_wait() -> None:
+    """On the event loop it would take longer than to answer it, where thousands wait."""
+    compared, count = 0, 500
+
+    class Level(int):
+        def __eq__(self, other: object) -> bool:
+            nonlocal compared
+            compared += 1
+            return int(self) == other
+
+        __hash__ = int.__hash__
+
+    runs = Runs(QueuePolicy(default=LevelPolicy(max_size=None)))
+    tasks = runs.start(*(a_request(priority=Level(1)) for _ in range(count)))
+    await asyncio.sleep(0)
+    assert runs.statistics.pending == count - 1
+    runs.go.set()
+    await asyncio.gather(*tasks)
+    assert compared < 30 * count
+
+
 async def test_closing_ends_what_is_executed_and_what_waits_and_what_comes() -> None:
     runs = Runs(QueuePolicy(), rows=2)
     first, *others = runs.start(*(a_request() for _ in range(4)))
