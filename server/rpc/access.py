@@ -12,7 +12,7 @@ import grpc
 import grpc.aio
 
 from server.errors import AccessDeniedError, TooManyCallsError, UnavailableError, ZServeError
-from server.rpc.interceptors import Context, Handler, abort, wrapped
+from server.rpc.interceptors import Context, Handler, wrapped
 from server.settings import BEARER_HEADER, GrpcConfig, Protocol
 
 _METHODS = {
@@ -91,7 +91,8 @@ def _error(header: str) -> ZServeError:
 def _refuse(error: ZServeError) -> Handler:
     """A handler that refuses calls of any kind, without waiting for a stream."""
 
-    async def refuse(requests: Any, context: Context) -> None:
-        await abort(error, context)
+    async def refuse(requests: Any, context: Context) -> AsyncIterator[Any]:
+        raise error
+        yield  # type: ignore[unreachable]  # makes it a generator, as the calls of streams are
 
     return grpc.stream_stream_rpc_method_handler(refuse)

@@ -3,7 +3,6 @@
 from __future__ import annotations  # the stubs are generic where grpc itself is not
 
 import functools
-import inspect
 import logging
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -48,13 +47,10 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
-        """Wraps the handlers whose responses are returned or yielded.
-
-        The others, such as a refused stream's, write to the context and handle their errors themselves.
-        """
+        """Wraps every handler: each returns or yields its responses."""
         handler = await continuation(handler_call_details)
-        if handler is None or (handler.response_streaming and not inspect.isasyncgenfunction(behaviour_of(handler))):
-            return handler
+        if handler is None:
+            return None
         translate = self._translators.get(handler_call_details.method.split("/")[1], unchanged)
 
         @asynccontextmanager
@@ -70,17 +66,12 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         return wrapped(handler, reporting)
 
 
-def behaviour_of(handler: Handler) -> Any:
-    """The method that answers the call, whatever its kind."""
-    return handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
-
-
 def wrapped(handler: Handler, around: Callable[[Any, Context], AbstractAsyncContextManager[None]]) -> Handler:
     """`handler` with each call inside `around(request, context)`; for streamed requests, `request` is the stream.
 
     A single request that cannot be parsed arrives as the DecodeError.
     """
-    behaviour = behaviour_of(handler)
+    behaviour: Any = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
 
     @functools.wraps(behaviour)
     async def one(request: Any, context: Context) -> Any:
