@@ -1,6 +1,7 @@
 """`z_image`: the image model as tensors, over the same dispatcher and workers as the image service."""
 
 import asyncio
+import os
 import secrets
 from collections.abc import AsyncGenerator
 from dataclasses import replace
@@ -8,7 +9,7 @@ from dataclasses import replace
 from server.backends.base import Host, ModelFolder, taking, unloaded
 from server.backends.image_config import image_config
 from server.config import ModelConfig, cpu_threads
-from server.errors import EngineLoadError
+from server.errors import ConfigError, EngineLoadError
 from server.frontend.queue import ModelQueue
 from server.frontend.workers import Worker, WorkerState
 from server.launch import WorkerConfig
@@ -16,6 +17,8 @@ from server.requests import Completed, Image, Preview, Progress
 from server.rpc.triton import image_model
 from server.statistics import Statistics
 from server.tensors import InferRequest, InferResponse
+
+MOST_SOCKET_BYTES = 107  # of a socket's path (unix(7))
 
 
 class ZImageModel:
@@ -85,7 +88,13 @@ class ZImageModel:
 def _worker_configs(folder: ModelFolder, host: Host, model: ModelConfig) -> list[WorkerConfig]:
     # Without the levels' policies: only the queue here applies them, and they may be more than a command line holds.
     told = replace(model, queue=replace(model.queue, by_level=()))
-    prefix = secrets.token_hex(3)  # two loads of one version may overlap; short, as a socket path has at most 107 bytes
+    prefix = secrets.token_hex(3)  # two loads of one version may overlap; short, as a socket's path has to be
+    longest = len(os.fsencode(host.sockets / f"{prefix}-{len(model.devices)}.sock"))
+    if longest > MOST_SOCKET_BYTES:
+        raise ConfigError(
+            f"the path of a worker's socket in {host.sockets} would have {longest} bytes, and at most "
+            f"{MOST_SOCKET_BYTES} are possible; start the server with a shorter TMPDIR"
+        )
     return [
         WorkerConfig(
             folder=folder.path,

@@ -39,6 +39,14 @@ async def test_an_image_model_is_made_from_what_was_read_of_its_config(tmp_path:
     assert [worker.config.model for worker in queue.workers] == [queue.config]
 
 
+async def test_an_image_model_whose_workers_could_not_be_reached_is_refused_with_the_reason(tmp_path: Path) -> None:
+    """gRPC would only say that a connection broke off."""
+    sockets = tmp_path / ("x" * 100)
+    host = Host(ServeConfig(tmp_path), Dispatcher(Metrics()), sockets, lambda: None)
+    with pytest.raises(ConfigError, match=r"at most 107 are possible; start the server with a shorter TMPDIR"):
+        ZImageModel(ModelFolder(tmp_path / "m", "1", parse_model_file("", "m")), host)
+
+
 async def test_a_package_can_add_a_backend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The example of docs/backends.md, as it stands there."""
     text = (ROOT / "docs" / "backends.md").read_text("utf-8")
