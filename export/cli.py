@@ -136,6 +136,8 @@ def main(argv: Sequence[str]) -> int:
     except ExportError as error:
         print(f"zserve export: {error}", file=sys.stderr)
         return _status(error)
+    except BrokenPipeError:
+        raise  # of what reads the output, and has stopped: nothing of the export failed
     except OSError as error:
         where = "" if error.filename else f" (while writing {arguments.repository / arguments.name})"
         print(f"zserve export: {error}{where}", file=sys.stderr)

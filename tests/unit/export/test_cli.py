@@ -1,8 +1,10 @@
 """What `zserve export` refuses, and the remedy it names."""
 
 import errno
+import io
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -102,6 +104,23 @@ def test_a_full_disk_or_a_limit_to_it_is_too_little_of_it(
     monkeypatch.setattr(exporter, "export_model", fail)
     assert main(["--checkpoint", str(CHECKPOINT), "--repository", str(tmp_path), "--name", "m"]) == NOT_POSSIBLE
     assert f"{os.strerror(number)} (while writing {tmp_path / 'm'})" in capsys.readouterr().err
+
+
+class StoppedReader(io.StringIO):
+    """Standard output as Python writes it unbuffered, of which `head` has had enough."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
+def test_a_reader_that_stops_is_not_reported_as_a_failure_to_write_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`zserve.main` ends such a command without a word."""
+    monkeypatch.setattr(sys, "stdout", StoppedReader())
+    with pytest.raises(BrokenPipeError):
+        main(["--checkpoint", str(CHECKPOINT), "--repository", str(tmp_path), "--name", "m", "--dry-run"])
+    assert capsys.readouterr().err == "loading PyTorch ...\n"
 
 
 def test_a_repository_that_is_a_file_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
