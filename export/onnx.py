@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from torch.onnx import ONNXProgram
 
+LIBRARIES = ("onnx", "onnx-ir", "onnxscript")  # that graphs are made with, besides torch
+
 
 @dataclass(frozen=True)
 class GraphLimits:

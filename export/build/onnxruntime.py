@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from export.build.base import BuildInputs, BuildOptions, Built, Runner
 from export.errors import UnsupportedError
 from export.modules.rope import with_onnx_rotation
-from export.onnx import export_onnx
+from export.onnx import LIBRARIES, export_onnx
 from export.spec import ComponentSpec, Precision
 
 
 class OnnxRuntimeBuilder:
     """The ONNX graph is the engine: ONNX Runtime optimises it at load."""
 
-    libraries: tuple[str, ...] = ("onnxruntime", "onnx", "onnxscript")
+    libraries: tuple[str, ...] = ("onnxruntime", *LIBRARIES)
 
     def __init__(self, options: BuildOptions) -> None:
         self._options = options

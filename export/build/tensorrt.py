@@ -20,7 +20,7 @@ from export.build.shared_plans import find_plan
 from export.devices import current_target
 from export.errors import BuildError, UnsupportedError
 from export.manifest import Backend, PlanRecord, PlanWeights, Verbosity, content_digest
-from export.onnx import outline_graph
+from export.onnx import LIBRARIES, outline_graph
 from export.plans import Foreign, described, failure, import_flavour, logger
 from export.rebuild import target_name
 from export.repository import take
@@ -40,7 +40,7 @@ class TensorRtBuilder:
         (self._library,) = BINDING_LIBRARIES[backend]
         self._backend = backend
         self._options = options
-        self.libraries: tuple[str, ...] = (self._library, "onnx", "onnxscript")
+        self.libraries: tuple[str, ...] = (self._library, *LIBRARIES)
 
     def check(self, precision: Precision) -> None:
         trt = import_flavour(self._library)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from export import exporter, reuse, validity
+from export import exporter, onnx, reuse, validity
 from export.build import BuildInputs, BuildOptions, Built, Runner
 from export.build.aotinductor import called_libraries
 from export.checkpoint import Checkpoint
@@ -244,14 +244,14 @@ def test_a_device_without_memory_is_not_the_backends_fault(
         run(request_, OutOfMemoryBuilder(), monkeypatch)
 
 
-@pytest.mark.parametrize("library", ["torch", "diffusers", "transformers", "onnxscript"])
+@pytest.mark.parametrize("library", ["torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript"])
 def test_an_engine_is_built_again_when_a_library_that_shaped_it_is_another(
     request_: ExportRequest, monkeypatch: pytest.MonkeyPatch, library: str
 ) -> None:
     """Also those that an engine of this backend loads without."""
-    here = validity.installed_version
-    run(request_, FakeBuilder(libraries=("torch", "onnxscript")), monkeypatch)
-    again = FakeBuilder(libraries=("torch", "onnxscript"))
+    here, libraries = validity.installed_version, ("torch", *onnx.LIBRARIES)
+    run(request_, FakeBuilder(libraries=libraries), monkeypatch)
+    again = FakeBuilder(libraries=libraries)
     assert run(request_, again, monkeypatch).folder.name == "1"
     monkeypatch.setattr(validity, "BINDING_LIBRARIES", {Backend.AOTINDUCTOR: ()})
     monkeypatch.setattr(validity, "installed_version", lambda name: "99.0" if name == library else here(name))
