@@ -1,6 +1,7 @@
 """The two clients: one for ordinary code, one for asyncio. They differ only in how they wait."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -20,7 +21,7 @@ LONGEST_TIMEOUT = 1e8  # seconds; gRPC turns much more into a deadline that has 
 CLOSED = "the client is closed; make another"
 
 OnEvent = Callable[[pb.GenerateEvent], None]
-Metadata = Sequence[tuple[str, str]]
+Metadata = Sequence[tuple[str, str | bytes]]
 
 
 def _ignore(event: pb.GenerateEvent) -> None:
@@ -40,7 +41,7 @@ class ZImageClient:
         metadata: sent with every call, for example `[("authorization", "Bearer " + token)]`.
 
     Raises:
-        ValueError: a timeout that is not accepted.
+        ValueError: a timeout or metadata that are not accepted.
     """
 
     def __init__(
@@ -174,7 +175,22 @@ def _with(timeout: float | None, metadata: Metadata) -> dict[str, Any]:
         raise ValueError(
             f"timeout: {timeout} is not accepted; seconds above 0 to {LONGEST_TIMEOUT:g} are, None for none"
         )
-    return {"timeout": timeout, "metadata": tuple(metadata)}
+    return {"timeout": timeout, "metadata": _checked(tuple(metadata))}
+
+
+def _checked(metadata: Metadata) -> Metadata:
+    """`metadata`, if gRPC takes it: it says so only at each call, and not what is wrong. Values may be secret."""
+    for name, value in metadata:
+        if not re.fullmatch(r"[0-9a-z_.-]+", name):
+            raise ValueError(
+                f"metadata: the name {name!r} is not accepted; small letters, digits, '_', '.' and '-' are"
+            )
+        binary = name.endswith("-bin")
+        fits = isinstance(value, bytes) if binary else isinstance(value, str) and re.fullmatch(r"[ -~]*", value)
+        if not fits:
+            accepted = "bytes are, as for every name that ends in -bin" if binary else "a line of printable ASCII is"
+            raise ValueError(f"metadata: the value of {name} is not accepted; {accepted}")
+    return metadata
 
 
 @contextmanager

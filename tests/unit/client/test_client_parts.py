@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from client import AsyncZImageClient, GeneratedImage, ZImageClient
+from client import AsyncZImageClient, GeneratedImage, ZImageClient, cli
 from client.messages import Drawing, ImageRequest, write_file
 from client.names import output_paths, slug
 from client.progress import StepBar
@@ -178,6 +178,34 @@ def test_a_timeout_that_grpc_would_take_for_one_that_has_passed_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=r"timeout: .* is not accepted"):
         client(timeout=timeout)
+
+
+@pytest.mark.parametrize("client", [ZImageClient, AsyncZImageClient])
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("x-trace-bin", "s3cret", "the value of x-trace-bin is not accepted; bytes are"),
+        ("authorization", "Bearer s3cret\nand another", "the value of authorization is not accepted; a line of print"),
+        ("x-user", "s3crét", "the value of x-user is not accepted; a line of print"),
+        ("X-User", "s3cret", "the name 'X-User' is not accepted; small letters"),
+    ],
+)
+def test_metadata_that_grpc_would_refuse_at_every_call_is_refused_at_once_and_kept_secret(
+    client: type[ZImageClient | AsyncZImageClient], name: str, value: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^metadata: {message}") as refused:
+        client(metadata=[(name, value)])
+    assert "s3cr" not in str(refused.value)
+
+
+def test_metadata_that_grpc_takes_is_accepted() -> None:
+    ZImageClient(metadata=[("x-user", "a b~"), ("x-trace-bin", b"\xff")]).close()
+
+
+def test_a_token_file_of_several_lines_is_a_bad_argument(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tokens := tmp_path / "tokens").write_text("abc\nabd\n")
+    assert cli.main(["a cat", "-o", str(tmp_path / "x.png"), "--token-file", str(tokens)]) == 2
+    assert "the value of authorization is not accepted; a line of printable ASCII is" in capsys.readouterr().err
 
 
 def test_a_client_is_not_installed_with_libraries_that_its_generated_code_refuses() -> None:
