@@ -95,10 +95,13 @@ class HuggingFace:
     def list_files(self) -> Listing:
         import huggingface_hub
 
+        # By its commit: given a branch, a dry run too moves the cache's branch to what is not downloaded yet, and what
+        # is there is not found offline any more.
+        commit = huggingface_hub.HfApi().model_info(self._name, revision=self._revision or "main").sha
         with _without_bars():
             found = huggingface_hub.snapshot_download(
                 self._name,
-                revision=self._revision,
+                revision=commit,
                 cache_dir=self._cache,
                 allow_patterns=self._patterns,
                 dry_run=True,

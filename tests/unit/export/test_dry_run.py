@@ -27,7 +27,7 @@ from tests.conftest import CHECKPOINT
 from tests.unit.export.fake_hub import FakeHub
 from tests.unit.export.test_estimate import Free
 from tests.unit.export.test_exporter import DENOISER, FakeBuilder, request_, run  # noqa: F401 a fixture
-from tests.unit.export.test_sources import NAME, huggingface_cache, modelscope_cache
+from tests.unit.export.test_sources import NAME, huggingface_cache, modelscope_cache, offline
 
 HUBS = [Hub.HUGGINGFACE, Hub.MODELSCOPE]
 CACHES = {Hub.HUGGINGFACE: huggingface_cache, Hub.MODELSCOPE: modelscope_cache}
@@ -112,6 +112,17 @@ def test_what_another_revision_has_cached_is_not_downloaded_again(
     assert export(Hub.HUGGINGFACE, tmp_path, "--dry-run") == 0
     assert f"download   nothing; the checkpoint is {snapshot}" in capsys.readouterr().out
     assert not hub.downloads
+
+
+def test_what_is_cached_is_still_found_offline_after_its_hub_was_asked_for_a_newer_one(
+    hub: FakeHub, tmp_path: Path
+) -> None:
+    hub.files = {**SIZES, "transformer/another.safetensors": 1000}
+    snapshot = huggingface_cache(tmp_path / "cache")
+    older = snapshot.rename(snapshot.with_name("0" * 40))
+    (snapshot.parent.parent / "refs" / "main").write_text(older.name)
+    assert export(Hub.HUGGINGFACE, tmp_path, "--dry-run") == 0
+    assert offline(Hub.HUGGINGFACE, tmp_path / "cache").fetch() == older
 
 
 def test_modelscope_goes_on_with_a_part_of_a_file(hub: FakeHub, tmp_path: Path) -> None:
