@@ -35,9 +35,12 @@ class ServingDefaults:
 
 def versions(model: Path) -> list[int]:
     """The version numbers under `model`, ascending."""
-    if not model.is_dir():
-        return []
-    return sorted(int(p.name) for p in model.iterdir() if p.is_dir() and p.name.isdecimal())
+    return sorted(int(p.name) for p in _numbered(model) if p.is_dir())
+
+
+def _numbered(model: Path) -> list[Path]:
+    """All that has a version's name under `model`; a link whose disk is not mounted is no version now."""
+    return [p for p in model.iterdir() if p.name.isdecimal()] if model.is_dir() else []
 
 
 class Existing(Enum):
@@ -58,7 +61,7 @@ def free_version(model: Path, number: int | None, existing: Existing) -> Path:
     Raises:
         VersionExistsError: it is there, and to be kept.
     """
-    target = model / str(number or max(versions(model), default=0) + 1)
+    target = model / str(number or max((int(p.name) for p in _numbered(model)), default=0) + 1)
     if os.path.lexists(target) and existing is Existing.KEEP:
         raise VersionExistsError(
             f"{target} is already there; --force replaces it, and without --version the next number is taken"

@@ -74,6 +74,20 @@ def test_an_existing_number_is_kept_unless_it_is_to_be_replaced(tmp_path: Path) 
     assert sorted(p.name for p in model.iterdir() if p.is_dir()) == ["3"]
 
 
+@pytest.mark.parametrize("existing", Existing)
+def test_the_next_number_is_that_of_nothing_there_be_it_a_version_or_not(tmp_path: Path, existing: Existing) -> None:
+    """As a link to a disk that is not mounted, which --force without --version must not replace either."""
+    model = tmp_path / "m"
+    (model / "1").mkdir(parents=True)
+    (model / "2").symlink_to(tmp_path / "not mounted")
+    (model / "3").touch()
+    with exporting(model, existing=existing):
+        pass
+    assert versions(model) == [1, 4]
+    assert (model / "2").is_symlink()
+    assert (model / "3").is_file()
+
+
 @pytest.mark.parametrize("number", [None, 1])
 def test_a_version_that_appears_while_another_is_built_is_not_replaced(tmp_path: Path, number: int | None) -> None:
     """As when one is copied from another machine meanwhile, which asks for no lock."""
