@@ -139,12 +139,15 @@ class ModelScope:
         self.errors: tuple[type[Exception], ...] = (OSError, ValueError, HubError)
 
     def download(self, *, offline: bool) -> str:
+        return self._download(self._revision, offline=offline)
+
+    def _download(self, revision: str | None, *, offline: bool) -> str:
         from modelscope.hub.snapshot_download import snapshot_download
 
         download: Any = snapshot_download
         folder: str = download(
             self._name,
-            revision=self._revision,
+            revision=revision,
             cache_dir=self._cache,
             allow_patterns=self._patterns,
             local_files_only=offline,
@@ -156,9 +159,10 @@ class ModelScope:
 
         endpoint = modelscope_hub.HubApi().resolve_endpoint_for_read(self._name)
         api: Any = modelscope_hub.HubApi(endpoint=endpoint)
-        found = [f for f in api.list_repo_files(self._name, "model", revision=self._revision) if self._is_wanted(f)]
+        revision = self._revision or "master"  # the library's default for downloads; offline it takes any that is there
+        found = [f for f in api.list_repo_files(self._name, "model", revision=revision) if self._is_wanted(f)]
         try:
-            folder = Path(self.download(offline=True))
+            folder = Path(self._download(revision, offline=True))
         except self.errors:
             return Listing(self.cache(), tuple(RemoteFile(f.path, f.size, 0) for f in found))
         files = tuple(RemoteFile(f.path, f.size, _bytes_here(folder / f.path, f.size)) for f in found)

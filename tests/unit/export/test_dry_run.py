@@ -125,6 +125,19 @@ def test_what_is_cached_is_still_found_offline_after_its_hub_was_asked_for_a_new
     assert offline(Hub.HUGGINGFACE, tmp_path / "cache").fetch() == older
 
 
+def test_modelscope_downloads_the_revision_asked_for_beside_another_that_is_cached(
+    hub: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without its hub, and without --revision, the library itself takes any that is cached."""
+    hub.files = dict(SIZES)
+    snapshot = modelscope_cache(tmp_path / "cache")
+    snapshot.rename(snapshot.with_name("v1.0"))
+    assert export(Hub.MODELSCOPE, tmp_path, "--dry-run") == 0
+    assert f"download   {len(SIZES)} of {len(SIZES)} files" in capsys.readouterr().out
+    assert export(Hub.MODELSCOPE, tmp_path, "--dry-run", "--revision", "v1.0") == 0
+    assert "download   nothing; the checkpoint is" in capsys.readouterr().out
+
+
 def test_modelscope_goes_on_with_a_part_of_a_file(hub: FakeHub, tmp_path: Path) -> None:
     hub.files = dict(SIZES)
     weights = modelscope_cache(tmp_path) / "text_encoder" / "model.safetensors"
