@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from export.checkpoint import Checkpoint, tensors
+from export.checkpoint import WEIGHTS, Checkpoint, tensors
 from export.control_groups import memory_left
 from export.errors import ResourcesError
 from export.hubs import Listing
@@ -57,7 +57,7 @@ def estimate(request: ExportRequest, checkpoint: Checkpoint, held: Collection[Co
 
 def estimate_listed(request: ExportRequest, listing: Listing) -> Range:
     """Bounds from file sizes on the hub, where a weight takes 2 or 4 bytes."""
-    stored = {component: listing.weight_bytes(part) for component, part in MAIN_PARTS.items()}
+    stored = {c: listing.weight_bytes(f"{part}/{WEIGHTS[part]}") for c, part in MAIN_PARTS.items()}
     least, most = ({c: size // width for c, size in stored.items()} for width in (4, 2))
     return Range(_estimate(request, least), _estimate(request, most))
 

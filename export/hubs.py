@@ -50,9 +50,10 @@ class Listing:
         """How much would be downloaded."""
         return sum(f.missing_bytes for f in self.files)
 
-    def weight_bytes(self, part: str) -> int:
-        """The size of the weights in one folder of the checkpoint, as they are stored."""
-        return sum(f.size for f in self.files if fnmatch(f.name, f"{part}/*.safetensors"))
+    def weight_bytes(self, single: str) -> int:
+        """The size of weights as stored in the file `single`, or in several; not of copies in another type."""
+        several = f"{single.removesuffix('.safetensors')}-*-of-*.safetensors"
+        return sum(f.size for f in self.files if f.name == single or fnmatch(f.name, several))
 
 
 class Library(Protocol):

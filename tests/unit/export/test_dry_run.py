@@ -90,6 +90,19 @@ def test_what_is_not_cached_is_told_with_its_size_and_what_its_export_needs(
 
 
 @pytest.mark.parametrize("kind", HUBS)
+def test_copies_of_the_weights_in_another_type_are_not_counted_as_weights(
+    kind: Hub, hub: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are not read; of weights in several files all are."""
+    stem = "transformer/diffusion_pytorch_model"
+    whole = hub.files.pop(f"{stem}.safetensors")
+    hub.files |= {f"{stem}-0000{n}-of-00003.safetensors": whole // 3 for n in (1, 2, 3)}
+    hub.files[f"{stem}.fp16.safetensors"] = whole // 2
+    assert export(kind, tmp_path, "--dry-run", "--backend", "tensorrt_rtx", "--target", "sm89") == 0
+    assert "denoiser        weights   12.30 to  24.60 GB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", HUBS)
 def test_of_what_is_partly_cached_the_rest_is_told(
     kind: Hub, hub: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
