@@ -26,7 +26,7 @@ def layers(folder: Path, record: EngineRecord) -> dict[str, int]:
                 counted = _kernels(folder / record.file)
             case _:
                 counted = Counter()
-    except (OSError, ValueError, zipfile.BadZipFile):  # `inspect` reports what is wrong with the file beside it
+    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile):  # `inspect` reports what is wrong beside it
         return {}
     return dict(counted.most_common())
 

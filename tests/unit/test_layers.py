@@ -49,3 +49,14 @@ def test_a_file_that_tells_nothing_is_no_error(backend: Backend, tmp_path: Path)
     (tmp_path / "damaged").write_bytes(b"neither a zip nor a graph")
     assert layers(tmp_path, record(backend, "damaged")) == {}
     assert layers(tmp_path, record(backend, "gone")) == {}
+
+
+@pytest.mark.parametrize(("offset", "what"), [(8, "flags"), (10, "method of compression")])
+def test_a_package_whose_directory_is_damaged_is_no_error(offset: int, what: str, tmp_path: Path) -> None:
+    path = tmp_path / "denoiser.pt2"
+    with zipfile.ZipFile(path, "w") as package:
+        package.writestr("denoiser/data/aotinductor/model/abc.wrapper.cpp", ON_CPU)
+    damaged = bytearray(path.read_bytes())
+    damaged[damaged.index(b"PK\x01\x02") + offset] = 99
+    path.write_bytes(damaged)
+    assert layers(tmp_path, record(Backend.AOTINDUCTOR, path.name)) == {}, what
