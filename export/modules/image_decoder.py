@@ -66,4 +66,5 @@ class SlicedAttention:
 def attend_in_slices(decoder: ImageDecoder) -> None:
     """Changes `decoder` to compute its attention in slices; from then on it takes one image per call."""
     for attention in decoder.decoder.mid_block.attentions:
-        attention.processor = SlicedAttention()
+        if attention is not None:  # as with `mid_block_add_attention` false in the VAE's config
+            attention.processor = SlicedAttention()

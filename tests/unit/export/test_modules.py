@@ -13,6 +13,7 @@ from torch import Tensor
 from export.modules import build_components, load, load_components
 from export.modules.image_decoder import ImageDecoder, attend_in_slices
 from export.modules.load import build_component
+from export.modules.outline import outline_component
 from export.spec import Component, Precision
 from tests.conftest import CHECKPOINT, load_pipeline
 
@@ -114,6 +115,14 @@ def test_an_image_decoder_that_attends_in_slices_draws_the_same(pipeline: ZImage
         attention.processor = processor  # others use this pipeline too
     assert (sliced - whole).abs().max() <= 1
     assert whole.float().std() > 1
+
+
+def test_an_image_decoder_without_attention_is_traced_too(tmp_path: Path) -> None:
+    (tmp_path / "vae").mkdir()
+    config = json.loads((CHECKPOINT / "vae" / "config.json").read_text())
+    (tmp_path / "vae" / "config.json").write_text(json.dumps({**config, "mid_block_add_attention": False}))
+    outline = outline_component(tmp_path, Component.IMAGE_DECODER, Precision.FP32)
+    assert not any("attention" in name for name in outline.sources)
 
 
 def test_weights_are_shared(pipeline: ZImagePipeline) -> None:
