@@ -37,11 +37,11 @@ def open_version(arguments: argparse.Namespace) -> Version:
     """
     model = arguments.model.resolve()  # `.` too: its name and its repository appear in printed commands
     numbers = versions(model)
-    number = arguments.version or (numbers[-1] if numbers else None)
+    number = max(numbers, default=None) if arguments.version is None else arguments.version
     if number not in numbers:
         kind = "give a model's folder, such as models/z-image-demo; `zserve export` makes one"
         there = f"there are {numbers}" if numbers else kind
-        raise ManifestError(f"{arguments.model} has no version {number or 'at all'}: {there}")
+        raise ManifestError(f"{arguments.model} has no version {'at all' if number is None else number}: {there}")
     folder = model / str(number)
     return Version(folder, Manifest.read(folder))
 
