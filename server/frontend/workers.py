@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 # -P: modules are not looked up in the current directory.
 COMMAND = (sys.executable, "-P", "-m", "server.worker.main")
 FIRST_BACKOFF, LONGEST_BACKOFF = 0.5, 30.0  # seconds between restarts of a worker that keeps ending
-KILL_AFTER = 5.0  # seconds from SIGTERM to SIGKILL
+KILL_AFTER = 5.0  # seconds from SIGTERM to SIGKILL, and from there until a process is left behind
 HEARTBEAT_EVERY = 1.0  # seconds
 LOOK_EVERY = 0.05  # seconds between two checks whether a process has ended
 # Seconds for the rest of a worker's output once it has ended, and for its calls to fail; those still open then are
@@ -100,14 +100,15 @@ class _Process:
             self._kill_all()
 
     async def stop(self) -> None:
-        """Ends it and what it has started: SIGTERM, and SIGKILL if that does not help."""
-        if self.process.returncode is None:
-            self.process.terminate()
-        try:
-            await asyncio.wait_for(self.ended(), KILL_AFTER)
-        except TimeoutError:
-            self.kill()
-            await self.ended()
+        """Ends it and what it has started: SIGTERM, and SIGKILL if that does not help. If neither does, it is left."""
+        for end in (self.process.terminate, self.kill):
+            if self.process.returncode is None:
+                end()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.ended(), KILL_AFTER)
+                break
+        else:
+            log.error("process %d is left behind: it does not end, as where a driver does not return", self.process.pid)
         await self.client.close(CHANNEL_GRACE)
 
     def _kill_all(self) -> None:
@@ -255,6 +256,10 @@ class Worker:
         except WorkerLostError as error:
             process.given_up = f"is given up: {error}"
             process.kill()
+            if self.state is WorkerState.READY:
+                self._set(WorkerState.RESTARTING, process.given_up)
+            # Where a driver does not return, SIGKILL does not end the process: its requests must not wait for that.
+            await process.client.close(CHANNEL_GRACE)
 
     def _see(self, info: InstanceInfo) -> None:
         self.info, self.costs = info, CostTable(info.step_costs)

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 import pytest_asyncio
 
 from client import GenerationFailedError
 from client.messages import ImageRequest
 from server.frontend import serving as module
-from server.frontend.workers import Worker
+from server.frontend.workers import Worker, _Process
 from tests.conftest import MODEL
 from tests.integration import faulty_worker, light_worker
 from tests.integration.frontend import FAULTY, Running, Seen, draw, light_repository, make_repository, serving
@@ -122,6 +123,27 @@ async def test_a_stopped_process_is_replaced(light: Running, gate: Gate) -> None
         await light.until(lambda: busy.state.value != "ready")
         busy.config = patient
     assert [s.attempt for s in seen.of("started")] == [1, 2]
+    assert len(seen.of("image")) == 1
+    await all_ready(light)
+
+
+async def test_requests_do_not_wait_for_a_process_that_sigkill_does_not_end(
+    light: Running, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a driver does not return: until it does, the worker gets nothing more."""
+    with monkeypatch.context() as driver:
+        driver.setattr(_Process, "kill", lambda process: None)
+        async with interrupted(light, gate) as (busy, seen):
+            stuck, patient = psutil.Process(busy.pid), busy.config
+            busy.config = replace(patient, patience=0.5)
+            stuck.suspend()
+            await light.until(lambda: len(seen.of("started")) == 2)
+            busy.config = patient
+        assert busy.state.value == "restarting"
+        assert (await draw(light.client, asked())).kinds[-1] == "completed"
+        assert stuck.is_running()
+    stuck.kill()
+    assert seen.of("started")[1].instance != busy.config.instance
     assert len(seen.of("image")) == 1
     await all_ready(light)
 

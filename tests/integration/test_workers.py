@@ -29,7 +29,7 @@ from server.frontend import workers
 from server.frontend.exposition import render
 from server.frontend.metrics import Metrics
 from server.frontend.serving import Serving
-from server.frontend.workers import KEPT_BYTES, Worker, WorkerState, _end_of
+from server.frontend.workers import KEPT_BYTES, Worker, WorkerState, _end_of, _Process
 from server.launch import WorkerConfig
 from server.requests import GenerationRequest, Started
 from server.rpc.convert import encode_request
@@ -303,6 +303,24 @@ async def test_a_child_of_a_worker_that_ends_just_before_it_is_stopped_ends_too(
             await asyncio.sleep(0.01)
     await alone.worker.stop()
     await asyncio.to_thread(wait_for, lambda: is_gone(child))
+
+
+async def test_a_worker_that_sigkill_does_not_end_is_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where a driver does not return: nobody could load the model again, and the server would never end."""
+    alone = Alone(tmp_path, *SLEEPS)
+    alone.worker.start()
+    stuck = psutil.Process(await asyncio.to_thread(wait_for, lambda: alone.worker.pid))
+    stuck.suspend()
+    await asyncio.to_thread(wait_for, lambda: stuck.status() == psutil.STATUS_STOPPED)  # SIGTERM must not come first
+    with monkeypatch.context() as driver:
+        driver.setattr(workers, "KILL_AFTER", 0.05)
+        driver.setattr(_Process, "kill", lambda process: None)
+        await alone.worker.stop()
+    assert f"process {stuck.pid} is left behind" in caplog.text
+    stuck.kill()
+    await alone.worker.stop()  # sees that it has ended
 
 
 async def test_a_worker_that_has_ended_has_no_number_any_more(tmp_path: Path) -> None:
