@@ -26,7 +26,7 @@ SERVICE_UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     """The health of the whole server, under "" and under the name of each of its services; at first it serves nothing.
 
-    The gRPC project's own class (grpcio-health-checking 1.85) tells no other watcher anything once one has left, and
+    The gRPC project's own class (grpcio-health-checking 1.81) tells no other watcher anything once one has left, and
     waits for each to take what it is told: one that does not read would hold up all others, and the server's end.
     """
 
